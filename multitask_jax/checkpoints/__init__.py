@@ -1,0 +1,18 @@
+"""Checkpoints as lazy tensors: `open(path)` reads slices, `create(path)` writes them.
+
+Formats: safetensors (file, shards, Hugging Face directories), Orbax, flax msgpack.
+Nothing here unpickles anything.
+"""
+
+from multitask_jax.checkpoints.directory import Writer, copy_companions, create, open
+from multitask_jax.checkpoints.types import CheckpointError, Reader, TensorInfo
+
+__all__ = [
+    "CheckpointError",
+    "Reader",
+    "TensorInfo",
+    "Writer",
+    "copy_companions",
+    "create",
+    "open",
+]

@@ -1,0 +1,273 @@
+"""Opening any checkpoint, and creating one aside so that it appears whole or not."""
+
+import errno
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from multitask_jax.checkpoints import safetensors_file
+from multitask_jax.checkpoints.types import (
+    CheckpointError,
+    FormatWriter,
+    Reader,
+    TensorInfo,
+)
+
+FORMATS = ("safetensors", "orbax", "msgpack")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+# What Hugging Face tools keep beside the weights. The card is written anew.
+_COMPANIONS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py", ".md")
+_NOT_COMPANIONS = ("README.md", "merge_report.md", "merge_report.json")
+
+
+def _module(name: str) -> ModuleType:
+    """The format's module; Orbax costs a second to import, so only on use."""
+    if name == "safetensors":
+        return safetensors_file
+    if name == "orbax":
+        from multitask_jax.checkpoints import orbax_file
+
+        return orbax_file
+    if name == "msgpack":
+        from multitask_jax.checkpoints import msgpack_file
+
+        return msgpack_file
+    raise ValueError(f"got format {name!r}, expected one of {', '.join(FORMATS)}")
+
+
+def _looks_like_orbax(path: Path) -> bool:
+    return path.is_dir() and any(
+        (directory / marker).exists()
+        for directory in (path, path / "default", path / "pytree", path / "state")
+        for marker in ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt")
+    )
+
+
+def open(path: str | os.PathLike[str]) -> Reader:
+    """Opens a checkpoint for lazy reading; the format is told from the files.
+
+    Raises:
+      CheckpointError: missing, not a checkpoint, damaged, or pickle-based.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        near = _similar(path)
+        raise CheckpointError(f"{path}: no such file or directory{near}")
+    if safetensors_file.is_format(path):
+        return safetensors_file.open_reader(path)
+    if _looks_like_orbax(path):
+        return _module("orbax").open_reader(path)
+    if path.suffix == ".msgpack" or (path.is_dir() and any(path.glob("*.msgpack"))):
+        return _module("msgpack").open_reader(path)
+    candidates = sorted(path.iterdir()) if path.is_dir() else [path]
+    pickles = [p.name for p in candidates if p.suffix in PICKLES]
+    if pickles:
+        raise CheckpointError(
+            f"{path}: {pickles[0]} is a pickle, which can run code when loaded, so it"
+            " is never opened; convert it once where you trust it: in transformers"
+            " `AutoModel.from_pretrained(DIR).save_pretrained(OUT,"
+            " safe_serialization=True)`, or `safetensors.torch.save_file(torch.load("
+            "FILE, weights_only=True), 'model.safetensors')`"
+        )
+    listing = ", ".join(p.name for p in candidates[:8]) or "nothing"
+    raise CheckpointError(
+        f"{path}: not a checkpoint: found {listing}; expected *.safetensors, an Orbax"
+        " directory (_METADATA) or flax *.msgpack"
+    )
+
+
+def _similar(path: Path) -> str:
+    import difflib
+
+    if not path.parent.is_dir():
+        return ""
+    names = [p.name for p in path.parent.iterdir()]
+    close = difflib.get_close_matches(path.name, names, n=3)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def is_file_like_output(path: Path) -> bool:
+    """Outputs are directories; a name that promises a single file would mislead."""
+    return path.suffix in (".safetensors", ".msgpack", *PICKLES)
+
+
+class Writer:
+    """A checkpoint in the making, in a hidden directory beside its final path.
+
+    Used as a context manager: a clean exit renames it into place, an exception or a
+    kill leaves the final path as it was.
+    """
+
+    def __init__(self, path: Path, staging: Path, inner: FormatWriter, replace: bool):
+        self.path = path
+        self.directory = staging
+        self.buffers = inner.buffers
+        self._inner = inner
+        self._replace = replace
+
+    def write(self, name: str, start: int, flat: np.ndarray) -> None:
+        """Stores flat entries [start, start + len(flat)) of a tensor; thread-safe."""
+        self._inner.write(name, start, flat)
+
+    def commit(self) -> None:
+        """Finishes the files and renames the directory to its final path."""
+        self._inner.finish()
+        if not self._replace:
+            _refuse_existing(self.path)
+        old = None
+        if self.path.exists():
+            old = self.path.parent / f".{self.path.name}.replaced-{os.getpid()}"
+            self.path.rename(old)
+        try:
+            self.directory.rename(self.path)
+        except OSError:
+            if old is not None:
+                old.rename(self.path)
+            raise
+        if old is not None:
+            shutil.rmtree(old)
+
+    def abort(self) -> None:
+        """Removes everything written so far."""
+        close = getattr(self._inner, "close", None)
+        if close is not None:
+            close()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if kind is not None:
+            self.abort()
+            return
+        try:
+            self.commit()
+        except BaseException:
+            self.abort()
+            raise
+
+
+def _refuse_existing(path: Path) -> None:
+    if path.exists() or path.is_symlink():
+        raise CheckpointError(
+            f"{path} exists; pass overwrite (on the command line --overwrite) to"
+            " replace it, or choose another output"
+        )
+
+
+def check_output(path: Path, *, overwrite: bool, inputs: Sequence[Path]) -> None:
+    """Refuses an output that exists, lies in an input, or would swallow one.
+
+    Raises:
+      CheckpointError: naming the path and what to do.
+    """
+    if is_file_like_output(path):
+        raise CheckpointError(
+            f"{path}: the output is a directory; drop the suffix {path.suffix}"
+        )
+    here = path.resolve()
+    for source in inputs:
+        source = source.resolve()
+        home = source if source.is_dir() else source.parent
+        if here == source or here.is_relative_to(source) or home.is_relative_to(here):
+            raise CheckpointError(
+                f"the output {path} and the input {source} overlap; choose an output"
+                " outside every input"
+            )
+    if not overwrite:
+        _refuse_existing(path)
+    elif path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise CheckpointError(f"{path} is not a directory: not overwritten")
+    elif path.is_dir() and any(path.iterdir()):
+        try:
+            open(path)
+        except CheckpointError as e:
+            raise CheckpointError(
+                f"{path} holds no checkpoint, so overwrite does not delete it; remove"
+                f" it yourself or choose another output ({e})"
+            ) from None
+
+
+def _remove_stale(path: Path) -> None:
+    """Staging directories whose process is gone: a killed merge left them."""
+    for staging in path.parent.glob(f".{path.name}.partial-*"):
+        pid = staging.name.rpartition("-")[2]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and _gone(int(pid)):
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def _gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def create(
+    path: str | os.PathLike[str],
+    tensors: Sequence[TensorInfo],
+    *,
+    format: str = "safetensors",
+    overwrite: bool = False,
+    inputs: Sequence[Path] = (),
+    **options: Any,
+) -> Writer:
+    """Starts a checkpoint whose tensors are known up front.
+
+    Args:
+      path: the directory that appears on success.
+      tensors: names, shapes and dtypes, in the order of writing.
+      format: safetensors, orbax or msgpack.
+      overwrite: replace a checkpoint at `path`.
+      inputs: paths that the output must not touch.
+      **options: of the format (safetensors: max_shard_size, metadata).
+
+    Raises:
+      CheckpointError: the path is taken or overlaps an input; the disk is too small.
+    """
+    path = Path(path).expanduser().absolute()
+    check_output(path, overwrite=overwrite, inputs=inputs)
+    module = _module(format)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_stale(path)
+    staging = path.parent / f".{path.name}.partial-{os.getpid()}"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    try:
+        inner = module.create_writer(staging, tensors, **options)
+    except OSError as e:
+        shutil.rmtree(staging, ignore_errors=True)
+        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            need = sum(t.nbytes for t in tensors)
+            free = shutil.disk_usage(path.parent).free
+            raise CheckpointError(
+                f"{path.parent}: no room for the output: it takes {need:,} bytes, free"
+                f" are {free:,}; nothing was written"
+            ) from None
+        raise
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    return Writer(path, staging, inner, overwrite)
+
+
+def copy_companions(source: Path, target: Path) -> list[str]:
+    """Copies config, tokenizer and generation files of a Hugging Face directory."""
+    copied = []
+    if source.is_dir():
+        for file in sorted(source.iterdir()):
+            keep = file.suffix in _COMPANIONS and file.is_file()
+            weights = file.name.endswith(".index.json")
+            if keep and not weights and file.name not in _NOT_COMPANIONS:
+                shutil.copyfile(file, target / file.name)
+                copied.append(file.name)
+    return copied

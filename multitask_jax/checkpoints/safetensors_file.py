@@ -1,0 +1,373 @@
+"""safetensors, memory-mapped in and written in place: one file, or shards with an index.
+
+The header is parsed here rather than by the `safetensors` package because that package
+hands out whole tensors only; a merge reads and writes slices of them.
+"""
+
+import json
+import os
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from multitask_jax.checkpoints.types import CheckpointError, TensorInfo
+
+INDEX_NAME = "model.safetensors.index.json"
+# The reference implementation refuses longer headers too.
+MAX_HEADER_BYTES = 100_000_000
+
+DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def is_format(path: Path) -> bool:
+    """Whether `path` is a safetensors file, or a directory that holds some."""
+    if path.is_dir():
+        return any(path.glob("*.safetensors")) or (path / INDEX_NAME).exists()
+    return path.suffix == ".safetensors"
+
+
+def _unique_keys(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in out:
+            raise CheckpointError(f"the key {key[:80]!r} occurs twice")
+        out[key] = value
+    return out
+
+
+def _json(text: bytes, where: Path) -> dict[str, Any]:
+    try:
+        out = json.loads(text, object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as e:
+        raise CheckpointError(f"{where}: not valid JSON: {e}") from None
+    if not isinstance(out, dict):
+        raise CheckpointError(f"{where}: got a JSON {type(out).__name__}, not an object")
+    return out
+
+
+def _is_natural(x: Any) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool) and x >= 0
+
+
+def _entry(name: str, entry: Any, data_bytes: int, where: Path) -> tuple[Any, int]:
+    """Checks one tensor of a header; returns its TensorInfo and its byte offset."""
+    at = f"{where}: tensor {name[:120]!r}"
+    if not isinstance(entry, dict) or {"dtype", "shape", "data_offsets"} - set(entry):
+        raise CheckpointError(f"{at}: expected dtype, shape and data_offsets")
+    dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+    if dtype is None:
+        raise CheckpointError(
+            f"{at}: got dtype {entry['dtype']!r}, expected one of {', '.join(DTYPES)};"
+            " convert the file to one of these"
+        )
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    if not isinstance(shape, list) or not all(map(_is_natural, shape)):
+        raise CheckpointError(f"{at}: got shape {shape!r}, expected natural numbers")
+    if (
+        not isinstance(offsets, list)
+        or len(offsets) != 2
+        or not all(map(_is_natural, offsets))
+        or not offsets[0] <= offsets[1] <= data_bytes
+    ):
+        raise CheckpointError(
+            f"{at}: got data_offsets {offsets!r}, expected a range within the"
+            f" {data_bytes} bytes after the header: the file is truncated or damaged;"
+            " download or save it again"
+        )
+    info = TensorInfo(name, tuple(shape), dtype)
+    if offsets[1] - offsets[0] != info.nbytes:
+        raise CheckpointError(
+            f"{at}: data_offsets span {offsets[1] - offsets[0]} bytes, but"
+            f" {entry['dtype']} {shape} takes {info.nbytes}: the file is damaged"
+        )
+    return info, offsets[0]
+
+
+class _File:
+    """One mapped file: its tensors in file order and where they lie."""
+
+    def __init__(self, path: Path):
+        size = path.stat().st_size
+        if size < 8:
+            raise CheckpointError(f"{path}: got {size} bytes, not a safetensors file")
+        self._map = np.memmap(path, np.uint8, mode="r")
+        header = int.from_bytes(self._map[:8].tobytes(), "little")
+        if header > min(size - 8, MAX_HEADER_BYTES):
+            raise CheckpointError(
+                f"{path}: the header claims {header} bytes, but the file has {size}"
+                f" (limit {MAX_HEADER_BYTES}): truncated, or not a safetensors file"
+            )
+        self._data = self._map[8 + header :]
+        content = _json(self._map[8 : 8 + header].tobytes(), path)
+        self.metadata = content.pop("__metadata__", None) or {}
+        found = [_entry(k, v, len(self._data), path) for k, v in content.items()]
+        found.sort(key=lambda item: (item[1], item[1] + item[0].nbytes))
+        end = 0
+        for info, offset in found:
+            if offset != end:
+                raise CheckpointError(
+                    f"{path}: tensor {info.name[:120]!r} starts at byte {offset},"
+                    f" expected {end}: overlapping tensors or a hole between them"
+                )
+            end = offset + info.nbytes
+        if end != len(self._data):
+            raise CheckpointError(
+                f"{path}: the tensors end at byte {end} of {len(self._data)}:"
+                " the header does not describe the whole file"
+            )
+        self.tensors = {info.name: info for info, _ in found}
+        self._offsets = {info.name: offset for info, offset in found}
+
+    def read(self, name: str, start: int, stop: int) -> np.ndarray:
+        dtype = self.tensors[name].dtype
+        begin = self._offsets[name]
+        item = dtype.itemsize
+        return self._data[begin + start * item : begin + stop * item].view(dtype)
+
+
+class SafetensorsReader:
+    """Lazy, memory-mapped tensors of a file or a Hugging Face directory."""
+
+    format = "safetensors"
+    resident = False
+
+    def __init__(self, path: Path):
+        self.path = path
+        files = {p.name: _File(p) for p in _files(path)}
+        self.metadata = next(iter(files.values())).metadata if files else {}
+        self._home: dict[str, _File] = {}
+        self.tensors: dict[str, TensorInfo] = {}
+        for filename, file in files.items():
+            for name, info in file.tensors.items():
+                if name in self._home:
+                    raise CheckpointError(
+                        f"{path}: tensor {name!r} is in two shards, the second is"
+                        f" {filename}"
+                    )
+                self._home[name] = file
+                self.tensors[name] = info
+        self.aliases = self._tied() if path.is_dir() else {}
+        for alias in self.aliases:
+            del self.tensors[alias]
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Flat entries [start, stop) of a tensor, as a read-only view of the file."""
+        name = self.aliases.get(name, name)
+        stop = self.tensors[name].size if stop is None else stop
+        return self._home[name].read(name, start, stop)
+
+    def close(self) -> None:
+        """Drops the maps (the files close when no view is left)."""
+        self._home = {}
+
+    def _tied(self) -> dict[str, str]:
+        """Embedding-like matrices that config.json ties and that are stored twice."""
+        config = self.path / "config.json"
+        if not config.exists():
+            return {}
+        settings = _json(config.read_bytes(), config)
+        text = settings.get("text_config")
+        tied = settings.get("tie_word_embeddings")
+        if tied is None and isinstance(text, dict):
+            tied = text.get("tie_word_embeddings")
+        if tied is not True:
+            return {}
+        words = ("embed", "wte", "shared", "lm_head", "output", "decoder.weight")
+        groups: dict[Any, list[str]] = {}
+        for name, info in self.tensors.items():
+            if len(info.shape) == 2 and any(word in name for word in words):
+                groups.setdefault((info.shape, info.dtype), []).append(name)
+        aliases: dict[str, str] = {}
+        for names in groups.values():
+            # The head is the alias: loaders rebuild it from the embedding.
+            names = sorted(names, key=lambda n: ("head" in n or "output" in n, len(n)))
+            for name in names[1:]:
+                if _same_bytes(self.read(names[0]), self.read(name)):
+                    aliases[name] = names[0]
+        return aliases
+
+
+def _same_bytes(a: np.ndarray, b: np.ndarray, chunk: int = 1 << 20) -> bool:
+    a, b = a.view(np.uint8), b.view(np.uint8)
+    return len(a) == len(b) and all(
+        np.array_equal(a[i : i + chunk], b[i : i + chunk])
+        for i in range(0, len(a), chunk)
+    )
+
+
+def _files(path: Path) -> list[Path]:
+    """The files of a checkpoint; names in an index may not leave its directory."""
+    if not path.is_dir():
+        return [path]
+    indices = sorted(path.glob("*.safetensors.index.json"))
+    if not indices:
+        files = sorted(path.glob("*.safetensors"))
+        if len(files) > 1 and (path / "model.safetensors") in files:
+            return [path / "model.safetensors"]
+        if len(files) > 1:
+            raise CheckpointError(
+                f"{path}: {len(files)} safetensors files ({files[0].name}, ...) but no"
+                f" {INDEX_NAME}; name one of the files, or restore the index"
+            )
+        return files
+    index = indices[0] if len(indices) == 1 else path / INDEX_NAME
+    if index not in indices:
+        raise CheckpointError(f"{path}: several index files, none is {INDEX_NAME}")
+    weights = _json(index.read_bytes(), index).get("weight_map")
+    if not isinstance(weights, dict) or not weights:
+        raise CheckpointError(f"{index}: expected a non-empty weight_map")
+    out = []
+    for name in dict.fromkeys(map(str, weights.values())):
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise CheckpointError(
+                f"{index}: got the file name {name!r}, expected one in this directory"
+            )
+        if not (path / name).is_file():
+            raise CheckpointError(f"{index}: the shard {name} is missing from {path}")
+        out.append(path / name)
+    return out
+
+
+def open_reader(path: Path) -> SafetensorsReader:
+    """Opens a file or directory; raises CheckpointError where it is damaged."""
+    return SafetensorsReader(path)
+
+
+def plan_shards(
+    tensors: Sequence[TensorInfo], max_shard_size: int | None
+) -> list[list[TensorInfo]]:
+    """Cuts tensors, in order, into shards of at most `max_shard_size` bytes.
+
+    A tensor larger than that gets a shard of its own.
+    """
+    shards: list[list[TensorInfo]] = [[]]
+    used = 0
+    for info in tensors:
+        if shards[-1] and max_shard_size and used + info.nbytes > max_shard_size:
+            shards.append([])
+            used = 0
+        shards[-1].append(info)
+        used += info.nbytes
+    return shards
+
+
+class SafetensorsWriter:
+    """Files of known layout, written in place and in any order."""
+
+    buffers = False
+
+    def __init__(
+        self,
+        staging: Path,
+        tensors: Sequence[TensorInfo],
+        *,
+        max_shard_size: int | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ):
+        self._where: dict[str, tuple[int, int, TensorInfo]] = {}
+        self._files: list[int] = []
+        self._left = {t.name: t.size for t in tensors}
+        self._lock = threading.Lock()
+        metadata = {"format": "pt", **(metadata or {})}
+        shards = plan_shards(tensors, max_shard_size)
+        weight_map = {}
+        for k, shard in enumerate(shards):
+            # Wide dtypes first keep every tensor aligned, whatever came before it.
+            shard = sorted(shard, key=lambda t: -np.dtype(t.dtype).itemsize)
+            file_name = "model.safetensors"
+            if len(shards) > 1:
+                file_name = f"model-{k + 1:05d}-of-{len(shards):05d}.safetensors"
+            weight_map |= {t.name: file_name for t in shard}
+            self._open(staging / file_name, shard, metadata)
+        if len(shards) > 1:
+            index = {
+                "metadata": {"total_size": sum(t.nbytes for t in tensors)},
+                "weight_map": {t.name: weight_map[t.name] for t in tensors},
+            }
+            (staging / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+
+    def _open(
+        self, path: Path, shard: Sequence[TensorInfo], metadata: Mapping[str, str]
+    ) -> None:
+        header: dict[str, Any] = {"__metadata__": dict(metadata)}
+        offset = 0
+        for t in shard:
+            header[t.name] = {
+                "dtype": NAMES[np.dtype(t.dtype)],
+                "shape": list(t.shape),
+                "data_offsets": [offset, offset + t.nbytes],
+            }
+            offset += t.nbytes
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-(8 + len(text)) % 64)  # the data start on a 64-byte line
+        start = 8 + len(text)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        self._files.append(fd)
+        if offset:
+            # Reserve the space now: a full disk is an error before work, not after.
+            os.posix_fallocate(fd, 0, start + offset)
+        _write_all(fd, len(text).to_bytes(8, "little") + text, 0)
+        for t in shard:
+            begin = header[t.name]["data_offsets"][0]
+            self._where[t.name] = (fd, start + begin, t)
+
+    def write(self, name: str, start: int, flat: np.ndarray) -> None:
+        """Stores flat entries [start, start + len(flat)) of a tensor."""
+        fd, begin, info = self._where[name]
+        if flat.dtype != info.dtype or start + flat.size > info.size:
+            raise ValueError(
+                f"{name}: got {flat.size} {flat.dtype} entries at {start}, expected"
+                f" {info.dtype} within {info.size}"
+            )
+        data = np.ascontiguousarray(flat).reshape(-1).view(np.uint8)
+        _write_all(fd, memoryview(data), begin + start * info.dtype.itemsize)
+        with self._lock:
+            self._left[name] -= flat.size
+
+    def finish(self) -> None:
+        """Closes the files; a tensor not fully written is an error."""
+        missing = [name for name, left in self._left.items() if left]
+        self.close()
+        if missing:
+            raise CheckpointError(f"not fully written: {missing[:5]}")
+
+    def close(self) -> None:
+        """Closes the files as they are."""
+        for fd in self._files:
+            os.close(fd)
+        self._files = []
+
+
+def _write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        n = os.pwrite(fd, view, offset)
+        view, offset = view[n:], offset + n
+
+
+def create_writer(
+    staging: Path, tensors: Sequence[TensorInfo], **options: Any
+) -> SafetensorsWriter:
+    """A writer into `staging`; options: `max_shard_size` (bytes), `metadata`."""
+    return SafetensorsWriter(staging, tensors, **options)

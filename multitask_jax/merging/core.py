@@ -1,0 +1,281 @@
+"""The core: a merge is a chain of task-vector transformations, as in optax.
+
+A transform turns one value per model (task vectors, or parameters) into others; the
+last one of a chain leaves a single value. It sees one tensor, or one chunk of it, at a
+time. What it must know of the whole tensor or model it states as a `Measure`, an
+associative reduction that each driver computes in its own way: in one traversal in
+memory (`merge`), as one more pass over the disk (`merge_checkpoints`), as a psum on a
+mesh.
+
+Legend: T models; values are tuples of T arrays, all of the tensor's (or chunk's) shape.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from multitask_jax import tree
+from multitask_jax.merging import statistics
+
+Array = jax.Array
+Values = tuple[Array, ...]
+Scope = Literal["model", "tensor"]
+Space = Literal["task_vectors", "parameters"]
+
+
+class Leaf(NamedTuple):
+    """What a transform sees besides the values, of one tensor or a chunk of it."""
+
+    base: Array  # theta_0, in the dtype of the computation
+    weights: Values  # T scalars
+    setting: Any = ()  # this transform's own scalars for this tensor
+    offset: tuple[Any, Any] = (0, 0)  # flat index of the first entry: high, low 32 bits
+
+
+class Measure(NamedTuple):
+    """A statistic over a tensor or the whole model, before `apply` can run.
+
+    `values(values, leaf, earlier)` returns a tuple of arrays of the tensor's shape
+    (`earlier`: this transform's statistics so far). They are reduced by `kind`:
+      sum: float32 totals; where all inputs are 0 the terms must be 0.
+      count: exact numbers of True, each as (high, low): high * 2**16 + low.
+      kth: the rank[t](d)-th largest magnitude of array t, of d entries in scope.
+    """
+
+    kind: Literal["sum", "count", "kth"]
+    scope: Scope
+    values: Callable[[Values, Leaf, tuple[Any, ...]], Values]
+    rank: tuple[Callable[[int], int], ...] | None = None
+
+
+class Transform(NamedTuple):
+    """A task-vector transformation: pure functions and what they need to know."""
+
+    apply: Callable[[Values, Leaf, tuple[Any, ...]], Values]
+    measures: tuple[Measure, ...] = ()
+    # Host-side: all leaf paths -> one pytree of scalars a path (depths, hash seeds).
+    settings: Callable[[Sequence[str]], Mapping[str, Any]] | None = None
+    needs: Literal["element", "row"] = "element"
+    trims: bool = False  # zeroes entries of single models (what the report counts)
+
+
+class Method(NamedTuple):
+    """A chain: what it starts from, its transforms, and what it leaves."""
+
+    transforms: tuple[Transform, ...]
+    start: Space = "task_vectors"
+    end: Space = "task_vectors"
+    models: int | None = None  # the exact number of models, if it matters
+
+
+def chain(*transforms: Transform | Method) -> Method:
+    """Composes transforms (or whole methods, first) into a method.
+
+    Raises:
+      ValueError: a method follows transforms, or starts where the last did not end.
+    """
+    start: Space = "task_vectors"
+    end: Space = "task_vectors"
+    models = None
+    out: tuple[Transform, ...] = ()
+    for i, t in enumerate(transforms):
+        if isinstance(t, Method):
+            if i:
+                raise ValueError(
+                    "chain: a whole method can only come first; got one at place"
+                    f" {i}. Pass its transforms instead"
+                )
+            start, end, models, out = t.start, t.end, t.models, t.transforms
+        else:
+            out += (t,)
+    return Method(out, start, end, models)
+
+
+def check_models(
+    method: Method, count: int, weights: Sequence[Any] | None
+) -> tuple[Any, ...]:
+    """The weights, one a model (1 by default); errors say got and expected."""
+    if count == 0:
+        raise ValueError("no models to merge: pass at least one fine-tuned model")
+    if method.models is not None and count != method.models:
+        raise ValueError(
+            f"this method merges exactly {method.models} models, got {count}"
+        )
+    if weights is None:
+        return (1.0,) * count
+    if len(weights) != count:
+        raise ValueError(f"got {len(weights)} weights for {count} models")
+    return tuple(weights[i] for i in range(count))
+
+
+def settings_of(method: Method, paths: Sequence[str]) -> list[Mapping[str, Any]]:
+    """Per transform: the scalars of each leaf path."""
+    nothing = dict.fromkeys(paths, ())
+    return [t.settings(paths) if t.settings else nothing for t in method.transforms]
+
+
+def run_transforms(
+    method: Method,
+    values: Values,
+    leaf: Leaf,
+    settings: Sequence[Any],
+    stats: Sequence[tuple[Any, ...]],
+    stop: int | None = None,
+) -> Values:
+    """Applies transforms [0, stop) to the values of one tensor or chunk."""
+    for i, t in enumerate(method.transforms[:stop]):
+        values = t.apply(values, leaf._replace(setting=settings[i]), stats[i])
+    return values
+
+
+def start_values(method: Method, base: Array, models: Values) -> Values:
+    """tau_t = theta_t - theta_0, or theta_t for methods on the parameters."""
+    if method.start == "parameters":
+        return models
+    return tuple(m - base for m in models)
+
+
+def finish(method: Method, values: Values, base: Array) -> Array:
+    """theta_0 + tau, or theta itself; a chain must leave one value."""
+    if len(values) != 1:
+        raise ValueError(
+            f"the chain left {len(values)} values, expected 1: end it with a combining"
+            " transform (weighted_sum, disjoint_mean, ...)"
+        )
+    return values[0] if method.end == "parameters" else base + values[0]
+
+
+def is_float(dtype: Any) -> bool:
+    """Whether a merge computes on this dtype (integers and bool come from the base)."""
+    return jnp.issubdtype(dtype, jnp.floating)
+
+
+def compute_dtype(dtype: Any) -> np.dtype:
+    """float64 stays float64, everything else is computed in float32."""
+    return np.dtype(np.float64 if np.dtype(dtype) == np.float64 else np.float32)
+
+
+def merge(
+    method: Method,
+    base: Any,
+    models: Sequence[Any],
+    *,
+    weights: Sequence[Any] | None = None,
+    include: str | None = None,
+    exclude: str | None = None,
+) -> Any:
+    """Merges parameter pytrees; works under jit, vmap, grad and any sharding.
+
+    Args:
+      method: a chain or recipe.
+      base: theta_0, any pytree of arrays (Linen, NNX pure dicts, lists, ...).
+      models: T pytrees of the same structure and shapes.
+      weights: T scalars, may be traced; 1 each by default.
+      include, exclude: regexes on leaf paths; other leaves come from the base.
+
+    Returns:
+      A pytree like `base`: its structure, shapes, dtypes and shardings. Leaves that
+      are not floating point come from the base.
+
+    Raises:
+      ValueError: structures, shapes or the numbers of models and weights differ.
+    """
+    weights = check_models(method, len(models), weights)
+    bases = tree.flatten(base)
+    others = [tree.flatten(m) for m in models]
+    _check_alike(bases, others)
+    chosen = tree.select(list(bases), include=include, exclude=exclude)
+    paths = [
+        p
+        for p, keep in zip(bases, chosen, strict=True)
+        if keep and is_float(_dtype(bases[p], p))
+    ]
+    settings = settings_of(method, paths)
+    leaves: dict[str, Leaf] = {}
+    values: dict[str, Values] = {}
+    for p in paths:
+        dtype = compute_dtype(_dtype(bases[p], p))
+        theta = jnp.asarray(bases[p]).astype(dtype)
+        leaves[p] = Leaf(theta, tuple(jnp.asarray(w, dtype) for w in weights))
+        values[p] = start_values(
+            method, theta, tuple(jnp.asarray(m[p]).astype(dtype) for m in others)
+        )
+    for t, setting in zip(method.transforms, settings, strict=True):
+        at = {p: leaves[p]._replace(setting=setting[p]) for p in paths}
+        stats = _measure(t, values, at)
+        values = {p: t.apply(values[p], at[p], stats[p]) for p in paths}
+    merged = dict(bases)
+    for p in paths:
+        theta = finish(method, values[p], leaves[p].base)
+        merged[p] = theta.astype(_dtype(bases[p], p))
+    return tree.unflatten(base, merged)
+
+
+def _measure(
+    t: Transform, values: Mapping[str, Values], leaves: Mapping[str, Leaf]
+) -> dict[str, tuple[Any, ...]]:
+    """All statistics of a transform, per leaf (a whole-model one is shared)."""
+    stats: dict[str, tuple[Any, ...]] = dict.fromkeys(values, ())
+    for m in t.measures:
+        terms = {p: m.values(values[p], leaves[p], stats[p]) for p in values}
+        if m.scope == "tensor":
+            new = {p: _reduce(m, [terms[p]]) for p in terms}
+        else:
+            new = dict.fromkeys(terms, _reduce(m, list(terms.values())))
+        stats = {p: (*stats[p], new[p]) for p in stats}
+    return stats
+
+
+def _reduce(m: Measure, leaves: Sequence[Values]) -> tuple[Any, ...]:
+    if not leaves:
+        return ()
+    columns = list(zip(*leaves, strict=True))  # one list of arrays a term
+    if m.kind == "sum":
+        return tuple(statistics.total(c) for c in columns)
+    if m.kind == "count":
+        return tuple(statistics.count(c) for c in columns)
+    assert m.rank is not None
+    ranks = m.rank * len(columns) if len(m.rank) == 1 else m.rank
+    if len(ranks) != len(columns):
+        raise ValueError(
+            f"got {len(ranks)} densities for {len(columns)} models; give one, or one"
+            " per model"
+        )
+    size = sum(x.size for x in columns[0])
+    return tuple(
+        statistics.kth_magnitude(c, r(size)) if size else jnp.float32(0)
+        for c, r in zip(columns, ranks, strict=True)
+    )
+
+
+def _dtype(x: Any, path: str) -> np.dtype:
+    dtype = getattr(x, "dtype", None)
+    if dtype is None:
+        dtype = np.asarray(x).dtype
+        return np.dtype(np.float32) if np.issubdtype(dtype, np.floating) else dtype
+    if dtype == np.float64 and not jax.config.jax_enable_x64:
+        raise ValueError(
+            f"{path}: float64 needs jax.config.update('jax_enable_x64', True); without"
+            " it JAX would round to float32. Or cast the leaf first"
+        )
+    return dtype
+
+
+def _check_alike(base: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> None:
+    for i, other in enumerate(others):
+        missing = [p for p in base if p not in other]
+        extra = [p for p in other if p not in base]
+        if missing or extra:
+            raise ValueError(
+                f"model {i} has other leaves than the base: missing {missing[:5]},"
+                f" unexpected {extra[:5]} ({len(missing)} and {len(extra)} in all)"
+            )
+        for p, x in base.items():
+            if np.shape(x) != np.shape(other[p]):
+                raise ValueError(
+                    f"{p}: model {i} has shape {np.shape(other[p])}, the base"
+                    f" {np.shape(x)}"
+                )

@@ -1,0 +1,102 @@
+"""Merging by angles: SLERP on parameters, Model Stock on task vectors."""
+
+import itertools
+from typing import Any, Literal
+
+import jax.numpy as jnp
+
+from multitask_jax.merging.core import Array, Leaf, Measure, Transform, Values
+from multitask_jax.merging.transforms import _choose, _sum
+
+
+def _gram(values: Values, leaf: Leaf, stats: tuple[Any, ...]) -> Values:
+    """Terms of <v_i, v_j>, i <= j, in the order of combinations_with_replacement."""
+    return tuple(
+        a * b for a, b in itertools.combinations_with_replacement(values, 2)
+    )
+
+
+def _cosines(gram: dict[tuple[int, int], Array], count: int) -> list[Array]:
+    """Pairwise cosines; 0 where a vector is zero."""
+    out = []
+    for i, j in itertools.combinations(range(count), 2):
+        norm = jnp.sqrt(gram[i, i] * gram[j, j])
+        cos = gram[i, j] / jnp.where(norm > 0, norm, 1)
+        out.append(jnp.clip(jnp.where(norm > 0, cos, 0), -1, 1))
+    return out
+
+
+def _indexed(stats: Any, count: int) -> dict[tuple[int, int], Array]:
+    pairs = itertools.combinations_with_replacement(range(count), 2)
+    return dict(zip(pairs, stats, strict=True))
+
+
+def interpolate_spherically(
+    *,
+    t: Any = 0.5,
+    parallel_cosine: float = 0.9995,
+    antiparallel: Literal["nearest", "lerp"] = "nearest",
+) -> Transform:
+    """SLERP of two tensors: sin((1 - t) a) / sin a v_0 + sin(t a) / sin a v_1.
+
+    a is the angle of the flat tensors. Near-parallel ones are interpolated linearly.
+    Antiparallel ones have no shortest arc: "nearest" keeps the direction of the nearer
+    end with the interpolated norm (a linear path would pass through zeros), "lerp" is
+    what mergekit does.
+    """
+    _choose("antiparallel", antiparallel, ("nearest", "lerp"))
+
+    def apply(values: Values, leaf: Leaf, stats: tuple[Any, ...]) -> Values:
+        v0, v1 = values
+        n00, n01, n11 = stats[0]
+        time = jnp.asarray(t, jnp.float32)
+        n0, n1 = jnp.sqrt(n00), jnp.sqrt(n11)
+        # A (near) zero vector has no direction; it counts as it is.
+        unit0, unit1 = jnp.where(n0 > 1e-8, n0, 1), jnp.where(n1 > 1e-8, n1, 1)
+        cos = jnp.clip(n01 / (unit0 * unit1), -1, 1)
+        linear = jnp.abs(cos) > parallel_cosine
+        angle = jnp.arccos(jnp.where(linear, 0, cos))
+        a = jnp.where(linear, 1 - time, jnp.sin((1 - time) * angle) / jnp.sin(angle))
+        b = jnp.where(linear, time, jnp.sin(time * angle) / jnp.sin(angle))
+        if antiparallel == "nearest":
+            opposite = cos < -parallel_cosine
+            norm = (1 - time) * n0 + time * n1
+            a = jnp.where(opposite, jnp.where(time <= 0.5, norm / unit0, 0), a)
+            b = jnp.where(opposite, jnp.where(time <= 0.5, 0, norm / unit1), b)
+        return (a.astype(v0.dtype) * v0 + b.astype(v1.dtype) * v1,)
+
+    return Transform(apply, (Measure("sum", "tensor", _gram),))
+
+
+def stock(*, filter_wise: bool = False) -> Transform:
+    """Model Stock: t mean(tau), t = N c / (1 + (N - 1) c), c = mean pairwise cosine.
+
+    Args:
+      filter_wise: an angle for each row (last axis) instead of one for the tensor.
+
+    Raises:
+      ValueError: fewer than two models (there is no angle between one).
+    """
+
+    def ratio(gram: dict[tuple[int, int], Array], count: int) -> Array:
+        if count < 2:
+            raise ValueError(f"model_stock needs at least 2 models, got {count}")
+        cosines = _cosines(gram, count)
+        c = _sum(cosines) / len(cosines)
+        divisor = 1 + (count - 1) * c
+        return count * c / jnp.where(jnp.abs(divisor) < 1e-6, 1e-6, divisor)
+
+    def apply(values: Values, leaf: Leaf, stats: tuple[Any, ...]) -> Values:
+        count = len(values)
+        if filter_wise:
+            terms = _gram(values, leaf, ())
+            sums = [jnp.sum(x, axis=-1, keepdims=True) if x.ndim else x for x in terms]
+            gram = _indexed(sums, count)
+        else:
+            gram = _indexed(stats[0], count)
+        mean = _sum(values) / count
+        return (ratio(gram, count).astype(mean.dtype) * mean,)
+
+    if filter_wise:
+        return Transform(apply, needs="row")
+    return Transform(apply, (Measure("sum", "tensor", _gram),))

@@ -1,0 +1,139 @@
+"""Published methods by name, each a short chain. METHODS maps names to recipes.
+
+To add one: write the function, with keyword arguments named as the command line's flags
+(density, scale, t, ...), and enter it in METHODS; its docstring's first line is its
+`--help`. The contract tests pick it up from there.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from multitask_jax.merging import geometry
+from multitask_jax.merging import transforms as tf
+from multitask_jax.merging.core import Method, Scope, chain
+
+Density = float | Sequence[float]
+
+
+def linear(*, normalise: bool = True) -> Method:
+    """Model soup: weighted average of the parameters, sum w theta / sum w."""
+    return Method(
+        (tf.weighted_sum(normalise=normalise),), start="parameters", end="parameters"
+    )
+
+
+def task_arithmetic(*, scale: Any = 1.0, normalise: bool = False) -> Method:
+    """Task arithmetic: theta_0 + lambda sum w tau (papers use lambda .1 to 1)."""
+    return chain(tf.weighted_sum(normalise=normalise), tf.scale(scale))
+
+
+def _combine(combine: tf.Combine, normalise: tf.Normalise) -> tf.Transform:
+    tf._choose("combine", combine, ("mean", "sum", "max"))
+    if combine == "mean":
+        return tf.disjoint_mean(normalise=normalise)
+    return tf.weighted_sum() if combine == "sum" else tf.max_magnitude()
+
+
+def ties(
+    *,
+    density: Density = 0.2,
+    scale: Any = 1.0,
+    trim_scope: Scope = "model",
+    election: tf.Election = "mass",
+    zero_sign: tf.ZeroSign = "majority",
+    combine: tf.Combine = "mean",
+    normalise: tf.Normalise = "weights",
+    rescale: Literal["none", "l1"] = "none",
+) -> Method:
+    """TIES-Merging: trim small changes, elect a sign, average those that agree.
+
+    mergekit's variant: trim_scope="tensor", election="weighted_mass",
+    zero_sign="positive". PEFT's: trim_scope="tensor", election="mass" (or
+    "frequency"), zero_sign="positive", normalise="count".
+    """
+    return chain(
+        tf.trim(density=density, scope=trim_scope, rescale=rescale),
+        tf.elect_sign(election=election, zero_sign=zero_sign),
+        _combine(combine, normalise),
+        tf.scale(scale),
+    )
+
+
+def dare(
+    *,
+    density: Density = 0.5,
+    scale: Any = 1.0,
+    rescale: Literal["density", "l1", "none"] = "density",
+    normalise: bool = False,
+    seed: int = 0,
+) -> Method:
+    """DARE: drop changes at random, rescale the rest, then task arithmetic."""
+    return chain(
+        tf.drop(density=density, rescale=rescale, seed=seed),
+        tf.weighted_sum(normalise=normalise),
+        tf.scale(scale),
+    )
+
+
+def dare_ties(
+    *,
+    density: Density = 0.5,
+    scale: Any = 1.0,
+    election: tf.Election = "mass",
+    zero_sign: tf.ZeroSign = "majority",
+    combine: tf.Combine = "mean",
+    normalise: tf.Normalise = "weights",
+    rescale: Literal["density", "l1", "none"] = "density",
+    seed: int = 0,
+) -> Method:
+    """DARE, then the sign election and disjoint mean of TIES (no second trim)."""
+    return chain(
+        tf.drop(density=density, rescale=rescale, seed=seed),
+        tf.elect_sign(election=election, zero_sign=zero_sign),
+        _combine(combine, normalise),
+        tf.scale(scale),
+    )
+
+
+def magnitude_prune(
+    *,
+    density: Density = 0.2,
+    scale: Any = 1.0,
+    trim_scope: Scope = "tensor",
+    rescale: Literal["none", "l1"] = "none",
+) -> Method:
+    """Magnitude pruning: trim small changes, then a weighted sum of the rest."""
+    return chain(
+        tf.trim(density=density, scope=trim_scope, rescale=rescale),
+        tf.weighted_sum(),
+        tf.scale(scale),
+    )
+
+
+def slerp(
+    *, t: Any = 0.5, antiparallel: Literal["nearest", "lerp"] = "nearest"
+) -> Method:
+    """SLERP: spherical interpolation of two models, --t of the way to the second."""
+    return Method(
+        (geometry.interpolate_spherically(t=t, antiparallel=antiparallel),),
+        start="parameters",
+        end="parameters",
+        models=2,
+    )
+
+
+def model_stock(*, filter_wise: bool = False) -> Method:
+    """Model Stock: average task vector, shrunk by the angles between models."""
+    return chain(geometry.stock(filter_wise=filter_wise))
+
+
+METHODS: dict[str, Callable[..., Method]] = {
+    "linear": linear,
+    "task_arithmetic": task_arithmetic,
+    "ties": ties,
+    "dare": dare,
+    "dare_ties": dare_ties,
+    "magnitude_prune": magnitude_prune,
+    "slerp": slerp,
+    "model_stock": model_stock,
+}

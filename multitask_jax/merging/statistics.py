@@ -1,0 +1,96 @@
+"""Whole-tensor and whole-model reductions in JAX, exact where they count.
+
+Exact order statistics and counts use no sort (slow on a CPU, a gather on a mesh): only
+comparisons and integer sums, which a mesh turns into psums of a few scalars.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+Array = jax.Array
+# Counts go past int32 (a 70 B model), so they are held as high * 2**16 + low.
+BITS = 16
+LOW = (1 << BITS) - 1
+
+
+def magnitude_bits(x: Array) -> Array:
+    """int32 keys that order like |x|: a float's bits without the sign."""
+    bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
+    return bits & jnp.int32(0x7FFFFFFF)
+
+
+def total(leaves: Sequence[Array]) -> Array:
+    """Sum over all entries of all leaves, left to right, in float32.
+
+    The last axis is summed on its own first, which keeps the rounding error of big
+    matrices at that of a vector.
+    """
+    out = jnp.float32(0)
+    for x in leaves:
+        x = x.astype(jnp.float32)
+        out = out + jnp.sum(jnp.sum(x, axis=-1) if x.ndim else x)
+    return out
+
+
+def count(leaves: Sequence[Array]) -> tuple[Array, Array]:
+    """Exact number of True entries, as (high, low): high * 2**16 + low."""
+    high, low = jnp.int32(0), jnp.int32(0)
+    for x in leaves:
+        for part in _partial_counts(x):
+            high = high + (part >> BITS)
+            low = low + (part & LOW)
+        high, low = high + (low >> BITS), low & LOW
+    return high, low
+
+
+def _partial_counts(x: Array) -> list[Array]:
+    """Counts that each fit int32."""
+    if x.size < 2**31:
+        return [jnp.sum(x, dtype=jnp.int32)]
+    # Rows fit; a sum of at most 2**31 // len(rows) rows fits too.
+    rows = jnp.sum(x, axis=-1, dtype=jnp.int32).reshape(-1)
+    step = max(1, (2**31 - 1) // x.shape[-1])
+    return [
+        jnp.sum(rows[i : i + step], dtype=jnp.int32) for i in range(0, len(rows), step)
+    ]
+
+
+def split(n: int) -> tuple[int, int]:
+    """A Python integer as (high, low), before/after: 65537 -> (1, 1)."""
+    return n >> BITS, n & LOW
+
+
+def at_least(a: tuple[Any, Any], b: tuple[Any, Any]) -> Array:
+    """a >= b for (high, low) numbers."""
+    return (a[0] > b[0]) | ((a[0] == b[0]) & (a[1] >= b[1]))
+
+
+def kth_magnitude(leaves: Sequence[Array], k: int) -> Array:
+    """The k-th largest |x| over all leaves (k = 1: the largest), exactly.
+
+    Finds the largest key that at least k entries reach, bit by bit from the top: 31
+    counting passes.
+    """
+    keys = [lax.stop_gradient(magnitude_bits(x)) for x in leaves if x.size]
+    size = sum(x.size for x in keys)
+    if not 1 <= k <= size:
+        raise ValueError(f"got k = {k}, expected 1..{size}")
+    wanted = split(k)
+
+    def try_bit(i: Array, key: Array) -> Array:
+        higher = key | (jnp.int32(1) << (30 - i))
+        enough = at_least(count([x >= higher for x in keys]), wanted)
+        return jnp.where(enough, higher, key)
+
+    key = lax.fori_loop(0, 31, try_bit, jnp.int32(0))
+    return lax.bitcast_convert_type(key, jnp.float32)
+
+
+def to_float(number: tuple[Any, Any]) -> np.float64:
+    """A host-side (high, low) number as float64 (exact below 2**53)."""
+    return np.float64(int(number[0]) * (1 << BITS) + int(number[1]))

@@ -1,0 +1,281 @@
+"""Task-vector transformations. Each is one equation of one paper.
+
+tau_t is the task vector of model t, w_t its weight, tau^ what is left after trimming.
+Sums over models are unrolled from left to right, so that a chunk, a shard and a whole
+tensor give the same bits.
+"""
+
+import functools
+import operator
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax.numpy as jnp
+
+from multitask_jax.merging.core import Array, Leaf, Measure, Scope, Transform, Values
+from multitask_jax.merging.random import path_seed, uniform
+from multitask_jax.merging.statistics import at_least
+
+Election = Literal["mass", "weighted_mass", "frequency"]
+ZeroSign = Literal["majority", "positive", "negative", "zero"]
+Combine = Literal["mean", "sum", "max"]
+Normalise = Literal["weights", "count"]
+
+
+def _sum(values: Sequence[Any]) -> Any:
+    """Left to right; never jnp.sum over a stacked axis (see the module docstring)."""
+    return functools.reduce(operator.add, values)
+
+
+def _choose(name: str, value: str, options: tuple[str, ...]) -> None:
+    if value not in options:
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(options)}")
+
+
+def _densities(density: float | Sequence[float]) -> tuple[float, ...]:
+    out = tuple(density) if isinstance(density, (tuple, list)) else (float(density),)
+    for d in out:
+        if not 0 < d <= 1:
+            raise ValueError(f"density: got {d}, expected a number in (0, 1]")
+    return out
+
+
+def _per_model(xs: tuple[Any, ...], count: int, name: str) -> tuple[Any, ...]:
+    if len(xs) not in (1, count):
+        raise ValueError(f"{name}: got {len(xs)} for {count} models; give 1 or {count}")
+    return xs * count if len(xs) == 1 else xs
+
+
+def _l1_measure(kept: Any) -> Measure:
+    """Per tensor: sum |tau_t| and sum |kept_t|, for rescaling to the old L1 norm."""
+    return Measure(
+        "sum",
+        "tensor",
+        lambda v, leaf, stats: tuple(
+            jnp.abs(x) for x in (*v, *kept(v, leaf, stats[:1]))
+        ),
+    )
+
+
+def _rescale_l1(kept: Values, sums: Sequence[Array]) -> Values:
+    """Scales kept entries to the L1 norm before (unchanged where all were zero)."""
+    count = len(kept)
+    return tuple(
+        x * jnp.where(after > 0, before / jnp.where(after > 0, after, 1), 1)
+        for x, before, after in zip(kept, sums[:count], sums[count:], strict=True)
+    )
+
+
+def trim(
+    *,
+    density: float | Sequence[float] = 0.2,
+    scope: Scope = "model",
+    rescale: Literal["none", "l1"] = "none",
+) -> Transform:
+    """Keeps the largest |tau_t|, zeroes the rest (TIES, step 1).
+
+    scope="model" (the paper): over all d values as one vector, |tau| >= the k-th
+    smallest with k = d - int(density d), so int(density d) + 1 values and all that
+    equal the last. scope="tensor" (mergekit, PEFT): int(density n) values of each
+    tensor, at least one; values that equal the last are all kept.
+
+    Args:
+      density: share that is kept, one for all or one per model.
+      scope: over the whole model or per tensor.
+      rescale: "l1" scales what is kept to the L1 norm before, per tensor (mergekit).
+
+    Raises:
+      ValueError: density outside (0, 1], unknown scope or rescale.
+    """
+    _choose("trim scope", scope, ("model", "tensor"))
+    _choose("rescale", rescale, ("none", "l1"))
+
+    def rank(density: float) -> Any:
+        if scope == "model":
+            return lambda d: min(d, int(d * density) + 1)
+        return lambda n: min(n, max(1, int(n * density)))
+
+    def kept(values: Values, leaf: Leaf, stats: tuple[Any, ...]) -> Values:
+        return tuple(
+            jnp.where(jnp.abs(tau.astype(jnp.float32)) >= threshold, tau, 0)
+            for tau, threshold in zip(values, stats[0], strict=True)
+        )
+
+    def apply(values: Values, leaf: Leaf, stats: tuple[Any, ...]) -> Values:
+        out = kept(values, leaf, stats)
+        return _rescale_l1(out, stats[1]) if rescale == "l1" else out
+
+    threshold = Measure(
+        "kth",
+        scope,
+        lambda values, leaf, stats: values,
+        tuple(rank(d) for d in _densities(density)),
+    )
+    measures = (threshold, _l1_measure(kept)) if rescale == "l1" else (threshold,)
+    return Transform(apply, measures, trims=True)
+
+
+def drop(
+    *,
+    density: float | Sequence[float] = 0.5,
+    rescale: Literal["density", "l1", "none"] = "density",
+    seed: int = 0,
+) -> Transform:
+    """Keeps each entry with probability `density` (DARE).
+
+    Args:
+      density: probability to keep, one for all or one per model.
+      rescale: "density" divides by it (the paper), "l1" scales to the L1 norm before
+        (mergekit), "none" leaves as is.
+      seed: same seed, same mask, whatever the sharding or the order of tensors.
+
+    Raises:
+      ValueError: density outside (0, 1], unknown rescale.
+    """
+    _choose("rescale", rescale, ("density", "l1", "none"))
+    densities = _densities(density)
+
+    def masked(values: Values, leaf: Leaf, stats: tuple[Any, ...]) -> Values:
+        keep = _per_model(densities, len(values), "density")
+        return tuple(
+            jnp.where(
+                uniform(tau.shape, seed=leaf.setting, model=t, offset=leaf.offset)
+                < keep[t],
+                tau,
+                0,
+            )
+            for t, tau in enumerate(values)
+        )
+
+    def apply(values: Values, leaf: Leaf, stats: tuple[Any, ...]) -> Values:
+        out = masked(values, leaf, stats)
+        if rescale == "density":
+            keep = _per_model(densities, len(values), "density")
+            return tuple(x / p for x, p in zip(out, keep, strict=True))
+        return _rescale_l1(out, stats[0]) if rescale == "l1" else out
+
+    return Transform(
+        apply,
+        measures=(_l1_measure(masked),) if rescale == "l1" else (),
+        settings=lambda paths: {p: path_seed(p, seed) for p in paths},
+        trims=True,
+    )
+
+
+def elect_sign(
+    *, election: Election = "mass", zero_sign: ZeroSign = "majority"
+) -> Transform:
+    """Zeroes the entries whose sign was not elected (TIES, step 2).
+
+    gamma = sgn(sum_t e_t), with e_t = tau^_t ("mass", the paper and PEFT's "total"),
+    w_t tau^_t ("weighted_mass", mergekit) or sgn(tau^_t) ("frequency", PEFT).
+
+    Args:
+      election: what votes.
+      zero_sign: gamma where the sum is 0: "majority" of all elected signs of the whole
+        model (the paper), "positive" (mergekit, PEFT), "negative", or "zero" (no
+        entry is kept).
+
+    Raises:
+      ValueError: unknown election or zero_sign.
+    """
+    _choose("election", election, ("mass", "weighted_mass", "frequency"))
+    _choose("zero_sign", zero_sign, ("majority", "positive", "negative", "zero"))
+
+    def votes(values: Values, leaf: Leaf) -> Values:
+        if election == "weighted_mass":
+            return tuple(w * v for w, v in zip(leaf.weights, values, strict=True))
+        return values
+
+    def sums(e: Values) -> Array:
+        return _sum([jnp.sign(v) for v in e] if election == "frequency" else e)
+
+    def elected(values: Values, leaf: Leaf, stats: tuple[Any, ...]) -> Values:
+        s = sums(votes(values, leaf))
+        return (s > 0, s < 0)
+
+    def apply(values: Values, leaf: Leaf, stats: tuple[Any, ...]) -> Values:
+        e = votes(values, leaf)
+        gamma = jnp.sign(sums(e))
+        if zero_sign == "majority":
+            positive, negative = stats[0]
+            other = jnp.where(at_least(negative, positive), -1.0, 1.0)
+            # An exact draw of the whole model: the sign of 0 + 0 is no sign at all.
+            other = jnp.where(
+                at_least(negative, positive) & at_least(positive, negative), 0.0, other
+            )
+        else:
+            other = {"positive": 1.0, "negative": -1.0, "zero": 0.0}[zero_sign]
+        gamma = jnp.where(gamma == 0, jnp.asarray(other, gamma.dtype), gamma)
+        return tuple(
+            jnp.where(jnp.sign(v) * gamma > 0, tau, 0)
+            for v, tau in zip(e, values, strict=True)
+        )
+
+    majority = Measure("count", "model", elected)
+    return Transform(apply, (majority,) if zero_sign == "majority" else ())
+
+
+def disjoint_mean(*, normalise: Normalise = "weights") -> Transform:
+    """Mean over the models that are not zero at an entry (TIES, step 3).
+
+    sum_t w_t tau^_t / sum_t w_t [tau^_t != 0], 0 where no model is left; "count"
+    divides by the number of such models instead (PEFT).
+    """
+    _choose("normalise", normalise, ("weights", "count"))
+
+    def apply(values: Values, leaf: Leaf, stats: tuple[Any, ...]) -> Values:
+        present = [v != 0 for v in values]
+        weights = leaf.weights if normalise == "weights" else (1.0,) * len(values)
+        divisor = _sum(
+            [jnp.where(p, w, 0.0) for p, w in zip(present, weights, strict=True)]
+        )
+        divisor = jnp.where(divisor == 0, 1, divisor)
+        return (_weighted(values, leaf.weights) / divisor.astype(values[0].dtype),)
+
+    return Transform(apply)
+
+
+def _weighted(values: Values, weights: Sequence[Any]) -> Array:
+    return _sum([w * v for w, v in zip(weights, values, strict=True)])
+
+
+def weighted_sum(*, normalise: bool = False) -> Transform:
+    """sum_t w_t tau_t, divided by sum_t w_t if `normalise` (guarding a zero sum)."""
+
+    def apply(values: Values, leaf: Leaf, stats: tuple[Any, ...]) -> Values:
+        out = _weighted(values, leaf.weights)
+        if not normalise:
+            return (out,)
+        divisor = _sum(leaf.weights)
+        small = jnp.abs(jnp.asarray(divisor)) < 1e-8
+        return (out / jnp.where(small, 1, divisor).astype(out.dtype),)
+
+    return Transform(apply)
+
+
+def max_magnitude() -> Transform:
+    """The entry w_t tau_t of largest magnitude; the first model wins a tie."""
+
+    def apply(values: Values, leaf: Leaf, stats: tuple[Any, ...]) -> Values:
+        weighted = [w * v for w, v in zip(leaf.weights, values, strict=True)]
+        larger = lambda a, b: jnp.where(jnp.abs(b) > jnp.abs(a), b, a)  # noqa: E731
+        return (functools.reduce(larger, weighted),)
+
+    return Transform(apply)
+
+
+def scale(factor: Any) -> Transform:
+    """lambda tau; the factor may be traced (vmap a sweep, take a gradient)."""
+    return Transform(
+        lambda values, leaf, stats: tuple(
+            v * jnp.asarray(factor, v.dtype) for v in values
+        )
+    )
+
+
+def subtract_base() -> Transform:
+    """theta - theta_0: from merged parameters back to a task vector."""
+    return Transform(
+        lambda values, leaf, stats: tuple(v - leaf.base for v in values)
+    )
