@@ -1,4 +1,4 @@
-"""safetensors, memory-mapped in and written in place: one file, or shards with an index.
+"""safetensors, memory-mapped in and written in place: one file, or indexed shards.
 
 The header is parsed here rather than by the `safetensors` package because that package
 hands out whole tensors only; a merge reads and writes slices of them.
@@ -62,7 +62,9 @@ def _json(text: bytes, where: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as e:
         raise CheckpointError(f"{where}: not valid JSON: {e}") from None
     if not isinstance(out, dict):
-        raise CheckpointError(f"{where}: got a JSON {type(out).__name__}, not an object")
+        raise CheckpointError(
+            f"{where}: got a JSON {type(out).__name__}, not an object"
+        )
     return out
 
 
@@ -167,7 +169,9 @@ class SafetensorsReader:
                     )
                 self._home[name] = file
                 self.tensors[name] = info
-        self.aliases = self._tied() if path.is_dir() else {}
+        self.aliases: dict[str, str] = {}
+        if path.is_dir():
+            self.aliases = self._tied()
         for alias in self.aliases:
             del self.tensors[alias]
 
@@ -196,7 +200,9 @@ class SafetensorsReader:
         words = ("embed", "wte", "shared", "lm_head", "output", "decoder.weight")
         groups: dict[Any, list[str]] = {}
         for name, info in self.tensors.items():
-            if len(info.shape) == 2 and any(word in name for word in words):
+            in_block = any(part.isdigit() for part in name.split("."))
+            candidate = len(info.shape) == 2 and not in_block
+            if candidate and any(word in name for word in words):
                 groups.setdefault((info.shape, info.dtype), []).append(name)
         aliases: dict[str, str] = {}
         for names in groups.values():

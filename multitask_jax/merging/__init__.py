@@ -12,6 +12,7 @@ from multitask_jax.merging.core import (
     chain,
     merge,
 )
+from multitask_jax.merging.disk import MergeResult, merge_checkpoints
 from multitask_jax.merging.geometry import interpolate_spherically, stock
 from multitask_jax.merging.interference import analyse
 from multitask_jax.merging.lines import scale_by_depth, with_lines
@@ -26,7 +27,6 @@ from multitask_jax.merging.recipes import (
     task_arithmetic,
     ties,
 )
-from multitask_jax.merging.streaming import MergeResult, merge_checkpoints
 from multitask_jax.merging.transforms import (
     disjoint_mean,
     drop,

@@ -10,6 +10,8 @@ mesh.
 Legend: T models; values are tuples of T arrays, all of the tensor's (or chunk's) shape.
 """
 
+import functools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -131,6 +133,19 @@ def run_transforms(
     return values
 
 
+def unchanged(values: Values, leaf: Leaf, stats: tuple[Any, ...]) -> Values:
+    """A measure of the values as they are (the stream then stays on the host)."""
+    return values
+
+
+def add_up(values: Sequence[Any]) -> Any:
+    """Sum from left to right: chunks, shards and whole tensors give the same bits.
+
+    `jnp.sum` over a stacked axis does not: it may add in another order.
+    """
+    return functools.reduce(operator.add, values)
+
+
 def start_values(method: Method, base: Array, models: Values) -> Values:
     """tau_t = theta_t - theta_0, or theta_t for methods on the parameters."""
     if method.start == "parameters":
@@ -193,7 +208,7 @@ def merge(
         for p, keep in zip(bases, chosen, strict=True)
         if keep and is_float(_dtype(bases[p], p))
     ]
-    settings = settings_of(method, paths)
+    settings = settings_of(method, list(bases))
     leaves: dict[str, Leaf] = {}
     values: dict[str, Values] = {}
     for p in paths:
@@ -237,18 +252,22 @@ def _reduce(m: Measure, leaves: Sequence[Values]) -> tuple[Any, ...]:
         return tuple(statistics.total(c) for c in columns)
     if m.kind == "count":
         return tuple(statistics.count(c) for c in columns)
-    assert m.rank is not None
-    ranks = m.rank * len(columns) if len(m.rank) == 1 else m.rank
-    if len(ranks) != len(columns):
-        raise ValueError(
-            f"got {len(ranks)} densities for {len(columns)} models; give one, or one"
-            " per model"
-        )
     size = sum(x.size for x in columns[0])
     return tuple(
-        statistics.kth_magnitude(c, r(size)) if size else jnp.float32(0)
-        for c, r in zip(columns, ranks, strict=True)
+        statistics.kth_magnitude(c, k) if size else jnp.float32(0)
+        for c, k in zip(columns, ranks_of(m, size, len(columns)), strict=True)
     )
+
+
+def ranks_of(m: Measure, size: int, terms: int) -> list[int]:
+    """The rank wanted of each of a kth measure's terms, of `size` entries in scope."""
+    assert m.rank is not None
+    ranks = m.rank * terms if len(m.rank) == 1 else m.rank
+    if len(ranks) != terms:
+        raise ValueError(
+            f"got {len(ranks)} densities for {terms} models; give one, or one per model"
+        )
+    return [r(size) for r in ranks]
 
 
 def _dtype(x: Any, path: str) -> np.dtype:

@@ -5,15 +5,13 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from multitask_jax.merging.core import Array, Leaf, Measure, Transform, Values
-from multitask_jax.merging.transforms import _choose, _sum
+from multitask_jax.merging.core import Array, Leaf, Measure, Transform, Values, add_up
+from multitask_jax.merging.transforms import _choose
 
 
 def _gram(values: Values, leaf: Leaf, stats: tuple[Any, ...]) -> Values:
     """Terms of <v_i, v_j>, i <= j, in the order of combinations_with_replacement."""
-    return tuple(
-        a * b for a, b in itertools.combinations_with_replacement(values, 2)
-    )
+    return tuple(a * b for a, b in itertools.combinations_with_replacement(values, 2))
 
 
 def _cosines(gram: dict[tuple[int, int], Array], count: int) -> list[Array]:
@@ -68,21 +66,30 @@ def interpolate_spherically(
     return Transform(apply, (Measure("sum", "tensor", _gram),))
 
 
-def stock(*, filter_wise: bool = False) -> Transform:
+def stock(
+    *, filter_wise: bool = False, average: Literal["cosines", "angles"] = "cosines"
+) -> Transform:
     """Model Stock: t mean(tau), t = N c / (1 + (N - 1) c), c = mean pairwise cosine.
 
     Args:
       filter_wise: an angle for each row (last axis) instead of one for the tensor.
+      average: c is the mean of "cosines", or the cosine of the mean of "angles"
+        (FusionBench); the same for two models.
 
     Raises:
-      ValueError: fewer than two models (there is no angle between one).
+      ValueError: unknown average, fewer than two models (there is no angle between one).
     """
+
+    _choose("average", average, ("cosines", "angles"))
 
     def ratio(gram: dict[tuple[int, int], Array], count: int) -> Array:
         if count < 2:
             raise ValueError(f"model_stock needs at least 2 models, got {count}")
         cosines = _cosines(gram, count)
-        c = _sum(cosines) / len(cosines)
+        if average == "angles":
+            c = jnp.cos(add_up([jnp.arccos(x) for x in cosines]) / len(cosines))
+        else:
+            c = add_up(cosines) / len(cosines)
         divisor = 1 + (count - 1) * c
         return count * c / jnp.where(jnp.abs(divisor) < 1e-6, 1e-6, divisor)
 
@@ -94,7 +101,7 @@ def stock(*, filter_wise: bool = False) -> Transform:
             gram = _indexed(sums, count)
         else:
             gram = _indexed(stats[0], count)
-        mean = _sum(values) / count
+        mean = add_up(values) / count
         return (ratio(gram, count).astype(mean.dtype) * mean,)
 
     if filter_wise:

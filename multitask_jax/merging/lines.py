@@ -48,7 +48,9 @@ def scale_by_depth(
         ) * jnp.asarray(leaf.setting, leaf.base.dtype)
         return tuple(factor * v for v in values)
 
-    return Transform(apply, settings=lambda paths: relative_depths(paths, block_pattern))
+    return Transform(
+        apply, settings=lambda paths: relative_depths(paths, block_pattern)
+    )
 
 
 def with_lines(

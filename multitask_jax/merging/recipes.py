@@ -122,9 +122,11 @@ def slerp(
     )
 
 
-def model_stock(*, filter_wise: bool = False) -> Method:
+def model_stock(
+    *, filter_wise: bool = False, average: Literal["cosines", "angles"] = "cosines"
+) -> Method:
     """Model Stock: average task vector, shrunk by the angles between models."""
-    return chain(geometry.stock(filter_wise=filter_wise))
+    return chain(geometry.stock(filter_wise=filter_wise, average=average))
 
 
 METHODS: dict[str, Callable[..., Method]] = {

@@ -6,13 +6,21 @@ tensor give the same bits.
 """
 
 import functools
-import operator
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from multitask_jax.merging.core import Array, Leaf, Measure, Scope, Transform, Values
+from multitask_jax.merging.core import (
+    Array,
+    Leaf,
+    Measure,
+    Scope,
+    Transform,
+    Values,
+    add_up,
+    unchanged,
+)
 from multitask_jax.merging.random import path_seed, uniform
 from multitask_jax.merging.statistics import at_least
 
@@ -20,11 +28,6 @@ Election = Literal["mass", "weighted_mass", "frequency"]
 ZeroSign = Literal["majority", "positive", "negative", "zero"]
 Combine = Literal["mean", "sum", "max"]
 Normalise = Literal["weights", "count"]
-
-
-def _sum(values: Sequence[Any]) -> Any:
-    """Left to right; never jnp.sum over a stacked axis (see the module docstring)."""
-    return functools.reduce(operator.add, values)
 
 
 def _choose(name: str, value: str, options: tuple[str, ...]) -> None:
@@ -108,7 +111,7 @@ def trim(
     threshold = Measure(
         "kth",
         scope,
-        lambda values, leaf, stats: values,
+        unchanged,
         tuple(rank(d) for d in _densities(density)),
     )
     measures = (threshold, _l1_measure(kept)) if rescale == "l1" else (threshold,)
@@ -188,7 +191,7 @@ def elect_sign(
         return values
 
     def sums(e: Values) -> Array:
-        return _sum([jnp.sign(v) for v in e] if election == "frequency" else e)
+        return add_up([jnp.sign(v) for v in e] if election == "frequency" else e)
 
     def elected(values: Values, leaf: Leaf, stats: tuple[Any, ...]) -> Values:
         s = sums(votes(values, leaf))
@@ -227,7 +230,7 @@ def disjoint_mean(*, normalise: Normalise = "weights") -> Transform:
     def apply(values: Values, leaf: Leaf, stats: tuple[Any, ...]) -> Values:
         present = [v != 0 for v in values]
         weights = leaf.weights if normalise == "weights" else (1.0,) * len(values)
-        divisor = _sum(
+        divisor = add_up(
             [jnp.where(p, w, 0.0) for p, w in zip(present, weights, strict=True)]
         )
         divisor = jnp.where(divisor == 0, 1, divisor)
@@ -237,7 +240,7 @@ def disjoint_mean(*, normalise: Normalise = "weights") -> Transform:
 
 
 def _weighted(values: Values, weights: Sequence[Any]) -> Array:
-    return _sum([w * v for w, v in zip(weights, values, strict=True)])
+    return add_up([w * v for w, v in zip(weights, values, strict=True)])
 
 
 def weighted_sum(*, normalise: bool = False) -> Transform:
@@ -247,7 +250,7 @@ def weighted_sum(*, normalise: bool = False) -> Transform:
         out = _weighted(values, leaf.weights)
         if not normalise:
             return (out,)
-        divisor = _sum(leaf.weights)
+        divisor = add_up(leaf.weights)
         small = jnp.abs(jnp.asarray(divisor)) < 1e-8
         return (out / jnp.where(small, 1, divisor).astype(out.dtype),)
 
@@ -276,6 +279,4 @@ def scale(factor: Any) -> Transform:
 
 def subtract_base() -> Transform:
     """theta - theta_0: from merged parameters back to a task vector."""
-    return Transform(
-        lambda values, leaf, stats: tuple(v - leaf.base for v in values)
-    )
+    return Transform(lambda values, leaf, stats: tuple(v - leaf.base for v in values))

@@ -1,0 +1,1 @@
+"""Linear scripts, one a system: `python -m experiments.NAME --help`."""

@@ -1,0 +1,242 @@
+"""What a merge from disk will do, decided and checked before any weights are read."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from multitask_jax import tree
+from multitask_jax.checkpoints import CheckpointError, Reader, TensorInfo
+from multitask_jax.merging.core import Method, is_float
+
+CHUNK = 1 << 18  # entries that are computed at once
+# Chunks are padded to one of these, so that few programs are compiled.
+BUCKETS = (1 << 12, 1 << 16, CHUNK)
+
+
+class Entry(NamedTuple):
+    """A tensor that is merged."""
+
+    path: str
+    shape: tuple[int, ...]
+    size: int
+    base: np.dtype
+    models: tuple[np.dtype, ...]
+    compute: np.dtype  # float32 or float64
+    out: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes read in one pass."""
+        return self.size * sum(np.dtype(d).itemsize for d in (self.base, *self.models))
+
+
+class Pass(NamedTuple):
+    """One reading of the inputs: statistics per tensor, then one of these ends.
+
+    Each is (transform, measure). `model` is a statistic over the whole model; a pass
+    without one applies the chain and writes.
+    """
+
+    tensor: tuple[tuple[int, int], ...]
+    model: tuple[int, int] | None
+
+
+class Plan(NamedTuple):
+    """Tensors in file order, and what to say about them."""
+
+    merged: tuple[Entry, ...]
+    copied: tuple[TensorInfo, ...]  # from the base, as they are
+    outputs: tuple[TensorInfo, ...]
+    passes: tuple[Pass, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of all inputs, read once."""
+        return sum(e.nbytes for e in self.merged) + sum(c.nbytes for c in self.copied)
+
+    @property
+    def write_bytes(self) -> int:
+        """Bytes of the output's tensors."""
+        return sum(t.nbytes for t in self.outputs)
+
+
+def plan_passes(method: Method) -> tuple[Pass, ...]:
+    """Cuts a chain where a whole-model statistic must be known before going on."""
+    out: list[Pass] = []
+    tensor: list[tuple[int, int]] = []
+    for i, transform in enumerate(method.transforms):
+        for j, measure in enumerate(transform.measures):
+            if measure.scope == "tensor":
+                tensor.append((i, j))
+            else:
+                out.append(Pass(tuple(tensor), (i, j)))
+                tensor = []
+    return (*out, Pass(tuple(tensor), None))
+
+
+def plan_merge(
+    method: Method,
+    base: Reader,
+    models: Sequence[Reader],
+    *,
+    include: str | None = None,
+    exclude: str | None = None,
+    dtype: np.dtype | None = None,
+    out_dtype: np.dtype | None = None,
+    allow_missing: Literal["", "base"] = "",
+) -> Plan:
+    """Aligns the tensors of base and models by name.
+
+    Args:
+      method: the chain.
+      base, models: open checkpoints.
+      include, exclude: regexes; other tensors are copied from the base.
+      dtype: of the computation (float32; float64 for float64 tensors).
+      out_dtype: of merged tensors; by default each keeps the base's.
+      allow_missing: "base" copies tensors that a model lacks from the base.
+
+    Raises:
+      CheckpointError: names or shapes differ; lists them.
+      ValueError: a regex matches nothing.
+    """
+    paths = list(base.tensors)
+    chosen = dict(
+        zip(paths, tree.select(paths, include=include, exclude=exclude), strict=True)
+    )
+    notes: list[str] = []
+    lacking = _compare(base, models, chosen, allow_missing, notes)
+    merged, copied, outputs = [], [], []
+    for path, info in base.tensors.items():
+        if not chosen[path] or path in lacking or not is_float(info.dtype):
+            copied.append(info)
+            outputs.append(info)
+            continue
+        dtypes = tuple(m.tensors[_stored(m, path)].dtype for m in models)
+        integers = [d for d in dtypes if not is_float(d)]
+        if integers:
+            raise CheckpointError(
+                f"{path}: {info.dtype} in the base, {integers[0]} in a model (a"
+                " quantised checkpoint?); convert it to floating point first, or"
+                " exclude the tensor"
+            )
+        wide = np.float64 if info.dtype == np.float64 else np.float32
+        compute = np.dtype(dtype or wide)
+        out = np.dtype(out_dtype or info.dtype)
+        merged.append(
+            Entry(path, info.shape, info.size, info.dtype, dtypes, compute, out)
+        )
+        outputs.append(TensorInfo(path, info.shape, out))
+    if not merged:
+        raise CheckpointError(f"{base.path}: no floating point tensor to merge")
+    return Plan(
+        tuple(merged),
+        tuple(copied),
+        tuple(outputs),
+        plan_passes(method),
+        tuple(notes),
+    )
+
+
+def _stored(reader: Reader, path: str) -> str:
+    return reader.aliases.get(path, path)
+
+
+def _compare(
+    base: Reader,
+    models: Sequence[Reader],
+    chosen: dict[str, bool],
+    allow_missing: str,
+    notes: list[str],
+) -> set[str]:
+    """Paths to copy because a model lacks them; raises where checkpoints differ."""
+    lacking: set[str] = set()
+    lines: list[str] = []
+    for m in models:
+        name = m.path.name or str(m.path)
+        known = set(m.tensors) | set(m.aliases)
+        missing = [p for p, keep in chosen.items() if keep and p not in known]
+        extra = [p for p in m.tensors if p not in chosen and p not in base.aliases]
+        shapes = [
+            f"{p} {m.tensors[_stored(m, p)].shape} for {base.tensors[p].shape}"
+            for p, keep in chosen.items()
+            if keep
+            and p in known
+            and m.tensors[_stored(m, p)].shape != base.tensors[p].shape
+        ]
+        if allow_missing == "base":
+            lacking.update(missing)
+            if missing:
+                notes.append(
+                    f"{_listed(missing)} missing in {name}: copied from the base."
+                )
+            if extra:
+                notes.append(f"{_listed(extra)} only in {name}: left out of the merge.")
+        else:
+            lines += [f"  missing in {name}: {_listed(missing)}"] if missing else []
+            lines += [f"  only in {name}: {_listed(extra)}"] if extra else []
+        lines += [f"  shapes in {name}: {_listed(shapes)}"] if shapes else []
+        # A head that a model stores apart, but the base ties, would be lost.
+        for alias, stored in base.aliases.items():
+            if alias in m.tensors and chosen.get(stored) and alias not in m.aliases:
+                lines.append(
+                    f"  {alias} is tied to {stored} in the base but not in {name}"
+                )
+    if lines:
+        raise CheckpointError(
+            f"the checkpoints differ from the base {base.path}:\n"
+            + "\n".join(lines)
+            + "\nMerge models of one architecture, leave tensors to the base by"
+            " exclude=REGEX, or (missing or additional tensors only) pass"
+            " allow_missing='base'"
+        )
+    return lacking
+
+
+def _listed(names: Sequence[str], most: int = 8) -> str:
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
+
+
+def peak_memory(plan: Plan, models: int, buffers: bool, resident: int = 0) -> int:
+    """Estimate of anonymous memory in bytes, the interpreter and JAX included."""
+    fixed = 330 << 20
+    chunks = 2 * 12 * (models + 1) * CHUNK * 4
+    selection = 3 * models * (1 << 22) * 4
+    names = 4000 * len(plan.outputs)
+    held = plan.write_bytes if buffers else 0
+    return fixed + chunks + selection + names + 2 * held + resident
+
+
+def describe(plan: Plan, models: Sequence[Path], memory: int) -> str:
+    """The plan in words, for `--dry_run`."""
+    d = sum(e.size for e in plan.merged)
+    kinds = sorted({str(e.out) for e in plan.merged})
+    reads = sum(sum(e.nbytes for e in plan.merged) for _ in plan.passes)
+    lines = [
+        f"tensors      {len(plan.merged)} merged ({d:,} parameters),"
+        f" {len(plan.copied)} copied from the base",
+        f"models       {len(models)}: {', '.join(p.name for p in models)}",
+        f"passes       {len(plan.passes)}"
+        f" ({', '.join(_pass_name(p) for p in plan.passes)})",
+        f"read         {human(plan.read_bytes)} of inputs, {human(reads)} over all"
+        " passes",
+        f"write        {human(plan.write_bytes)} ({', '.join(kinds)})",
+        f"peak memory  about {human(memory)}",
+    ]
+    return "\n".join([*lines, *(f"note         {n}" for n in plan.notes)])
+
+
+def _pass_name(p: Pass) -> str:
+    return "merge and write" if p.model is None else "whole-model statistic"
+
+
+def human(n: float) -> str:
+    """1536 -> "1.5 kB" (powers of 1000)."""
+    if n < 1000:
+        return f"{n:.0f} B"
+    power = min(4, int(math.log10(n) // 3))
+    return f"{n / 1000**power:.1f} {' kMGT'[power]}B"

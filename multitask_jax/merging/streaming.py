@@ -1,0 +1,405 @@
+"""The chain, streamed: a few chunks of a few tensors in memory, whatever the model.
+
+The same `Transform`s as in memory, jitted once per chunk size. What is about bits
+rather than arithmetic (thresholds, checks for NaN) is done by NumPy on the host.
+"""
+
+import functools
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from multitask_jax.checkpoints import CheckpointError, Reader, Writer
+from multitask_jax.merging import core
+from multitask_jax.merging.census import Census, count_trimmed
+from multitask_jax.merging.plan import BUCKETS, CHUNK, Entry, Pass, Plan
+from multitask_jax.merging.selection import INFINITE, Selection, bracket, keys_of
+from multitask_jax.merging.totals import KthTotal, SumTotal
+
+_SMALL = 1 << 20  # tensors up to this size keep all keys; larger ones sample a bracket
+_BATCH = 3 << 23  # entries (of all models) whose own statistics are gathered at a time
+_SLICE = 256  # neighbours in the systematic sample of the whole model
+
+
+class Chunk(NamedTuple):
+    """Entries [start, stop) of a tensor."""
+
+    entry: Entry
+    start: int
+    stop: int
+
+
+class Seen(NamedTuple):
+    """A chunk's entries: stored ones of base and models, and task vectors if needed."""
+
+    arrays: list[np.ndarray]
+    deltas: list[np.ndarray] | None
+
+
+class Stream:
+    """One merge on its way from readers to a writer."""
+
+    def __init__(
+        self,
+        method: core.Method,
+        plan: Plan,
+        readers: Sequence[Reader],
+        weights: Sequence[float],
+        *,
+        census: Census | None = None,
+        allow_nonfinite: bool = False,
+        advance: Callable[[int], None] = lambda nbytes: None,
+        threads: int = 2,
+    ):
+        """`readers`: the base, then the models. `advance` hears of bytes read."""
+        self.method, self.plan, self.readers = method, plan, tuple(readers)
+        self.weights = tuple(np.float32(w) for w in weights)
+        self.census, self.advance, self.threads = census, advance, threads
+        self._check = not allow_nonfinite
+        self._rows = any(t.needs == "row" for t in method.transforms)
+        self._unseen = {e.path for e in plan.merged}
+        paths = [t.name for t in plan.outputs]
+        self._settings = [
+            {p: jax.tree.map(_scalar, s) for p, s in of_path.items()}
+            for of_path in core.settings_of(method, paths)
+        ]
+        # Statistics known so far: of the whole model, and of the tensors at hand.
+        self._model: dict[tuple[int, int], Any] = {}
+        self._tensor: dict[tuple[str, int, int], Any] = {}
+        trims = [i for i, t in enumerate(method.transforms) if t.trims]
+        count = trims[-1] if census is not None and trims else None
+        self._programs = functools.cache(
+            lambda stage: jax.jit(
+                functools.partial(_compute, method, stage, count),
+                static_argnames=("compute", "out", "check"),
+            )
+        )
+
+    def run(self, writer: Writer) -> list[str]:
+        """All passes; returns notes on tensors that were copied."""
+        if self.census is not None and not self.census.exact:
+            sample = self._sample(self.plan.merged, _SLICE)
+            self.census.sampled(
+                [(c.entry.path, self._deltas(c, self._read(c))) for c in sample]
+            )
+        for p in self.plan.passes:
+            if p.model is None:
+                self._over_batches(p, functools.partial(self._write, writer))
+                continue
+            total = self._total(*p.model, self.plan.merged)
+            while p.model not in self._model:  # again where a bracket missed
+                self._over_batches(p, lambda c, total=total: total.add(c))
+                result = total.result()
+                if result is not None:
+                    self._model[p.model] = result
+        return self._copy(writer)
+
+    def _over_batches(self, p: Pass, work: Callable[[Chunk], None]) -> None:
+        """One reading: statistics of a few tensors, then `work` on their chunks."""
+        models = len(self.readers) - 1
+        batches = _batches(self.plan.merged, _BATCH // models) if p.tensor else None
+        for batch in batches or [self.plan.merged]:
+            for i, j in p.tensor:
+                self._tensor_statistic(batch, i, j)
+            self._sweep(work, batch)
+            self._tensor.clear()
+
+    def _sweep(self, work: Callable[[Chunk], None], entries: Sequence[Entry]) -> None:
+        parallel(work, self._chunks(entries), self.threads)
+        self._unseen.difference_update(e.path for e in entries)
+
+    def _tensor_statistic(self, batch: Sequence[Entry], i: int, j: int) -> None:
+        totals = {e.path: self._total(i, j, [e]) for e in batch if e.size}
+        left = [e for e in batch if e.size]
+        while left:
+            self._sweep(lambda c: totals[c.entry.path].add(c), left)
+            results = {e.path: totals[e.path].result() for e in left}
+            self._tensor |= {
+                (path, i, j): r for path, r in results.items() if r is not None
+            }
+            left = [e for e in left if results[e.path] is None]
+
+    def _total(self, i: int, j: int, entries: Sequence[Entry]) -> "SumTotal | KthTotal":
+        """What adds up measure j of transform i over chunks of these tensors."""
+        measure = self.method.transforms[i].measures[j]
+        if measure.kind != "kth":
+            return SumTotal(lambda c: self._reduced(c, i, j), measure.kind)
+        d = sum(e.size for e in entries)
+        first = next(e for e in entries if e.size)
+        terms = len(self._keys(Chunk(first, 0, min(first.size, BUCKETS[0])), i, j))
+        ranks = core.ranks_of(measure, d, terms)
+        starts: list[Any] = [None] * terms
+        if d > _SMALL:
+            length = _SLICE if len(entries) > 1 else 8 * _SLICE
+            sample = [self._keys(c, i, j) for c in self._sample(entries, length)]
+            starts = [
+                bracket(np.stack([s[t] for s in sample]), k / d)
+                for t, k in enumerate(ranks)
+            ]
+        selections = [Selection(k, s) for k, s in zip(ranks, starts, strict=True)]
+        return KthTotal(selections, lambda c: self._keys(c, i, j, look=True))
+
+    # -- one chunk -------------------------------------------------------------------
+
+    def _chunks(self, entries: Iterable[Entry]) -> Iterator[Chunk]:
+        for e in entries:
+            columns = _columns(e) if self._rows else 1
+            step = max(1, CHUNK // columns) * columns
+            for start in range(0, e.size, step):
+                yield Chunk(e, start, min(start + step, e.size))
+
+    def _sample(self, entries: Sequence[Entry], length: int) -> list[Chunk]:
+        """Slices of `length` at evenly spaced places; all of a small model."""
+        d = sum(e.size for e in entries)
+        if d <= _SMALL:
+            return list(self._chunks(entries))
+        count, before, out = _SMALL // length, 0, []
+        jitter = np.random.default_rng(0).random(count)
+        places = ((np.arange(count) + jitter) * (d / count)).astype(np.int64)
+        for e in entries:
+            for place in places[(places >= before) & (places < before + e.size)]:
+                start = min(int(place) - before, e.size - length)
+                if start >= 0:
+                    out.append(Chunk(e, start, start + length))
+            before += e.size
+        return out
+
+    def _read(self, c: Chunk) -> list[np.ndarray]:
+        return [r.read(c.entry.path, c.start, c.stop) for r in self.readers]
+
+    def _deltas(self, c: Chunk, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+        base, *models = [to_compute(x, c.entry.compute) for x in arrays]
+        return [m - base for m in models]
+
+    def _visit(self, c: Chunk, *, deltas: bool = False) -> Seen:
+        """Reads a chunk; the first sight of it goes into the census."""
+        arrays = self._read(c)
+        self.advance(sum(x.nbytes for x in arrays))
+        look = self.census is not None and c.entry.path in self._unseen
+        if not (look or deltas):
+            return Seen(arrays, None)
+        base, *models = [to_compute(x, c.entry.compute) for x in arrays]
+        taus = [m - base for m in models]
+        if look:
+            assert self.census is not None
+            squares = self.census.products(c.entry.path, base, taus)
+            if self._check and not np.isfinite(squares).all():
+                self._refuse_nonfinite(c, arrays)
+        return Seen(arrays, taus)
+
+    def _keys(self, c: Chunk, i: int, j: int, look: bool = False) -> list[np.ndarray]:
+        """Keys of the arrays that measure j of transform i ranks."""
+        m = self.method.transforms[i].measures[j]
+        on_host = (
+            i == 0
+            and m.values is core.unchanged
+            and self.method.start == "task_vectors"
+        )
+        seen = self._visit(c, deltas=on_host) if look else Seen(self._read(c), None)
+        if on_host:
+            taus = seen.deltas or self._deltas(c, seen.arrays)
+            keys = [keys_of(x) for x in taus]
+            unchecked = look and self._check and self.census is None
+            if unchecked and max(int(k.max()) for k in keys) >= INFINITE:
+                self._refuse_nonfinite(c, seen.arrays)
+            return keys
+        outs = self._run(("values", i, j), c, seen.arrays, look)
+        return [keys_of(np.asarray(x).reshape(-1)[: c.stop - c.start]) for x in outs]
+
+    def _reduced(self, c: Chunk, i: int, j: int) -> tuple[Any, ...]:
+        return self._run(("reduce", i, j), c, self._visit(c).arrays, True)
+
+    def _write(self, writer: Writer, c: Chunk) -> None:
+        size = c.stop - c.start
+        theta, counted = self._run(("apply", 0, 0), c, self._visit(c).arrays, True)
+        flat = np.asarray(theta).reshape(-1)[:size]
+        writer.write(c.entry.path, c.start, flat.astype(c.entry.out, copy=False))
+        if counted is not None and self.census is not None:
+            self.census.trimmed(c.entry.path, size, *counted)
+
+    def _run(
+        self, stage: Any, c: Chunk, arrays: Sequence[np.ndarray], look: bool
+    ) -> Any:
+        """A program on a padded chunk; refuses NaN and infinity at the first look."""
+        path, size = c.entry.path, c.stop - c.start
+        if self._rows:
+            columns = _columns(c.entry)
+            rows = min(max(1, CHUNK // columns), c.entry.size // columns)
+            shape: tuple[int, ...] = (rows, columns)
+        else:
+            shape = (next(b for b in BUCKETS if b >= size),)
+        stats = [
+            tuple(
+                self._model.get((i, j), self._tensor.get((path, i, j)))
+                for j in range(len(t.measures))
+            )
+            for i, t in enumerate(self.method.transforms)
+        ]
+        check = look and self._check and self.census is None and path in self._unseen
+        with jax.enable_x64(c.entry.compute == np.float64):
+            out, bad = self._programs(stage)(
+                tuple(_pad(_for_jax(x), shape) for x in arrays),
+                self.weights,
+                [s.get(path, ()) for s in self._settings],
+                stats,
+                (np.uint32(c.start >> 32), np.uint32(c.start & 0xFFFFFFFF)),
+                compute=c.entry.compute.name,
+                out=c.entry.out.name if c.entry.out.itemsize > 1 else "float32",
+                check=check,
+            )
+        if check and bad:
+            self._refuse_nonfinite(c, arrays)
+        return out
+
+    def _refuse_nonfinite(self, c: Chunk, arrays: Sequence[np.ndarray]) -> None:
+        """Names the tensor; sums may overflow where no entry is infinite."""
+        for reader, x in zip(self.readers, arrays, strict=True):
+            places = np.flatnonzero(~np.isfinite(to_compute(x, np.dtype(np.float64))))
+            if len(places):
+                raise CheckpointError(
+                    f"{reader.path}: tensor {c.entry.path!r} has {x[places[0]]} at flat"
+                    f" index {c.start + int(places[0])} (and maybe more): the"
+                    " fine-tuning diverged, or the file is damaged. Leave the model"
+                    " out, exclude the tensor, or pass allow_nonfinite"
+                )
+
+    def _copy(self, writer: Writer) -> list[str]:
+        """Tensors that come from the base; tells where the models' integers differ."""
+        notes = []
+        base, *models = self.readers
+        for info in self.plan.copied:
+            differ = set()
+            for start in range(0, info.size, CHUNK):
+                stop = min(start + CHUNK, info.size)
+                flat = base.read(info.name, start, stop)
+                writer.write(info.name, start, flat)
+                self.advance(flat.nbytes)
+                if core.is_float(info.dtype):
+                    continue
+                for m in models:
+                    other = m.tensors.get(m.aliases.get(info.name, info.name))
+                    if other is None or other.shape != info.shape:
+                        continue
+                    if not np.array_equal(m.read(info.name, start, stop), flat):
+                        differ.add(m.path.name)
+            if differ:
+                notes.append(
+                    f"{info.name} ({info.dtype}) differs in {', '.join(sorted(differ))}"
+                    ": integers are not merged, the base's are kept."
+                )
+        return notes
+
+
+def _compute(
+    method: core.Method,
+    stage: tuple[str, int, int],
+    count: int | None,
+    arrays: tuple[Any, ...],
+    weights: tuple[Any, ...],
+    settings: Sequence[Any],
+    stats: Sequence[Any],
+    offset: tuple[Any, Any],
+    *,
+    compute: str,
+    out: str,
+    check: bool,
+) -> tuple[Any, Any]:
+    """What JAX computes of a chunk: the merge, or the terms of a measure.
+
+    `stage`: ("apply", ..), ("reduce", i, j) or ("values", i, j). Also returns the
+    number of entries that are not finite (if `check`).
+    """
+    base, *models = [x.astype(compute) for x in arrays]
+    leaf = core.Leaf(base, tuple(w.astype(compute) for w in weights), offset=offset)
+    before = after = values = core.start_values(method, base, tuple(models))
+    bad = jnp.sum(~jnp.isfinite(base + core.add_up(values))) if check else None
+    what, stop, j = stage
+    if what == "apply":
+        for i, t in enumerate(method.transforms):
+            values = t.apply(values, leaf._replace(setting=settings[i]), stats[i])
+            after = values if i == count else after
+        theta = core.finish(method, values, base).astype(out)
+        counted = None if count is None else count_trimmed(before, after)
+        return (theta, counted), bad
+    values = core.run_transforms(method, values, leaf, settings, stats, stop)
+    measure = method.transforms[stop].measures[j]
+    leaf = leaf._replace(setting=settings[stop])
+    terms = measure.values(values, leaf, stats[stop][:j])
+    if what == "values":
+        return terms, bad
+    if measure.kind == "count":
+        return tuple(jnp.sum(x, dtype=jnp.int32) for x in terms), bad
+    return tuple(jnp.sum(x) for x in terms), bad
+
+
+def to_compute(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Any float dtype -> float32 or float64, on the host."""
+    if x.dtype.name == "bfloat16":  # several times as fast as astype
+        bits = x.view(np.uint16).astype(np.uint32)
+        bits <<= np.uint32(16)
+        x = bits.view(np.float32)
+    return x.astype(dtype, copy=False)
+
+
+def _for_jax(x: np.ndarray) -> np.ndarray:
+    """float8 goes in as float32; XLA has it on few devices."""
+    return to_compute(x, np.dtype(np.float32)) if x.dtype.itemsize == 1 else x
+
+
+def _pad(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    size = shape[0] * shape[1] if len(shape) > 1 else shape[0]
+    if x.size == size:
+        return x.reshape(shape)
+    out = np.zeros(size, x.dtype)
+    out[: x.size] = x
+    return out.reshape(shape)
+
+
+def _columns(e: Entry) -> int:
+    """Length of a row; a vector counts as one row."""
+    return max(1, e.shape[-1] if e.shape else 1)
+
+
+def _scalar(x: Any) -> Any:
+    return np.uint32(x) if isinstance(x, int) else np.float32(x)
+
+
+def _batches(entries: Sequence[Entry], size: int) -> Iterator[list[Entry]]:
+    batch: list[Entry] = []
+    held = 0
+    for e in entries:
+        if batch and held + e.size > size:
+            yield batch
+            batch, held = [], 0
+        batch.append(e)
+        held += e.size
+    yield batch
+
+
+def parallel(work: Callable[[Any], None], items: Iterable[Any], threads: int) -> None:
+    """Calls `work` on each item from a few threads; stops at the first exception."""
+    iterator, lock, stop = iter(items), threading.Lock(), threading.Event()
+
+    def loop() -> None:
+        while not stop.is_set():
+            with lock:
+                item = next(iterator, stop)
+            if item is stop:
+                return
+            try:
+                work(item)
+            except BaseException:
+                stop.set()
+                raise
+
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for future in [pool.submit(loop) for _ in range(threads)]:
+                future.result()
+        finally:
+            stop.set()

@@ -1,0 +1,67 @@
+"""Statistics added up over chunks on the host, for the stream."""
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from multitask_jax.merging import statistics
+from multitask_jax.merging.selection import Selection, magnitude
+
+
+class SumTotal:
+    """Exact counts, or sums in float64."""
+
+    def __init__(
+        self, terms: Callable[[Any], Sequence[Any]], kind: Literal["sum", "count"]
+    ):
+        self._terms = terms
+        self._kind = kind
+        self._sums: list[Any] = []
+        self._lock = threading.Lock()
+
+    def add(self, chunk: Any) -> None:
+        """Adds a chunk's terms; thread-safe."""
+        number = int if self._kind == "count" else float
+        terms = [number(x) for x in self._terms(chunk)]
+        with self._lock:
+            sums = self._sums or [0] * len(terms)
+            self._sums = [a + b for a, b in zip(sums, terms, strict=True)]
+
+    def result(self) -> tuple[Any, ...]:
+        """As `merge` has it in memory: (high, low) pairs, or float32."""
+        if self._kind == "count":
+            pairs = [statistics.split(n) for n in self._sums]
+            return tuple((np.int32(high), np.int32(low)) for high, low in pairs)
+        return tuple(np.float32(x) for x in self._sums)
+
+
+class KthTotal:
+    """Thresholds: one selection a term."""
+
+    def __init__(
+        self,
+        selections: Sequence[Selection],
+        keys: Callable[[Any], Sequence[np.ndarray]],
+    ):
+        self._selections = list(selections)
+        self._found: dict[int, int] = {}
+        self._keys = keys
+
+    def add(self, chunk: Any) -> None:
+        """Shows the chunk's keys to every selection still looking; thread-safe."""
+        for t, keys in enumerate(self._keys(chunk)):
+            if t not in self._found:
+                self._selections[t].add(keys)
+
+    def result(self) -> tuple[np.float32, ...] | None:
+        """The thresholds, or None if one of the brackets missed: add all again."""
+        for t, selection in enumerate(self._selections):
+            if t not in self._found:
+                key = selection.result()
+                if key is not None:
+                    self._found[t] = key
+        if len(self._found) < len(self._selections):
+            return None
+        return tuple(magnitude(self._found[t]) for t in range(len(self._selections)))

@@ -1,0 +1,254 @@
+"""A small vision transformer for 8 x 8 images, with Hugging Face names on disk.
+
+The architecture is ViT's (Dosovitskiy et al. 2021, arXiv 2010.11929: pre-norm blocks, a
+class token, learned positions) at a size that trains in seconds on a CPU. It is
+pretrained without labels, by reconstructing masked patches (He et al. 2022, arXiv
+2111.06377, but with mask tokens in the encoder, as in BEiT). `to_hugging_face` and
+`config_json` write what `transformers.ViTModel` reads.
+
+Legend: B batch, P patches (16), L = P + 1 tokens, D width, C pixels a patch (4).
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array
+Params = Mapping[str, Any]
+
+
+class Shape(NamedTuple):
+    """The sizes of a model, all that is needed to rebuild it."""
+
+    width: int = 48
+    depth: int = 4
+    heads: int = 4
+    mlp_width: int = 96
+    image_size: int = 8
+    patch_size: int = 2
+
+    @property
+    def patches(self) -> int:
+        """Patches an image is cut into."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+def patchify(images: Array, patch_size: int) -> Array:
+    """Cuts images [B, H, W] into patches [B, P, C], both in row-major order."""
+    b, h, w = images.shape
+    p = patch_size
+    x = images.reshape(b, h // p, p, w // p, p)
+    return x.transpose(0, 1, 3, 2, 4).reshape(b, -1, p * p)
+
+
+def _norm(name: str) -> nn.LayerNorm:
+    return nn.LayerNorm(epsilon=1e-12, name=name)  # ViT's epsilon
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); [B, L, D] -> [B, L, D]."""
+
+    shape: Shape
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        s = self.shape
+        b, l, _ = x.shape
+        y = _norm("layernorm_before")(x)
+        q, k, v = (
+            nn.Dense(s.width, name=name)(y).reshape(b, l, s.heads, -1)
+            for name in ("query", "key", "value")
+        )
+        y = jax.nn.dot_product_attention(q, k, v).reshape(b, l, s.width)
+        x = x + nn.Dense(s.width, name="attention_output")(y)
+        y = nn.Dense(s.mlp_width, name="intermediate")(_norm("layernorm_after")(x))
+        return x + nn.Dense(s.width, name="output")(nn.gelu(y, approximate=False))
+
+
+class DigitsTransformer(nn.Module):
+    """Patches [B, P, C] (or their embeddings, partly masked) -> tokens [B, L, D]."""
+
+    shape: Shape
+
+    @nn.compact
+    def __call__(
+        self, patches: Array, mask: Array | None = None, mask_token: Array | None = None
+    ) -> Array:
+        s = self.shape
+        x = nn.Dense(s.width, name="patch_embedding")(patches)
+        if mask is not None:
+            x = jnp.where(mask[..., None], mask_token[None, None], x)
+        init = nn.initializers.normal(0.02)
+        cls = self.param("cls_token", init, (s.width,))
+        cls = jnp.broadcast_to(cls, (x.shape[0], 1, s.width))
+        x = jnp.concatenate([cls, x], axis=1)
+        x = x + self.param("position", init, (s.patches + 1, s.width))[None]
+        for i in range(s.depth):
+            x = Block(s, name=f"layer_{i}")(x)
+        return _norm("layernorm")(x)
+
+
+class Reconstruction(nn.Module):
+    """Predicts the pixels of masked patches; [B, P, C], [B, P] -> [B, P, C]."""
+
+    shape: Shape
+
+    @nn.compact
+    def __call__(self, patches: Array, mask: Array) -> Array:
+        s = self.shape
+        token = self.param("mask_token", nn.initializers.normal(0.02), (s.width,))
+        x = DigitsTransformer(s, name="encoder")(patches, mask, token)
+        return nn.Dense(patches.shape[-1], name="decoder")(x[:, 1:])
+
+
+def init_reconstruction(key: Array, shape: Shape) -> Params:
+    """Parameters for pretraining; the model itself is their part "encoder"."""
+    patches = jnp.zeros((1, shape.patches, shape.patch_size**2))
+    mask = jnp.zeros((1, shape.patches), bool)
+    return Reconstruction(shape).init(key, patches, mask)["params"]
+
+
+def reconstruction_loss(
+    params: Params, images: Array, key: Array, *, shape: Shape, ratio: float = 0.5
+) -> Array:
+    """Mean squared error on masked pixels; a patch is masked with chance `ratio`."""
+    patches = patchify(images, shape.patch_size)
+    mask = jax.random.bernoulli(key, ratio, patches.shape[:2])
+    out = Reconstruction(shape).apply({"params": params}, patches, mask)
+    error = jnp.where(mask, jnp.mean((out - patches) ** 2, axis=-1), 0)
+    return jnp.sum(error) / jnp.maximum(jnp.sum(mask), 1)
+
+
+def apply(params: Params, images: Array, *, shape: Shape) -> Array:
+    """Features of images: [B, 8, 8] -> the mean of the last tokens, [B, D]."""
+    patches = patchify(images, shape.patch_size)
+    return jnp.mean(DigitsTransformer(shape).apply({"params": params}, patches), axis=1)
+
+
+# Linen module -> Hugging Face module, within a block and outside of the blocks.
+_IN_BLOCK = {
+    "layernorm_before": "layernorm_before",
+    "query": "attention.attention.query",
+    "key": "attention.attention.key",
+    "value": "attention.attention.value",
+    "attention_output": "attention.output.dense",
+    "layernorm_after": "layernorm_after",
+    "intermediate": "intermediate.dense",
+    "output": "output.dense",
+}
+_OUTSIDE = {
+    "patch_embedding": "embeddings.patch_embeddings.projection",
+    "layernorm": "layernorm",
+}
+_LEAF = {"kernel": "weight", "scale": "weight", "bias": "bias"}
+
+
+def _names(shape: Shape) -> dict[tuple[str, ...], str]:
+    """Path in the parameters -> Hugging Face name, of every tensor."""
+    modules = {(name,): there for name, there in _OUTSIDE.items()}
+    for i in range(shape.depth):
+        for name, there in _IN_BLOCK.items():
+            modules[(f"layer_{i}", name)] = f"encoder.layer.{i}.{there}"
+    out = {
+        ("cls_token",): "embeddings.cls_token",
+        ("position",): "embeddings.position_embeddings",
+    }
+    for path, there in modules.items():
+        for leaf in ("scale" if "norm" in path[-1] else "kernel", "bias"):
+            out[(*path, leaf)] = f"{there}.{_LEAF[leaf]}"
+    return out
+
+
+def _shape_there(name: str, x: np.ndarray, shape: Shape) -> np.ndarray:
+    """Torch's layout: linear [out, in], convolution [out, 1, p, p], leading ones."""
+    if name.endswith("projection.weight"):
+        return x.T.reshape(-1, 1, shape.patch_size, shape.patch_size)
+    if name == "embeddings.cls_token":
+        return x[None, None]
+    if name == "embeddings.position_embeddings":
+        return x[None]
+    return x.T
+
+
+def _shape_here(name: str, x: np.ndarray) -> np.ndarray:
+    if name.endswith("projection.weight"):
+        return x.reshape(len(x), -1).T
+    if name == "embeddings.cls_token":
+        return x[0, 0]
+    return x[0] if name == "embeddings.position_embeddings" else x.T
+
+
+def to_hugging_face(params: Params, *, shape: Shape) -> dict[str, np.ndarray]:
+    """Parameters as `ViTModel` names and lays them out; exact, see the inverse.
+
+    Before/after: {"layer_0": {"query": {"kernel": [D, D]}}} ->
+    {"encoder.layer.0.attention.attention.query.weight": its transpose}.
+    """
+    out = {}
+    for path, name in _names(shape).items():
+        x: Any = params
+        for key in path:
+            x = x[key]
+        out[name] = np.ascontiguousarray(_shape_there(name, np.asarray(x), shape))
+    return out
+
+
+def from_hugging_face(
+    tensors: Mapping[str, np.ndarray], *, shape: Shape
+) -> dict[str, Any]:
+    """The inverse of `to_hugging_face`, bit for bit.
+
+    Raises:
+      ValueError: tensors are missing or unexpected; names some.
+    """
+    names = _names(shape)
+    missing = set(names.values()) - set(tensors)
+    extra = set(tensors) - set(names.values())
+    if missing or extra:
+        raise ValueError(
+            f"tensors do not fit {shape}: missing {sorted(missing)[:5]}, unexpected"
+            f" {sorted(extra)[:5]}"
+        )
+    params: dict[str, Any] = {}
+    for path, name in names.items():
+        at = params
+        for key in path[:-1]:
+            at = at.setdefault(key, {})
+        x = _shape_here(name, np.asarray(tensors[name]))
+        at[path[-1]] = np.ascontiguousarray(x)
+    return params
+
+
+def config_json(shape: Shape) -> dict[str, Any]:
+    """The contents of config.json, which `ViTConfig` reads."""
+    return {
+        "architectures": ["ViTModel"],
+        "model_type": "vit",
+        "hidden_size": shape.width,
+        "num_hidden_layers": shape.depth,
+        "num_attention_heads": shape.heads,
+        "intermediate_size": shape.mlp_width,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-12,
+        "qkv_bias": True,
+        "image_size": shape.image_size,
+        "patch_size": shape.patch_size,
+        "num_channels": 1,
+        "dtype": "float32",
+    }
+
+
+def shape_from_config(config: Mapping[str, Any]) -> Shape:
+    """The inverse of `config_json`, for the sizes."""
+    return Shape(
+        width=config["hidden_size"],
+        depth=config["num_hidden_layers"],
+        heads=config["num_attention_heads"],
+        mlp_width=config["intermediate_size"],
+        image_size=config["image_size"],
+        patch_size=config["patch_size"],
+    )

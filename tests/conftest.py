@@ -1,0 +1,35 @@
+"""A strict environment: 8 CPU devices, no broadcasting of ranks, fixed examples."""
+
+import os
+from pathlib import Path
+
+import hypothesis
+import jax
+import pytest
+from absl import flags
+
+# Before anything touches a device: afterwards JAX refuses to change their number.
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# Experiments read absl flags only as scripts, but libraries beneath them want them.
+flags.FLAGS.mark_as_parsed()
+# Compilation makes first calls slow, so no deadline; the same examples in every run.
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("repeatable")
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the checkout."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Data and golden files kept outside the repository; skips where there are none."""
+    path = Path(os.environ.get("MULTITASK_DATA", REPOSITORY.parent / "shared"))
+    if not path.is_dir():
+        pytest.skip(f"no {path}; set MULTITASK_DATA to the folder of data and goldens")
+    return path
