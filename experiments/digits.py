@@ -225,7 +225,11 @@ def train(
       training: losses, and seconds (those of the first runs include compiling).
     """
     folder = Path(config.workdir) / "checkpoints" / f"seed_{seed}"
-    depends = dataclasses.asdict(config) | {"seed": seed, "tasks": TASKS, **SHAPE._asdict()}
+    depends = dataclasses.asdict(config) | {
+        "seed": seed,
+        "tasks": TASKS,
+        **SHAPE._asdict(),
+    }
     for unrelated in ("workdir", "seeds", "density", "candidates"):
         del depends[unrelated]
     depends = json.loads(json.dumps(depends))  # as it reads back
@@ -321,7 +325,12 @@ def sweep(
 
 
 def choose_scales(
-    method: str, base: Any, experts: Any, heads: Head, data: digits.Split, config: Config
+    method: str,
+    base: Any,
+    experts: Any,
+    heads: Head,
+    data: digits.Split,
+    config: Config,
 ) -> dict[str, float]:
     """The flags of `experiments.merge` with the best mean accuracy on `data`."""
     merged, alpha = merge_unscaled(base, experts, method=method, density=config.density)

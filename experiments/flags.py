@@ -12,6 +12,7 @@ and notebooks call `run(Config(...))`. A field's help is its metadata:
 """
 
 import dataclasses
+import logging as python_logging
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -76,9 +77,7 @@ def define(
             absl_flags.mark_flag_as_required(f.name, flag_values=values)
 
 
-def read(
-    config_class: type[C], values: absl_flags.FlagValues = absl_flags.FLAGS
-) -> C:
+def read(config_class: type[C], values: absl_flags.FlagValues = absl_flags.FLAGS) -> C:
     """The config that the parsed flags describe; call it after parsing."""
     fields = dataclasses.fields(config_class)  # type: ignore[arg-type]
     return config_class(**{f.name: values[f.name].value for f in fields})
@@ -96,4 +95,6 @@ def main(config_class: type[C], run: Callable[[C], Any]) -> None:
             )
         run(read(config_class))
 
+    # JAX tells at INFO which accelerators it did not find: not worth a line.
+    python_logging.getLogger("jax").setLevel(python_logging.WARNING)
     app.run(start)

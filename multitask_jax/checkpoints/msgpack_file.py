@@ -44,8 +44,6 @@ DTYPES: dict[str, np.dtype] = {
         ],
     )
 }
-# flax writes these but its reader knows their names no more.
-_FLAX_CANNOT_READ = ("float8_e4m3fn", "float8_e5m2")
 
 
 class _Array(NamedTuple):
@@ -68,7 +66,7 @@ class _File:
     def error(self, message: str) -> CheckpointError:
         return CheckpointError(f"{self.path}: {message}")
 
-    def bytes(self, pos: int, n: int) -> bytes:
+    def take(self, pos: int, n: int) -> bytes:
         if pos + n > len(self.data):
             raise self.error(
                 f"a value of {n} bytes starts at byte {pos}, but the file ends at"
@@ -82,11 +80,11 @@ class _File:
         The length counts bytes, or items of an array or map; of "small" values
         (numbers, booleans, nil) the content is the whole value.
         """
-        first = self.bytes(pos, 1)[0]
+        first = self.take(pos, 1)[0]
         if first in _LENGTHS:
             kind, width = _LENGTHS[first]
-            n = int.from_bytes(self.bytes(pos + 1, width), "big")
-            kind, n, pos = kind, n, pos + 1 + width
+            n = int.from_bytes(self.take(pos + 1, width), "big")
+            pos += 1 + width
         elif first <= 0x7F or first >= 0xE0 or first in (0xC0, 0xC2, 0xC3):
             return "small", 1, pos
         elif first <= 0x8F:
@@ -105,7 +103,7 @@ class _File:
         size = n + (kind == "ext")
         # An item takes a byte at least, so a damaged count fails before a long loop.
         if pos + size > len(self.data):
-            self.bytes(pos, size)
+            self.take(pos, size)
         return kind, n, pos
 
     def small(self, pos: int) -> tuple[Any, int]:
@@ -113,7 +111,7 @@ class _File:
         kind, n, start = self.head(pos)
         if kind not in ("small", "str"):
             raise self.error(f"byte {pos} starts a {kind}, expected a plain value")
-        text = self.bytes(pos, start - pos + n)
+        text = self.take(pos, start - pos + n)
         try:
             return msgpack.unpackb(text), start + n
         except ValueError as e:
@@ -134,7 +132,7 @@ class _File:
         if not all(type(n) is int and n >= 0 for n in shape):
             raise self.error(f"{name}: got shape {shape}, expected natural numbers")
         kind, n, at = self.head(at)
-        text = self.bytes(at, n) if kind in ("str", "bin") else b"?"
+        text = self.take(at, n) if kind in ("str", "bin") else b"?"
         dtype = DTYPES.get(text.decode("utf-8", "replace"))
         if dtype is None:
             raise self.error(
@@ -151,7 +149,7 @@ class _File:
 
     def extension(self, start: int, n: int, name: str) -> "_Array | np.ndarray":
         """The value of an extension whose type byte is at `start`."""
-        code = self.bytes(start, 1)[0]
+        code = self.take(start, 1)[0]
         if code in (NDARRAY, SCALAR):
             return self.array(start + 1, start + 1 + n, name)
         if code == COMPLEX:
@@ -189,18 +187,11 @@ class _File:
             if str(key) in out:
                 raise self.error(f"{name}: the key {str(key)[:80]!r} occurs twice")
             inner = f"{name}/{key}" if name else str(key)
-            if key == _CHUNKED:
-                return self.chunked(at, n, name)
             out[str(key)], at = self.tree(at, inner, depth + 1)
-        return out, at
+        return (self.chunked(out, name) if _CHUNKED in out else out), at
 
-    def chunked(self, pos: int, n: int, name: str) -> tuple[_Array, int]:
-        """The rest of a chunked array's dictionary, after its marking key."""
-        fields: dict[str, Any] = {}
-        _, pos = self.small(pos)
-        for _ in range(n - 1):
-            key, pos = self.small(pos)
-            fields[str(key)], pos = self.tree(pos, name, 1)
+    def chunked(self, fields: dict[str, Any], name: str) -> _Array:
+        """The array of a dictionary of flat chunks."""
         shape, chunks = fields.get("shape"), fields.get("chunks")
         if not isinstance(shape, dict) or not isinstance(chunks, dict) or not chunks:
             raise self.error(f"{name}: a chunked array without shape or chunks")
@@ -217,7 +208,7 @@ class _File:
         held = sum(n for _, n in out.parts)
         if held != TensorInfo(name, *out[:2]).size:
             raise self.error(f"{name}: chunks of {held} entries for {out.shape}")
-        return out, pos
+        return out
 
     def number(self, value: Any, name: str) -> np.ndarray:
         if value is None:
@@ -351,10 +342,9 @@ class MsgpackWriter:
         self._end = 0
         for t in tensors:
             name = np.dtype(t.dtype).name
-            if name not in DTYPES or name in _FLAX_CANNOT_READ:
+            if name not in DTYPES:
                 raise CheckpointError(
-                    f"{t.name}: flax's msgpack reader has no dtype {name}; write"
-                    " safetensors, or convert the tensor"
+                    f"{t.name}: got dtype {name}, expected one of {', '.join(DTYPES)}"
                 )
         tree = nest(tensors)
         self._pieces: list[tuple[int, bytes]] = []

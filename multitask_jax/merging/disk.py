@@ -154,18 +154,16 @@ def merge_checkpoints(
             checkpoints.copy_companions(readers[0].path, writer.directory)
             _set_config_dtype(writer.directory, dtypes["out_dtype"])
             if census is not None:
-                notes += report.write(
-                    writer.directory,
-                    census,
-                    base=Path(base),
-                    models=models,
-                    weights=weights,
-                    recipe=dict(recipe or {}),
-                    plan=plan,
-                    notes=notes,
-                    block_pattern=block_pattern,
-                    seconds=time.perf_counter() - started,
+                facts = report.Facts(
+                    Path(base),
+                    models,
+                    weights,
+                    recipe or {},
+                    plan,
+                    notes,
+                    time.perf_counter() - started,
                 )
+                notes += report.write(writer.directory, census, facts, block_pattern)
     seconds = time.perf_counter() - started
     return MergeResult(Path(output), text, tuple(notes), seconds)
 

@@ -77,9 +77,8 @@ def stock(
         (FusionBench); the same for two models.
 
     Raises:
-      ValueError: unknown average, fewer than two models (there is no angle between one).
+      ValueError: unknown average; fewer than two models (one has no angle).
     """
-
     _choose("average", average, ("cosines", "angles"))
 
     def ratio(gram: dict[tuple[int, int], Array], count: int) -> Array:

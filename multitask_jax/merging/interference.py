@@ -16,6 +16,11 @@ from multitask_jax import tree
 from multitask_jax.merging.selection import kth_largest
 
 
+# Beyond these, warn. Independent task vectors disagree about half of the signs and still
+# merge well while they are small beside the base; it takes both to lose.
+_FAR, _CONFLICT, _OPPOSED, _UNRELATED = 0.25, 0.25, 0.2, 0.2
+
+
 @dataclasses.dataclass
 class LeafStatistics:
     """Additive sums over a leaf; all arrays are float64.
@@ -170,7 +175,7 @@ def warnings_in_words(
     for t in range(count):
         if total.norms[t] == 0:
             out.append(f"{names[t]} equals the base: it adds nothing to the merge.")
-        elif abs(total.base_cosines[t]) < 0.2:
+        elif abs(total.base_cosines[t]) < _UNRELATED:
             out.append(
                 f"{names[t]} and the base look unrelated (cosine of parameters"
                 f" {total.base_cosines[t]:.2f}): no shared base? Merging needs models"
@@ -178,24 +183,23 @@ def warnings_in_words(
             )
     for i in range(count):
         for j in range(i + 1, count):
-            if total.cosines[i, j] > 0.9999 and i not in same_paths:
+            if total.cosines[i, j] > 0.9999 and j not in same_paths:
                 out.append(f"{names[i]} and {names[j]} make the same changes.")
+            elif total.cosines[i, j] < -_OPPOSED:
+                out.append(
+                    f"{names[i]} and {names[j]} undo each other: cosine of task vectors"
+                    f" {total.cosines[i, j]:.2f}."
+                )
     out += _norm_warnings(total, names)
     relative = np.nan_to_num(total.relative_norms)
-    moved = [names[t] for t in range(count) if relative[t] > 0.5]
-    if moved:
+    far = [names[t] for t in range(count) if relative[t] > _FAR]
+    if far and total.conflict_rate > _CONFLICT:
         out.append(
-            f"Heavy interference: {', '.join(moved)} moved far from the base (relative"
-            f" norm of the task vector up to {relative.max():.2f}; fine-tunes that"
-            " merge well stay below .1 or so). Expect the merge to lose much: try a"
-            " smaller scale, fewer models or a lower density."
-        )
-    if count > 1 and total.conflict_rate > 0.4 and not moved:
-        out.append(
-            f"Heavy interference: models disagree about the sign of"
-            f" {total.conflict_rate:.0%} of the entries that two or more of them keep"
-            " (unrelated changes would reach"
-            f" {1 - 0.5 ** (count - 1):.0%})."
+            f"Heavy interference: {', '.join(far)} moved far from the base (norm of the"
+            f" task vector up to {relative.max():.2f} of the base's) and models"
+            f" disagree about the sign of {total.conflict_rate:.0%} of the entries that"
+            " two or more of them keep. Expect the merge to lose much: try a smaller"
+            " scale, fewer models or a lower density, and evaluate it."
         )
     return out
 

@@ -23,7 +23,7 @@ from multitask_jax.merging.totals import KthTotal, SumTotal
 
 _SMALL = 1 << 20  # tensors up to this size keep all keys; larger ones sample a bracket
 _BATCH = 3 << 23  # entries (of all models) whose own statistics are gathered at a time
-_SLICE = 256  # neighbours in the systematic sample of the whole model
+_SLICES, _SLICE = 4096, 256  # a sample of the whole model: slices of neighbours
 
 
 class Chunk(NamedTuple):
@@ -83,7 +83,7 @@ class Stream:
     def run(self, writer: Writer) -> list[str]:
         """All passes; returns notes on tensors that were copied."""
         if self.census is not None and not self.census.exact:
-            sample = self._sample(self.plan.merged, _SLICE)
+            sample = self._sample(self.plan.merged, _SLICES)
             self.census.sampled(
                 [(c.entry.path, self._deltas(c, self._read(c))) for c in sample]
             )
@@ -107,7 +107,6 @@ class Stream:
             for i, j in p.tensor:
                 self._tensor_statistic(batch, i, j)
             self._sweep(work, batch)
-            self._tensor.clear()
 
     def _sweep(self, work: Callable[[Chunk], None], entries: Sequence[Entry]) -> None:
         parallel(work, self._chunks(entries), self.threads)
@@ -135,8 +134,8 @@ class Stream:
         ranks = core.ranks_of(measure, d, terms)
         starts: list[Any] = [None] * terms
         if d > _SMALL:
-            length = _SLICE if len(entries) > 1 else 8 * _SLICE
-            sample = [self._keys(c, i, j) for c in self._sample(entries, length)]
+            count = _SLICES if len(entries) > 1 else _SLICES // 32
+            sample = [self._keys(c, i, j) for c in self._sample(entries, count)]
             starts = [
                 bracket(np.stack([s[t] for s in sample]), k / d)
                 for t, k in enumerate(ranks)
@@ -153,19 +152,19 @@ class Stream:
             for start in range(0, e.size, step):
                 yield Chunk(e, start, min(start + step, e.size))
 
-    def _sample(self, entries: Sequence[Entry], length: int) -> list[Chunk]:
-        """Slices of `length` at evenly spaced places; all of a small model."""
+    def _sample(self, entries: Sequence[Entry], count: int) -> list[Chunk]:
+        """`count` slices at evenly spaced places; all of a small model."""
         d = sum(e.size for e in entries)
         if d <= _SMALL:
             return list(self._chunks(entries))
-        count, before, out = _SMALL // length, 0, []
+        before, out = 0, []
         jitter = np.random.default_rng(0).random(count)
         places = ((np.arange(count) + jitter) * (d / count)).astype(np.int64)
         for e in entries:
             for place in places[(places >= before) & (places < before + e.size)]:
-                start = min(int(place) - before, e.size - length)
+                start = min(int(place) - before, e.size - _SLICE)
                 if start >= 0:
-                    out.append(Chunk(e, start, start + length))
+                    out.append(Chunk(e, start, start + _SLICE))
             before += e.size
         return out
 

@@ -38,11 +38,11 @@ class Shape(NamedTuple):
 
 
 def patchify(images: Array, patch_size: int) -> Array:
-    """Cuts images [B, H, W] into patches [B, P, C], both in row-major order."""
+    """Cuts images [B, H, W] in [0, 1] into patches [B, P, C] in [-1, 1], row by row."""
     b, h, w = images.shape
     p = patch_size
     x = images.reshape(b, h // p, p, w // p, p)
-    return x.transpose(0, 1, 3, 2, 4).reshape(b, -1, p * p)
+    return 2 * x.transpose(0, 1, 3, 2, 4).reshape(b, -1, p * p) - 1
 
 
 def _norm(name: str) -> nn.LayerNorm:

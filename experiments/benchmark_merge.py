@@ -1,0 +1,275 @@
+"""Time and memory of merging a 502 M parameter Llama layout, against mergekit.
+
+    make benchmark                                            # about 15 minutes
+    python -m experiments.benchmark_merge --mergekit=false    # without mergekit
+
+Makes a *synthetic* base and three fine-tunes in bfloat16 (4.0 GB; the time of a merge
+depends on sizes, not on what the weights mean), then runs in turn, as whole processes:
+the floor (read every input byte, write the output's bytes), our command line with its
+default flags, and `mergekit-yaml` of mergekit 0.1.5 on CPU torch from an environment of
+its own. Memory is RssAnon, sampled (mapped input files do not count).
+"""
+
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from experiments import flags
+from multitask_jax import checkpoints
+from multitask_jax.checkpoints import TensorInfo
+
+_MERGEKIT = ("torch==2.13.0", "mergekit==0.1.5")
+
+
+def _flag(text: str, default: Any) -> Any:
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes and repeats."""
+
+    workdir: str = _flag("Folder for models and results.", ".cache/benchmark_merge")
+    layers: int = _flag("Blocks; 34 give 502 M parameters.", 34)
+    width: int = _flag("Width; 1024, or 2048 for a model four times as large.", 1024)
+    vocabulary: int = _flag("Rows of the embedding.", 32000)
+    repeats: int = _flag("Runs of ours and of the floor; the median counts.", 3)
+    mergekit_repeats: int = _flag("Runs of mergekit.", 1)
+    mergekit: bool = _flag("Run mergekit as well (installs it on first use).", True)
+    mergekit_venv: str = _flag("Its environment; made under --workdir if empty.", "")
+    only: str = _flag("Run only these of ours, comma-separated names.", "")
+
+
+def llama_layout(config: Config) -> list[TensorInfo]:
+    """Names and shapes of a Llama with untied head."""
+    d, f, v = config.width, config.width * 11 // 4, config.vocabulary
+    bfloat16 = np.dtype(ml_dtypes.bfloat16)
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (v, d)}
+    for i in range(config.layers):
+        block = f"model.layers.{i}"
+        for name in "qkvo":
+            shapes[f"{block}.self_attn.{name}_proj.weight"] = (d, d)
+        shapes[f"{block}.mlp.gate_proj.weight"] = (f, d)
+        shapes[f"{block}.mlp.up_proj.weight"] = (f, d)
+        shapes[f"{block}.mlp.down_proj.weight"] = (d, f)
+        shapes[f"{block}.input_layernorm.weight"] = (d,)
+        shapes[f"{block}.post_attention_layernorm.weight"] = (d,)
+    shapes |= {"model.norm.weight": (d,), "lm_head.weight": (v, d)}
+    return [TensorInfo(name, shape, bfloat16) for name, shape in shapes.items()]
+
+
+def make_models(config: Config, folder: Path) -> list[Path]:
+    """Base and three fine-tunes: N(0, .02) and, on top, N(0, .001), in bfloat16."""
+    names = ["base", "ft1", "ft2", "ft3"]
+    layout = llama_layout(config)
+    size = sum(t.size for t in layout)
+    settings = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": config.width,
+        "intermediate_size": config.width * 11 // 4,
+        "num_attention_heads": config.width // 64,
+        "num_key_value_heads": config.width // 64,
+        "num_hidden_layers": config.layers,
+        "vocab_size": config.vocabulary,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+    }
+    paths = [folder / f"models-{size}" / name for name in names]
+    if all((p / "config.json").exists() for p in paths):
+        return paths
+    for k, path in enumerate(paths):
+        print(f"making {path} ({size / 1e6:.0f} M parameters, synthetic)", flush=True)
+        base, noise = np.random.default_rng(0), np.random.default_rng(k)
+        with checkpoints.create(path, layout, overwrite=True) as writer:
+            for t in layout:
+                for start in range(0, t.size, 1 << 22):
+                    n = min(1 << 22, t.size - start)
+                    x = base.standard_normal(n, np.float32) * np.float32(0.02)
+                    if k:
+                        x = x.astype(t.dtype).astype(np.float32)
+                        x += noise.standard_normal(n, np.float32) * np.float32(1e-3)
+                    writer.write(t.name, start, x.astype(t.dtype))
+            text = json.dumps(settings, indent=2)
+            (writer.directory / "config.json").write_text(text)
+    return paths
+
+
+def floor(paths: list[Path], out: Path) -> list[str]:
+    """A process that reads every input byte and writes as many as the output has."""
+    files = [str(p / "model.safetensors") for p in paths]
+    code = f"""
+import os
+buffer = bytearray(1 << 22)
+for f in {files!r}:
+    with open(f, "rb", buffering=0) as h:
+        while h.readinto(buffer):
+            pass
+with open({str(out)!r}, "wb", buffering=0) as h:
+    for start in range(0, os.path.getsize({files[0]!r}), 1 << 22):
+        h.write(buffer)
+"""
+    return [sys.executable, "-c", code]
+
+
+def ours(paths: list[Path], out: Path, *options: str) -> list[str]:
+    """Our command line with default flags."""
+    base, *models = map(str, paths)
+    return [
+        *(sys.executable, "-m", "experiments.merge"),
+        *(f"--base={base}", f"--models={','.join(models)}", f"--output={out}"),
+        *("--overwrite", "--noprogress", *options),
+    ]
+
+
+def mergekit(config: Config, paths: list[Path], out: Path, method: str) -> list[str]:
+    """mergekit-yaml, installed into an environment of its own if need be."""
+    workdir = Path(config.workdir)
+    venv = Path(config.mergekit_venv or workdir / "mergekit-venv").absolute()
+    if not (venv / "bin" / "mergekit-yaml").exists():
+        print(f"installing {' '.join(_MERGEKIT)} into {venv}", flush=True)
+        subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+        for package in _MERGEKIT:  # torch first: mergekit's own choice has CUDA
+            pip = [str(venv / "bin" / "pip"), "install", "-q", package]
+            subprocess.run(pip, check=True)
+    base, *models = [str(p.absolute()) for p in paths]
+    lines = [f"merge_method: {method}", f"base_model: {base}", "models:"]
+    for model in models:
+        lines += [f"- model: {model}", "  parameters:", "    weight: 1.0"]
+        lines += ["    density: 0.2"] if method == "ties" else []
+    lines += ["dtype: float32", "out_dtype: bfloat16"]
+    recipe = workdir / f"mergekit-{method}.yml"
+    recipe.write_text("\n".join(lines) + "\n")
+    return [str(venv / "bin" / "mergekit-yaml"), str(recipe), str(out)]
+
+
+def measure(command: list[str]) -> tuple[float, float]:
+    """(seconds, peak RssAnon in MB) of a command and what it starts."""
+    started = time.perf_counter()
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    peak = 0
+
+    def watch() -> None:
+        nonlocal peak
+        while process.poll() is None:
+            peak = max(peak, _rss_anon(process.pid))
+            time.sleep(0.02)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    _, errors = process.communicate()
+    seconds = time.perf_counter() - started
+    watcher.join()
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command[:4])} failed:\n{errors[-2000:]}")
+    return seconds, peak / 1e6
+
+
+def _rss_anon(pid: int) -> int:
+    """Bytes of a process and its children; 0 where they are gone."""
+    total = 0
+    try:
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                total = int(line.split()[1]) * 1024
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return total + sum(_rss_anon(int(child)) for child in children)
+    except OSError:
+        return total
+
+
+def run(config: Config) -> list[dict[str, Any]]:
+    """Measures everything in turn; returns one row a contestant."""
+    workdir = Path(config.workdir).absolute()
+    workdir.mkdir(parents=True, exist_ok=True)
+    paths = make_models(config, workdir)
+    out = workdir / "out"
+    commands = {
+        "floor: read inputs, write output": floor(paths, workdir / "floor.bin"),
+        "ties, whole model": ours(paths, out, "--method=ties"),
+        "ties, per tensor": ours(paths, out, "--method=ties", "--trim_scope=tensor"),
+        "task_arithmetic": ours(paths, out, "--method=task_arithmetic"),
+        "task_arithmetic --noreport": ours(
+            paths, out, "--method=task_arithmetic", "--noreport"
+        ),
+    }
+    chosen = [name.strip() for name in config.only.split(",") if name.strip()]
+    commands = {k: c for k, c in commands.items() if not chosen or k in chosen}
+    if config.mergekit:
+        for method in ("ties", "task_arithmetic"):
+            name = f"mergekit 0.1.5 {method}"
+            commands[name] = mergekit(config, paths, workdir / "out-mergekit", method)
+    runs: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
+    for repeat in range(max(config.repeats, config.mergekit_repeats)):
+        for name, command in commands.items():
+            theirs = name.startswith("mergekit")
+            if repeat < (config.mergekit_repeats if theirs else config.repeats):
+                os.sync()  # do not pay for what the one before wrote
+                runs[name].append(measure(command))
+                seconds, memory = runs[name][-1]
+                print(f"{name}: {seconds:.1f} s, {memory:.0f} MB", flush=True)
+    rows = summarise(runs)
+    (workdir / "results.json").write_text(json.dumps(rows, indent=2) + "\n")
+    table = as_table(rows)
+    size = sum(t.size for t in llama_layout(config))
+    load = os.getloadavg()[0]
+    text = f"{size / 1e6:.0f} M parameters, base + 3 models; load {load:.1f}\n\n{table}"
+    (workdir / "report.md").write_text(text)
+    print(text)
+    return rows
+
+
+def summarise(runs: dict[str, list[tuple[float, float]]]) -> list[dict[str, Any]]:
+    """Medians, and ratios to the floor and to mergekit's same method."""
+    median = {k: statistics.median(s for s, _ in r) for k, r in runs.items() if r}
+    rows = []
+    for name, results in runs.items():
+        seconds = [s for s, _ in results]
+        method = "ties" if name.startswith("ties") else "task_arithmetic"
+        theirs = median.get(f"mergekit 0.1.5 {method}")
+        is_ours = name.startswith(("ties", "task"))
+        base = next((v for k, v in median.items() if k.startswith("floor")), None)
+        rows.append(
+            {
+                "name": name,
+                "seconds": median[name],
+                "fastest": min(seconds),
+                "slowest": max(seconds),
+                "memory_mb": max(m for _, m in results),
+                "times_floor": median[name] / base if base else None,
+                "times_faster": theirs / median[name] if theirs and is_ours else None,
+            }
+        )
+    return rows
+
+
+def as_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    lines = [
+        "| | seconds (fastest-slowest) | x floor | faster than mergekit | RssAnon MB |",
+        "|---|---|---|---|---|",
+    ]
+    for r in rows:
+        ratio = f"{r['times_floor']:.1f}" if r["times_floor"] else ""
+        faster = f"{r['times_faster']:.1f} x" if r["times_faster"] else ""
+        spread = f"{r['seconds']:.1f} ({r['fastest']:.1f}-{r['slowest']:.1f})"
+        lines.append(
+            f"| {r['name']} | {spread} | {ratio} | {faster} | {r['memory_mb']:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    flags.main(Config, run)
