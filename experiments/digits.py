@@ -53,6 +53,7 @@ RANGES = {
 }
 MERGES = ("average", *RANGES)
 EXPERTS = "experts, own task"
+VIEWS = ("digit", "turned", "negative")  # parity's pictures are those of digit
 
 
 def _flag(default: Any, text: str) -> Any:
@@ -68,11 +69,11 @@ class Config:
     split_seed: int = _flag(0, "Seed of the train / validation / test split.")
     pretrain_steps: int = _flag(1500, "Steps on masked patches, without labels.")
     finetune_steps: int = _flag(300, "Steps on each task, its head frozen.")
-    batch_size: int = _flag(64, "Images a step.")
-    pretrain_rate: float = _flag(2e-3, "Peak learning rate of pretraining.")
-    finetune_rate: float = _flag(1e-3, "Peak learning rate of fine-tuning.")
-    ridge: float = _flag(1e-2, "Ridge of the heads, in mean variances of a feature.")
-    temperature: float = _flag(10.0, "Logits are this times the ridge regression.")
+    batch_size: int = _flag(32, "Images a step.")
+    pretrain_rate: float = _flag(4e-3, "Peak learning rate of pretraining.")
+    finetune_rate: float = _flag(2e-3, "Peak learning rate of fine-tuning.")
+    ridge: float = _flag(1e-3, "Ridge of the heads, in mean variances of a feature.")
+    temperature: float = _flag(4.0, "Logits are this times the ridge regression.")
     density: float = _flag(0.2, "Share of each task vector that TIES keeps.")
     candidates: int = _flag(15, "Scales each method tries on validation images.")
 
@@ -173,13 +174,6 @@ def pad(head: Head) -> Head:
     )
 
 
-def every_view(images: np.ndarray) -> np.ndarray:
-    """What a base sees: all turns and reflections, in ink and in negative."""
-    turned = [np.rot90(images, k, axes=(1, 2)) for k in range(4)]
-    both = [*turned, *(t[:, :, ::-1] for t in turned)]
-    return np.concatenate([*both, *(1 - x for x in both)])
-
-
 @jax.jit
 def features(params: Any, images: Any) -> jax.Array:
     """Features [N, D] of images [N, 8, 8]."""
@@ -260,7 +254,7 @@ def train(
         return params
 
     base_key, *keys = jax.random.split(jax.random.key(seed), 1 + len(TASKS))
-    pictures = every_view(split.images)
+    pictures = np.concatenate([digits.examples(split, t).images for t in VIEWS])
     base = timed("base", lambda: pretrain(pictures, base_key, config=config))
     heads = {}
     for task, key in zip(TASKS, keys, strict=True):

@@ -21,12 +21,6 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="session")
-def repository() -> Path:
-    """The root of the checkout."""
-    return REPOSITORY
-
-
-@pytest.fixture(scope="session")
 def shared() -> Path:
     """Data and golden files kept outside the repository; skips where there are none."""
     path = Path(os.environ.get("MULTITASK_DATA", REPOSITORY.parent / "shared"))

@@ -31,7 +31,7 @@ _HANDLER = "orbax.checkpoint.experimental.v1._src.handlers.pytree_handler.PyTree
 _RESERVED = (TREE, "_sharding", "_strings.json", "array_metadatas", MANIFEST)
 _EMPTY = ("None", "Dict", "List", "Tuple", "NamedTuple")
 # A zarr chunk is what is read, decoded and, when written, one file.
-CHUNK_BYTES = 16 << 20
+CHUNK_BYTES = 8 << 20
 CACHE_BYTES = 1 << 30
 
 
@@ -91,9 +91,7 @@ def _item(path: Path) -> Path:
             f"{path}: holds several items ({', '.join(inside)}); open one of them, for"
             f" example {path / inside[0]}"
         )
-    steps = sorted(
-        p.name for p in path.iterdir() if (p / STEP).exists() or p.name.isdigit()
-    )
+    steps = sorted(p.name for p in path.iterdir() if (p / STEP).exists())
     if steps:
         raise CheckpointError(
             f"{path}: holds the steps {', '.join(steps)}; open one of them, for"
@@ -175,14 +173,13 @@ class OrbaxReader:
 
     def _open(self, keys: Mapping[str, str], cache: int) -> dict[str, ts.TensorStore]:
         """Opens arrays side by side: their metadata is read, not their data."""
-        # An entry counts for a little more than its data.
-        limit = cache + (1 << 20) * (cache > 0)
+        limit = cache and cache + (1 << 20)  # entries count for more than their data
         context = ts.Context(
             {
                 "cache_pool": {"total_bytes_limit": limit},
                 # Nodes of the database's tree, shared by all arrays.
                 "cache_pool#nodes": {"total_bytes_limit": 16 << 20},
-                "file_io_concurrency": {"limit": 32},
+                "file_io_concurrency": {"limit": 8},
             }
         )
         full = self._tree.get("store_array_data_equal_to_fill_value", False)
@@ -225,9 +222,10 @@ class OrbaxReader:
     def _decoded(self, name: str, store: ts.TensorStore) -> int:
         """Bytes of the chunks that a short range of a tensor may touch."""
         info = self.tensors[name]
-        chunk = store.chunk_layout.read_chunk.shape or ()
-        sides = [min(a, b) for a, b in zip(info.shape[:1], chunk, strict=False)]
-        return math.prod([*sides, *info.shape[1:]]) * info.dtype.itemsize
+        chunk = [*map(min, store.chunk_layout.read_chunk.shape or (), info.shape)]
+        axis = next((i for i, n in enumerate(chunk) if n > 1), 0)
+        sides = [*chunk[axis : axis + 1], *info.shape[axis + 1 :]]
+        return math.prod(sides) * info.dtype.itemsize
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Flat entries [start, stop) of a tensor, in memory of their own.
@@ -492,7 +490,7 @@ def create_writer(
     Args:
       staging: an empty directory.
       tensors: names ("/" nests dictionaries), shapes and dtypes.
-      max_shard_size: bytes of the largest file, if below 16 MiB.
+      max_shard_size: bytes of the largest file, if below 8 MiB.
       metadata: kept as Orbax's custom metadata.
 
     Raises:

@@ -15,9 +15,8 @@ import numpy as np
 from multitask_jax import tree
 from multitask_jax.merging.selection import kth_largest
 
-
-# Beyond these, warn. Independent task vectors disagree about half of the signs and still
-# merge well while they are small beside the base; it takes both to lose.
+# Beyond these, warn. Independent task vectors disagree about half of the signs and
+# still merge well while they are small beside the base; it takes both to lose.
 _FAR, _CONFLICT, _OPPOSED, _UNRELATED = 0.25, 0.25, 0.2, 0.2
 
 

@@ -26,7 +26,7 @@ class Shape(NamedTuple):
 
     width: int = 48
     depth: int = 4
-    heads: int = 4
+    heads: int = 3
     mlp_width: int = 96
     image_size: int = 8
     patch_size: int = 2
@@ -70,57 +70,53 @@ class Block(nn.Module):
 
 
 class DigitsTransformer(nn.Module):
-    """Patches [B, P, C] (or their embeddings, partly masked) -> tokens [B, L, D]."""
+    """Patches [B, P, C] -> tokens [B, L, D]; of the places kept [B, K], if given."""
 
     shape: Shape
 
     @nn.compact
-    def __call__(
-        self, patches: Array, mask: Array | None = None, mask_token: Array | None = None
-    ) -> Array:
+    def __call__(self, patches: Array, kept: Array | None = None) -> Array:
         s = self.shape
-        x = nn.Dense(s.width, name="patch_embedding")(patches)
-        if mask is not None:
-            x = jnp.where(mask[..., None], mask_token[None, None], x)
         init = nn.initializers.normal(0.02)
-        cls = self.param("cls_token", init, (s.width,))
-        cls = jnp.broadcast_to(cls, (x.shape[0], 1, s.width))
-        x = jnp.concatenate([cls, x], axis=1)
-        x = x + self.param("position", init, (s.patches + 1, s.width))[None]
+        position = self.param("position", init, (s.patches + 1, s.width))
+        x = nn.Dense(s.width, name="patch_embedding")(patches) + position[None, 1:]
+        if kept is not None:
+            x = jnp.take_along_axis(x, kept[..., None], axis=1)
+        cls = self.param("cls_token", init, (s.width,)) + position[0]
+        x = jnp.concatenate([jnp.tile(cls, (len(x), 1, 1)), x], axis=1)
         for i in range(s.depth):
             x = Block(s, name=f"layer_{i}")(x)
         return _norm("layernorm")(x)
 
 
 class Reconstruction(nn.Module):
-    """Predicts the pixels of masked patches; [B, P, C], [B, P] -> [B, P, C]."""
+    """Predicts all pixels from the mean token of the places kept; -> [B, P, C]."""
 
     shape: Shape
 
     @nn.compact
-    def __call__(self, patches: Array, mask: Array) -> Array:
-        s = self.shape
-        token = self.param("mask_token", nn.initializers.normal(0.02), (s.width,))
-        x = DigitsTransformer(s, name="encoder")(patches, mask, token)
-        return nn.Dense(patches.shape[-1], name="decoder")(x[:, 1:])
+    def __call__(self, patches: Array, kept: Array) -> Array:
+        x = DigitsTransformer(self.shape, name="encoder")(patches, kept)
+        x = nn.Dense(patches[0].size, name="decoder")(jnp.mean(x, axis=1))
+        return x.reshape(patches.shape)
 
 
 def init_reconstruction(key: Array, shape: Shape) -> Params:
     """Parameters for pretraining; the model itself is their part "encoder"."""
     patches = jnp.zeros((1, shape.patches, shape.patch_size**2))
-    mask = jnp.zeros((1, shape.patches), bool)
-    return Reconstruction(shape).init(key, patches, mask)["params"]
+    kept = jnp.zeros((1, 1), jnp.int32)
+    return Reconstruction(shape).init(key, patches, kept)["params"]
 
 
 def reconstruction_loss(
-    params: Params, images: Array, key: Array, *, shape: Shape, ratio: float = 0.5
+    params: Params, images: Array, key: Array, *, shape: Shape, visible: float = 0.5
 ) -> Array:
-    """Mean squared error on masked pixels; a patch is masked with chance `ratio`."""
+    """Mean squared error of pixels, given a random share `visible` of the patches."""
     patches = patchify(images, shape.patch_size)
-    mask = jax.random.bernoulli(key, ratio, patches.shape[:2])
-    out = Reconstruction(shape).apply({"params": params}, patches, mask)
-    error = jnp.where(mask, jnp.mean((out - patches) ** 2, axis=-1), 0)
-    return jnp.sum(error) / jnp.maximum(jnp.sum(mask), 1)
+    order = jnp.argsort(jax.random.uniform(key, patches.shape[:2]), axis=1)
+    kept = order[:, : max(1, round(visible * shape.patches))]
+    out = Reconstruction(shape).apply({"params": params}, patches, kept)
+    return jnp.mean((out - patches) ** 2)
 
 
 def apply(params: Params, images: Array, *, shape: Shape) -> Array:

@@ -1,0 +1,284 @@
+"""What every method owes its users, checked for all of `merging.METHODS`."""
+
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from multitask_jax import merging, sharding, tree
+from tests.merging.common import (
+    FLOATS,
+    assert_same_bits,
+    make_models,
+    stream,
+)
+
+
+class Case(NamedTuple):
+    method: merging.Method
+    models: int = 3
+    exact: bool = True  # streamed, jitted and sharded agree bit for bit
+    leafwise: bool = False  # no collective on a mesh
+    gain: float = 1.0  # how much larger than a task vector a term of a sum can be
+    # Permuting models (and weights) leaves the result as it was, within rounding.
+    permuted: merging.Method | None = None
+
+
+def lines(method: merging.Method) -> merging.Method:
+    return merging.with_lines(method, alpha=0.3, beta=0.7)
+
+
+ties_mergekit = merging.ties(
+    trim_scope="tensor", election="weighted_mass", zero_sign="positive"
+)
+CASES = {
+    "linear": Case(merging.linear(), leafwise=True),
+    "task_arithmetic": Case(merging.task_arithmetic(scale=0.4), leafwise=True),
+    "ties": Case(merging.ties(density=0.3, scale=0.8)),
+    "dare": Case(
+        merging.dare(density=0.3, seed=3),
+        leafwise=True,
+        gain=1 / 0.3,
+        permuted=merging.dare(density=1.0),
+    ),
+    "dare_ties": Case(
+        merging.dare_ties(density=0.4),
+        gain=1 / 0.4,
+        permuted=merging.dare_ties(density=1.0),
+    ),
+    "magnitude_prune": Case(merging.magnitude_prune(density=0.3)),
+    "slerp": Case(merging.slerp(t=0.5), models=2, exact=False),
+    "model_stock": Case(merging.model_stock(), exact=False),
+    # Variants.
+    "ties mergekit": Case(ties_mergekit),
+    "ties peft": Case(
+        merging.ties(
+            trim_scope="tensor",
+            election="frequency",
+            zero_sign="positive",
+            normalise="count",
+        )
+    ),
+    "ties sum negative": Case(merging.ties(combine="sum", zero_sign="negative")),
+    "ties max zero": Case(merging.ties(combine="max", zero_sign="zero")),
+    "ties l1": Case(merging.ties(trim_scope="tensor", rescale="l1"), exact=False),
+    "dare l1": Case(
+        merging.dare(rescale="l1"),
+        exact=False,
+        permuted=merging.dare(rescale="l1", density=1.0),
+    ),
+    "model_stock rows": Case(merging.model_stock(filter_wise=True), exact=False),
+    "ties lines": Case(lines(merging.ties(density=0.3))),
+    "linear lines": Case(lines(merging.linear()), leafwise=True),
+    "slerp lines": Case(lines(merging.slerp()), models=2, exact=False),
+}
+WEIGHTS = (1.0, 0.5, 0.8)
+
+
+def test_every_method_has_a_case():
+    assert set(merging.METHODS) <= set(CASES)
+
+
+@pytest.fixture(scope="module", params=sorted(CASES))
+def case(request):
+    return CASES[request.param]
+
+
+@pytest.fixture(scope="module")
+def jitted(case):
+    """Base, models and the jitted merge with weights."""
+    base, models = make_models(case.models)
+    f = jax.jit(
+        lambda b, m, w: merging.merge(case.method, b, m, weights=w),
+    )
+    return base, models, f(base, models, WEIGHTS[: case.models])
+
+
+def assert_close(a: Any, b: Any, like: Any, ulps: float = 2) -> None:
+    """Within `ulps` of the largest of the two results and `like`, leaf by leaf."""
+    a, b, like = tree.flatten(a), tree.flatten(b), tree.flatten(like)
+    for path in a:
+        x, y = np.asarray(a[path], np.float64), np.asarray(b[path], np.float64)
+        size = np.maximum(np.maximum(abs(x), abs(y)), np.abs(like[path]))
+        ulp = np.spacing(np.maximum(size, 1e-3).astype(np.float32))
+        assert np.all(np.abs(x - y) <= ulps * ulp), path
+
+
+def test_identity(case):
+    base, _ = make_models(1)
+    out = merging.merge(case.method, base, [base] * case.models)
+    assert_close(out, base, base)
+
+
+def test_permutation(case):
+    base, models = make_models(case.models)
+    weights = WEIGHTS[: case.models]
+    order = [*range(1, case.models), 0]
+    method = case.permuted or case.method
+    merge = jax.jit(lambda b, m, w: merging.merge(method, b, m, weights=w))
+    a = merge(base, models, weights)
+    b = merge(base, [models[t] for t in order], tuple(weights[t] for t in order))
+    a, b = tree.flatten(a), tree.flatten(b)
+    for path in a:
+        # A sum that cancels in one order may not in another, and the election with it.
+        close = np.isclose(a[path], b[path], rtol=1e-5, atol=1e-5)
+        assert np.mean(~close) < 1e-3 if close.size else True, path
+
+
+def test_streamed_as_jitted(case, jitted, tmp_path):
+    base, models, out = jitted
+    streamed = stream(
+        tmp_path, case.method, base, models, weights=WEIGHTS[: case.models]
+    )
+    if case.exact:
+        assert_same_bits(streamed, tree.flatten(out))
+    else:
+        assert_close(streamed, tree.flatten(out), tree.flatten(base), ulps=8)
+
+
+def test_streamed_without_report_in_small_chunks(case, jitted, tmp_path, monkeypatch):
+    from multitask_jax.merging import streaming
+
+    monkeypatch.setattr(streaming, "CHUNK", 1 << 10)
+    monkeypatch.setattr(streaming, "BUCKETS", (1 << 6, 1 << 10))
+    monkeypatch.setattr(streaming, "_SMALL", 1 << 12)
+    monkeypatch.setattr(streaming, "_SLICES", 64)
+    monkeypatch.setattr(streaming, "_SLICE", 16)
+    base, models, out = jitted
+    streamed = stream(
+        tmp_path,
+        case.method,
+        base,
+        models,
+        weights=WEIGHTS[: case.models],
+        report_files=False,
+    )
+    if case.exact:
+        assert_same_bits(streamed, tree.flatten(out))
+    else:
+        assert_close(streamed, tree.flatten(out), tree.flatten(base), ulps=8)
+
+
+def test_eager_within_two_ulps(case, jitted):
+    base, models, out = jitted
+    eager = merging.merge(case.method, base, models, weights=WEIGHTS[: case.models])
+    assert_close(eager, out, base, ulps=2 if case.exact else 8)
+
+
+def test_sharded_as_on_one_device(case, jitted):
+    base, models, out = jitted
+    mesh = sharding.make_mesh({"model": 8})
+    shardings = sharding.tree_shardings(base, mesh)
+    placed = [jax.device_put(x, shardings) for x in (base, *models)]
+    merge = jax.jit(
+        lambda b, m, w: merging.merge(case.method, b, m, weights=w),
+        out_shardings=shardings,
+    )
+    weights = WEIGHTS[: case.models]
+    sharded = merge(placed[0], placed[1:], weights)
+    for x, s in zip(jax.tree.leaves(sharded), jax.tree.leaves(shardings), strict=True):
+        assert x.sharding.is_equivalent_to(s, x.ndim)
+    if case.exact:
+        assert_same_bits(sharded, out)
+    else:
+        assert_close(sharded, out, base, ulps=8)
+    text = merge.lower(placed[0], placed[1:], weights).compile().as_text()
+    collectives = set(
+        re.findall(r"(all-reduce|all-gather|all-to-all|collective-permute)\(", text)
+    )
+    if case.leafwise:
+        assert not collectives
+    elif case.exact:
+        assert collectives == {"all-reduce"}
+        # Counts only: no parameter crosses the mesh.
+        for line in text.splitlines():
+            if re.search(r"= .*all-reduce\(", line):
+                assert re.search(r"= \(?s32\[\]", line), line
+
+
+@pytest.mark.parametrize("dtype", sorted(FLOATS))
+def test_dtype_is_the_bases(case, dtype, tmp_path):
+    base, models = make_models(case.models, FLOATS[dtype])
+    out = jax.jit(lambda b, m: merging.merge(case.method, b, m))(base, models)
+    assert {x.dtype for x in jax.tree.leaves(out)} == {np.dtype(FLOATS[dtype])}
+    if case.exact and dtype != "float32":
+        streamed = stream(tmp_path, case.method, base, models)
+        assert_same_bits(streamed, tree.flatten(out))
+
+
+def test_gradients_are_finite(case):
+    base, models = make_models(case.models)
+    del base["nothing"]
+    for m in models:
+        del m["nothing"]
+
+    def loss(weights):
+        out = merging.merge(case.method, base, models, weights=weights)
+        return sum(jnp.sum(x**2) for x in jax.tree.leaves(out))
+
+    gradient = jax.jit(jax.grad(loss))(jnp.asarray(WEIGHTS[: case.models]))
+    assert np.isfinite(gradient).all()
+
+
+COEFFICIENTS = {
+    "task_arithmetic scale": lambda x: merging.task_arithmetic(scale=x),
+    "ties scale": lambda x: merging.ties(scale=x),
+    "slerp t": lambda x: merging.slerp(t=x),
+    "lines alpha": lambda x: merging.with_lines(
+        merging.task_arithmetic(), alpha=x, beta=0.5
+    ),
+    "lines beta": lambda x: merging.with_lines(merging.ties(), alpha=0.5, beta=x),
+}
+
+
+@pytest.mark.parametrize("name", sorted(COEFFICIENTS))
+def test_sweep_and_gradient_of_coefficients(name):
+    base, models = make_models(2)
+
+    def norm(x):
+        out = merging.merge(COEFFICIENTS[name](x), base, models)
+        return sum(jnp.sum(v**2) for v in jax.tree.leaves(out))
+
+    values = jnp.asarray([0.1, 0.5, 0.9])
+    swept = jax.jit(jax.vmap(norm))(values)
+    np.testing.assert_allclose(swept, [norm(v) for v in values], rtol=1e-5)
+    # The derivative agrees with differences.
+    slope = jax.jit(jax.grad(norm))(0.5)
+    near = (norm(0.51) - norm(0.49)) / 0.02
+    assert np.isfinite(slope)
+    np.testing.assert_allclose(slope, near, rtol=0.05, atol=30)
+
+
+class Layers(NamedTuple):
+    first: Any
+    second: Any
+
+
+def test_containers():
+    import flax.linen as nn
+    from flax import nnx
+
+    linen = nn.Dense(3).init(jax.random.key(0), jnp.ones((1, 2)))
+    module = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    pure = nnx.to_pure_dict(nnx.state(module))
+    for base in (linen, pure, [jnp.ones(3), (jnp.ones(2),)], Layers(1.0, jnp.ones(2))):
+        models = [jax.tree.map(lambda x, s=s: x + s, base) for s in (1.0, 3.0)]
+        out = merging.merge(merging.task_arithmetic(scale=0.5), base, models)
+        assert jax.tree.structure(out) == jax.tree.structure(base)
+        for x, y in zip(jax.tree.leaves(out), jax.tree.leaves(base), strict=True):
+            np.testing.assert_allclose(x, y + 2.0, rtol=1e-6)
+
+
+def test_sharding_rules_name_the_leaf():
+    mesh = sharding.make_mesh({"model": 8})
+    base = {"a": np.zeros((12, 3)), "b": np.zeros(8)}
+    with pytest.raises(ValueError, match="b: no sharding rule"):
+        sharding.shard_tree(base, mesh, [("a", PartitionSpec())])
+    with pytest.raises(ValueError, match=r"a: axis of 12 .* in 8"):
+        sharding.shard_tree(base, mesh, [(".*", PartitionSpec("model"))])
+    with pytest.raises(ValueError, match="needs 16 devices, got 8"):
+        sharding.make_mesh({"model": 16})
