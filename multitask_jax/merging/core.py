@@ -146,6 +146,17 @@ def add_up(values: Sequence[Any]) -> Any:
     return functools.reduce(operator.add, values)
 
 
+def times(a: Any, x: Array) -> Array:
+    """a x, rounded before anything is added to it.
+
+    XLA fuses products into sums (FMA) or folds constants together depending on shapes
+    and on what is traced. The comparison, always true but for NaN, keeps it from that:
+    eager, jitted, streamed and sharded merges then agree bit for bit.
+    """
+    product = a * x
+    return jnp.where(product == product, product, jnp.nan)
+
+
 def start_values(method: Method, base: Array, models: Values) -> Values:
     """tau_t = theta_t - theta_0, or theta_t for methods on the parameters."""
     if method.start == "parameters":
@@ -236,27 +247,30 @@ def _measure(
     stats: dict[str, tuple[Any, ...]] = dict.fromkeys(values, ())
     for m in t.measures:
         terms = {p: m.values(values[p], leaves[p], stats[p]) for p in values}
-        if m.scope == "tensor":
-            new = {p: _reduce(m, [terms[p]]) for p in terms}
-        else:
-            new = dict.fromkeys(terms, _reduce(m, list(terms.values())))
-        stats = {p: (*stats[p], new[p]) for p in stats}
+        # Leaves by scope: each on its own, or all together.
+        scopes = [[p] for p in terms] if m.scope == "tensor" else [list(terms)]
+        reduced = _reduce(m, [[terms[p] for p in paths] for paths in scopes])
+        for paths, new in zip(scopes, reduced, strict=True):
+            for p in paths:
+                stats[p] = (*stats[p], new)
     return stats
 
 
-def _reduce(m: Measure, leaves: Sequence[Values]) -> tuple[Any, ...]:
-    if not leaves:
-        return ()
-    columns = list(zip(*leaves, strict=True))  # one list of arrays a term
+def _reduce(m: Measure, groups: Sequence[Sequence[Values]]) -> list[tuple[Any, ...]]:
+    """Reduces the terms of each group of leaves."""
+    columns = [list(zip(*leaves, strict=True)) for leaves in groups]
     if m.kind == "sum":
-        return tuple(statistics.total(c) for c in columns)
+        return [tuple(map(statistics.total, group)) for group in columns]
     if m.kind == "count":
-        return tuple(statistics.count(c) for c in columns)
-    size = sum(x.size for x in columns[0])
-    return tuple(
-        statistics.kth_magnitude(c, k) if size else jnp.float32(0)
-        for c, k in zip(columns, ranks_of(m, size, len(columns)), strict=True)
-    )
+        return [tuple(map(statistics.count, group)) for group in columns]
+    flat = [column for group in columns for column in group]
+    ranks = [
+        k
+        for group in columns
+        for k in ranks_of(m, sum(x.size for x in group[0]), len(group))
+    ]
+    found = iter(statistics.kth_magnitudes(flat, ranks))
+    return [tuple(next(found) for _ in group) for group in columns]
 
 
 def ranks_of(m: Measure, size: int, terms: int) -> list[int]:

@@ -5,7 +5,15 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from multitask_jax.merging.core import Array, Leaf, Measure, Transform, Values, add_up
+from multitask_jax.merging.core import (
+    Array,
+    Leaf,
+    Measure,
+    Transform,
+    Values,
+    add_up,
+    times,
+)
 from multitask_jax.merging.transforms import _choose
 
 
@@ -61,7 +69,7 @@ def interpolate_spherically(
             norm = (1 - time) * n0 + time * n1
             a = jnp.where(opposite, jnp.where(time <= 0.5, norm / unit0, 0), a)
             b = jnp.where(opposite, jnp.where(time <= 0.5, 0, norm / unit1), b)
-        return (a.astype(v0.dtype) * v0 + b.astype(v1.dtype) * v1,)
+        return (times(a.astype(v0.dtype), v0) + times(b.astype(v1.dtype), v1),)
 
     return Transform(apply, (Measure("sum", "tensor", _gram),))
 
@@ -100,8 +108,8 @@ def stock(
             gram = _indexed(sums, count)
         else:
             gram = _indexed(stats[0], count)
-        mean = add_up(values) / count
-        return (ratio(gram, count).astype(mean.dtype) * mean,)
+        mean = times(1 / count, add_up(values))
+        return (times(ratio(gram, count).astype(mean.dtype), mean),)
 
     if filter_wise:
         return Transform(apply, needs="row")

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from multitask_jax import tree
-from multitask_jax.merging.core import Leaf, Method, Transform, Values
+from multitask_jax.merging.core import Leaf, Method, Transform, Values, times
 from multitask_jax.merging.transforms import subtract_base
 
 
@@ -43,10 +43,11 @@ def scale_by_depth(
     """
 
     def apply(values: Values, leaf: Leaf, stats: tuple[Any, ...]) -> Values:
-        factor = jnp.asarray(alpha, leaf.base.dtype) + jnp.asarray(
-            beta, leaf.base.dtype
-        ) * jnp.asarray(leaf.setting, leaf.base.dtype)
-        return tuple(factor * v for v in values)
+        a, b, depth = (
+            jnp.asarray(x, leaf.base.dtype) for x in (alpha, beta, leaf.setting)
+        )
+        factor = a + times(b, depth)
+        return tuple(times(factor, v) for v in values)
 
     return Transform(
         apply, settings=lambda paths: relative_depths(paths, block_pattern)

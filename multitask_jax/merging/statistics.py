@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 Array = jax.Array
@@ -70,27 +69,34 @@ def at_least(a: tuple[Any, Any], b: tuple[Any, Any]) -> Array:
     return (a[0] > b[0]) | ((a[0] == b[0]) & (a[1] >= b[1]))
 
 
-def kth_magnitude(leaves: Sequence[Array], k: int) -> Array:
-    """The k-th largest |x| over all leaves (k = 1: the largest), exactly.
+def kth_magnitudes(groups: Sequence[Sequence[Array]], ks: Sequence[int]) -> list[Array]:
+    """Of each group of arrays, the k-th largest |x| (k = 1: the largest), exactly.
 
     Finds the largest key that at least k entries reach, bit by bit from the top: 31
-    counting passes.
+    counting passes, of all groups together. 0 for a group without entries.
+
+    Raises:
+      ValueError: a k is not in 1..size.
     """
-    keys = [lax.stop_gradient(magnitude_bits(x)) for x in leaves if x.size]
-    size = sum(x.size for x in keys)
-    if not 1 <= k <= size:
-        raise ValueError(f"got k = {k}, expected 1..{size}")
-    wanted = split(k)
+    keys = [
+        [lax.stop_gradient(magnitude_bits(x)) for x in group if x.size]
+        for group in groups
+    ]
+    for group, k in zip(keys, ks, strict=True):
+        size = sum(x.size for x in group)
+        if group and not 1 <= k <= size:
+            raise ValueError(f"got k = {k}, expected 1..{size}")
 
-    def try_bit(i: Array, key: Array) -> Array:
-        higher = key | (jnp.int32(1) << (30 - i))
-        enough = at_least(count([x >= higher for x in keys]), wanted)
-        return jnp.where(enough, higher, key)
+    def try_bit(i: Array, found: tuple[Array, ...]) -> tuple[Array, ...]:
+        bit = jnp.int32(1) << (30 - i)
+        out = []
+        for group, k, key in zip(keys, ks, found, strict=True):
+            enough = at_least(count([x >= (key | bit) for x in group]), split(k))
+            out.append(jnp.where(enough, key | bit, key))
+        return tuple(out)
 
-    key = lax.fori_loop(0, 31, try_bit, jnp.int32(0))
-    return lax.bitcast_convert_type(key, jnp.float32)
-
-
-def to_float(number: tuple[Any, Any]) -> np.float64:
-    """A host-side (high, low) number as float64 (exact below 2**53)."""
-    return np.float64(int(number[0]) * (1 << BITS) + int(number[1]))
+    found = lax.fori_loop(0, 31, try_bit, (jnp.int32(0),) * len(groups))
+    return [
+        lax.bitcast_convert_type(key, jnp.float32) if group else jnp.float32(0)
+        for group, key in zip(keys, found, strict=True)
+    ]

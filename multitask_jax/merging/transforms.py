@@ -19,6 +19,7 @@ from multitask_jax.merging.core import (
     Transform,
     Values,
     add_up,
+    times,
     unchanged,
 )
 from multitask_jax.merging.random import path_seed, uniform
@@ -64,7 +65,7 @@ def _rescale_l1(kept: Values, sums: Sequence[Array]) -> Values:
     """Scales kept entries to the L1 norm before (unchanged where all were zero)."""
     count = len(kept)
     return tuple(
-        x * jnp.where(after > 0, before / jnp.where(after > 0, after, 1), 1)
+        times(jnp.where(after > 0, before / jnp.where(after > 0, after, 1), 1), x)
         for x, before, after in zip(kept, sums[:count], sums[count:], strict=True)
     )
 
@@ -154,7 +155,7 @@ def drop(
         out = masked(values, leaf, stats)
         if rescale == "density":
             keep = _per_model(densities, len(values), "density")
-            return tuple(x / p for x, p in zip(out, keep, strict=True))
+            return tuple(times(1 / p, x) for x, p in zip(out, keep, strict=True))
         return _rescale_l1(out, stats[0]) if rescale == "l1" else out
 
     return Transform(
@@ -187,7 +188,7 @@ def elect_sign(
 
     def votes(values: Values, leaf: Leaf) -> Values:
         if election == "weighted_mass":
-            return tuple(w * v for w, v in zip(leaf.weights, values, strict=True))
+            return tuple(times(w, v) for w, v in zip(leaf.weights, values, strict=True))
         return values
 
     def sums(e: Values) -> Array:
@@ -240,7 +241,7 @@ def disjoint_mean(*, normalise: Normalise = "weights") -> Transform:
 
 
 def _weighted(values: Values, weights: Sequence[Any]) -> Array:
-    return add_up([w * v for w, v in zip(weights, values, strict=True)])
+    return add_up([times(w, v) for w, v in zip(weights, values, strict=True)])
 
 
 def weighted_sum(*, normalise: bool = False) -> Transform:
@@ -252,7 +253,7 @@ def weighted_sum(*, normalise: bool = False) -> Transform:
             return (out,)
         divisor = add_up(leaf.weights)
         small = jnp.abs(jnp.asarray(divisor)) < 1e-8
-        return (out / jnp.where(small, 1, divisor).astype(out.dtype),)
+        return (times(1 / jnp.where(small, 1, divisor).astype(out.dtype), out),)
 
     return Transform(apply)
 
@@ -261,7 +262,7 @@ def max_magnitude() -> Transform:
     """The entry w_t tau_t of largest magnitude; the first model wins a tie."""
 
     def apply(values: Values, leaf: Leaf, stats: tuple[Any, ...]) -> Values:
-        weighted = [w * v for w, v in zip(leaf.weights, values, strict=True)]
+        weighted = [times(w, v) for w, v in zip(leaf.weights, values, strict=True)]
         larger = lambda a, b: jnp.where(jnp.abs(b) > jnp.abs(a), b, a)  # noqa: E731
         return (functools.reduce(larger, weighted),)
 
@@ -272,7 +273,7 @@ def scale(factor: Any) -> Transform:
     """lambda tau; the factor may be traced (vmap a sweep, take a gradient)."""
     return Transform(
         lambda values, leaf, stats: tuple(
-            v * jnp.asarray(factor, v.dtype) for v in values
+            times(jnp.asarray(factor, v.dtype), v) for v in values
         )
     )
 

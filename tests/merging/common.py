@@ -25,7 +25,7 @@ def make_tree(rng: np.random.Generator, dtype: Any = np.float32) -> dict[str, An
         for i in range(3)
     }
     return {
-        "embed": normal(700, 500),  # 350,000 entries: more than one chunk
+        "embed": normal(560, 500),  # 280,000 entries: more than one chunk
         **blocks,
         "scale": normal(),
         "nothing": normal(0, 8),
@@ -69,13 +69,25 @@ def load(path: Path) -> dict[str, np.ndarray]:
 
 
 def stream(
-    folder: Path, method: merging.Method, base: Any, models: Any, **kwargs: Any
+    folder: Path,
+    method: merging.Method,
+    base: Any,
+    models: Any,
+    *,
+    report_files: bool = False,
+    **kwargs: Any,
 ) -> dict[str, np.ndarray]:
     """Merges through the disk."""
     base_path = save(folder / "base", base)
     paths = [save(folder / f"m{t}", m) for t, m in enumerate(models)]
     merging.merge_checkpoints(
-        method, base_path, paths, folder / "out", progress=False, **kwargs
+        method,
+        base_path,
+        paths,
+        folder / "out",
+        progress=False,
+        report_files=report_files,
+        **kwargs,
     )
     return load(folder / "out")
 
