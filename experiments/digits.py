@@ -1,9 +1,9 @@
 """One small transformer, four tasks over real digits, merged: the library's first run.
 
 A vision transformer is pretrained without labels (masked patches), then fine-tuned on
-each task of `multitask_jax.data.digits` with that task's head frozen: a ridge
-regression on the base's features, the counterpart of CLIP's zero-shot heads. Base and
-experts are saved as Hugging Face style safetensors directories and merged through
+each task of `multitask_jax.data.digits` with that task's head frozen: the classes' mean
+features in the base, the counterpart of CLIP's zero-shot heads. Base and experts are
+saved as Hugging Face style safetensors directories and merged through
 `experiments.merge`. The table compares, on held-out images: the base, each expert, the
 average, task arithmetic (Ilharco et al. 2023, arXiv 2212.04089), TIES (Yadav et al.
 2023, arXiv 2306.01708) and TIES + LiNeS (Wang et al. 2025, arXiv 2410.17146).
@@ -19,8 +19,10 @@ config.json, metrics.jsonl, report.md, digits.png, checkpoints/ and merged/.
 Legend: S seeds, T tasks, N images, D features.
 """
 
+import contextlib
 import dataclasses
 import functools
+import io
 import json
 import shutil
 import time
@@ -32,6 +34,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.flatten_util import ravel_pytree
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from safetensors.numpy import load_file, save_file
@@ -67,13 +70,12 @@ class Config:
     workdir: str = _flag(".cache/digits", "Where everything is written and cached.")
     seeds: str = _flag("0,1,2", "Comma list: one base and its experts a seed.")
     split_seed: int = _flag(0, "Seed of the train / validation / test split.")
-    pretrain_steps: int = _flag(1500, "Steps on masked patches, without labels.")
-    finetune_steps: int = _flag(300, "Steps on each task, its head frozen.")
+    pretrain_steps: int = _flag(4000, "Steps on masked patches, without labels.")
+    finetune_steps: int = _flag(200, "Steps on each task, its head frozen.")
     batch_size: int = _flag(32, "Images a step.")
     pretrain_rate: float = _flag(4e-3, "Peak learning rate of pretraining.")
     finetune_rate: float = _flag(2e-3, "Peak learning rate of fine-tuning.")
-    ridge: float = _flag(1e-3, "Ridge of the heads, in mean variances of a feature.")
-    temperature: float = _flag(4.0, "Logits are this times the ridge regression.")
+    sharpness: float = _flag(20.0, "Of the frozen heads: their logits' scale.")
     density: float = _flag(0.2, "Share of each task vector that TIES keeps.")
     candidates: int = _flag(15, "Scales each method tries on validation images.")
 
@@ -153,16 +155,15 @@ def finetune(
     return fit(loss, base, key, steps=steps, rate=rate)
 
 
-def fit_head(x: np.ndarray, labels: np.ndarray, classes: int, config: Config) -> Head:
-    """Ridge regression of one-hot labels [N] on features [N, D], in closed form."""
-    x = x.astype(np.float64)
-    target = np.eye(classes)[labels]
-    centred = x - x.mean(0)
-    gram = centred.T @ centred
-    ridge = config.ridge * np.trace(gram) / len(gram) * np.eye(len(gram))
-    kernel = np.linalg.solve(gram + ridge, centred.T @ (target - target.mean(0)))
-    bias = target.mean(0) - x.mean(0) @ kernel
-    return Head(*((config.temperature * a).astype(np.float32) for a in (kernel, bias)))
+def fit_head(x: np.ndarray, labels: np.ndarray, classes: int, scale: float) -> Head:
+    """Nearest class mean as a linear head (Snell et al. 2017, arXiv 1703.05175).
+
+    logits_c = scale (f mu_c - |mu_c|^2 / 2) / s^2, s^2 the mean squared distance of
+    features x [N, D] to the mean of their class by labels [N].
+    """
+    mean = np.stack([x[labels == c].mean(0) for c in range(classes)])
+    scale = scale / np.mean(np.sum((x - mean[labels]) ** 2, axis=-1))
+    return Head(scale * mean.T, -scale / 2 * np.sum(mean**2, axis=-1))
 
 
 def pad(head: Head) -> Head:
@@ -210,60 +211,49 @@ def read_heads(path: Path) -> Head:
 
 
 def train(
-    config: Config, seed: int, split: digits.Split, progress: Callable[[str], None]
+    config: Config, seed: int, split: digits.Split, bar: tqdm
 ) -> tuple[Path, list[dict[str, Any]]]:
-    """Makes a seed's base, heads and experts, or finds them as an earlier run left them.
+    """Makes a seed's base, heads and experts, unless an earlier run left them.
 
     Returns:
       The folder (base/, one folder a task, heads.safetensors), and a record of each
-      training: losses, and seconds (those of the first runs include compiling).
+      training: mean losses of 20 stretches, and seconds (the first with compiling).
     """
     folder = Path(config.workdir) / "checkpoints" / f"seed_{seed}"
-    depends = dataclasses.asdict(config) | {
-        "seed": seed,
-        "tasks": TASKS,
-        **SHAPE._asdict(),
-    }
+    depends = dataclasses.asdict(config) | {"seed": seed, "tasks": list(TASKS)}
+    depends |= {"shape": list(SHAPE)}
     for unrelated in ("workdir", "seeds", "density", "candidates"):
         del depends[unrelated]
-    depends = json.loads(json.dumps(depends))  # as it reads back
     done = folder / "training.json"
     if done.exists() and (stored := json.loads(done.read_text()))["config"] == depends:
+        bar.update(1 + len(TASKS))
         return folder, stored["records"]
     shutil.rmtree(folder, ignore_errors=True)
     records = []
 
-    def timed(name: str, call: Callable[[], Any]) -> vit.Params:
-        progress(f"seed {seed}: training {name}")
+    def timed(name: str, make: Callable[..., Any], *arguments: Any) -> vit.Params:
+        bar.set_description(f"seed {seed}: training {name}")
         start = time.perf_counter()
-        params, losses = jax.device_get(call())
-        every = max(1, len(losses) // 20)
+        params, losses = jax.device_get(make(*arguments, config=config))
+        seconds = round(time.perf_counter() - start, 3)
+        losses = [float(part.mean()) for part in np.array_split(losses, 20)]
         records.append(
-            {
-                "seed": seed,
-                "model": name,
-                "steps": len(losses),
-                "seconds": round(time.perf_counter() - start, 3),
-                "losses": [
-                    float(losses[i : i + every].mean())
-                    for i in range(0, len(losses), every)
-                ],
-            }
+            {"seed": seed, "model": name, "seconds": seconds, "losses": losses}
         )
         save_model(folder / name, params)
+        bar.update()
         return params
 
     base_key, *keys = jax.random.split(jax.random.key(seed), 1 + len(TASKS))
     pictures = np.concatenate([digits.examples(split, t).images for t in VIEWS])
-    base = timed("base", lambda: pretrain(pictures, base_key, config=config))
+    base = timed("base", pretrain, pictures, base_key)
     heads = {}
     for task, key in zip(TASKS, keys, strict=True):
         images, labels = digits.examples(split, task)
         x = np.asarray(features(base, images))
-        head = fit_head(x, labels, digits.TASKS[task].classes, config)
+        head = fit_head(x, labels, digits.TASKS[task].classes, config.sharpness)
         heads |= {f"{task}.weight": head.kernel.T.copy(), f"{task}.bias": head.bias}
-        arguments = (base, pad(head), images, labels, key)
-        timed(task, functools.partial(finetune, *arguments, config=config))
+        timed(task, finetune, base, pad(head), images, labels, key)
     save_file(heads, folder / "heads.safetensors")
     # Last of all: a run that was stopped before starts this seed again.
     done.write_text(json.dumps({"config": depends, "records": records}, indent=1))
@@ -288,21 +278,23 @@ def accuracies(params: Any, heads: Head, data: digits.Split) -> jax.Array:
     return jnp.mean(jnp.argmax(logits, axis=-1) == data.digits, axis=-1)
 
 
-@functools.partial(jax.jit, static_argnames=("method", "density"))
+@functools.partial(jax.jit, static_argnames=("ties", "density"))
 def merge_unscaled(
-    base: Any, experts: Sequence[Any], *, method: str, density: float
+    base: Any, experts: Sequence[Any], *, ties: bool, density: float
 ) -> tuple[Any, jax.Array]:
     """The merge at scale 1, and the alpha that LiNeS takes for it.
 
     alpha = (|sum_t tau_t|_1 / |tau_merged|_1) / T, which brings the merged vector to
     the size of the average.
     """
-    total = merging.merge(merging.task_arithmetic(), base, experts)
-    merged = total
-    if method.startswith("TIES"):
-        merged = merging.merge(merging.ties(density=density), base, experts)
-    size = lambda tree: optax.tree.norm(optax.tree.sub(tree, base), ord=1)  # noqa: E731
-    return merged, size(total) / size(merged) / len(experts)
+    # As one flat vector: neither method minds, and a single leaf compiles in no time.
+    theta, to_tree = ravel_pytree(base)
+    models = [ravel_pytree(expert)[0] for expert in experts]
+    total = merging.merge(merging.task_arithmetic(), theta, models)
+    recipe = merging.ties(density=density) if ties else merging.task_arithmetic()
+    merged = merging.merge(recipe, theta, models)
+    sizes = [jnp.sum(jnp.abs(x - theta)) for x in (total, merged)]
+    return to_tree(merged), sizes[0] / sizes[1] / len(experts)
 
 
 @jax.jit
@@ -318,21 +310,202 @@ def sweep(
     return jax.vmap(evaluate)(alpha, beta)
 
 
-def choose_scales(
+def choose(
     method: str,
     base: Any,
-    experts: Any,
+    experts: Sequence[Any],
     heads: Head,
     data: digits.Split,
     config: Config,
-) -> dict[str, float]:
-    """The flags of `experiments.merge` with the best mean accuracy on `data`."""
-    merged, alpha = merge_unscaled(base, experts, method=method, density=config.density)
-    grid = np.linspace(*RANGES[method], config.candidates, dtype=np.float32)
-    lines = method.endswith("LiNeS")
+) -> tuple[dict[str, Any], float | None]:
+    """The flags of `experiments.merge` that do best on `data`, and how well they do.
+
+    Returns:
+      Flags, and the mean accuracy over tasks (None where there is nothing to choose).
+    """
+    if method == "average":
+        return {"method": "linear"}, None
+    ties, lines = method.startswith("TIES"), method.endswith("LiNeS")
+    merged, alpha = merge_unscaled(base, experts, ties=ties, density=config.density)
+    grid = np.linspace(*RANGES[method], config.candidates).astype(np.float32)
     alphas, betas = (np.full_like(grid, alpha), grid) if lines else (grid, 0 * grid)
-    found = sweep(base, merged, alphas, betas, heads, data).mean(-1)
-    best = int(jnp.argmax(found))  # the smallest of equals
+    found = np.asarray(sweep(base, merged, alphas, betas, heads, data)).mean(-1)
+    best = int(np.argmax(found))  # the smallest of equals
+    chosen: dict[str, Any] = {"method": "task_arithmetic"}
+    if ties:
+        chosen = {"method": "ties", "density": str(config.density)}
     if lines:
-        return {"lines_alpha": float(alphas[best]), "lines_beta": float(betas[best])}
-    return {"scale": float(alphas[best])}
+        chosen |= {"lines_alpha": float(alphas[best]), "lines_beta": float(betas[best])}
+    else:
+        chosen["scale"] = float(alphas[best])
+    return chosen, float(found[best])
+
+
+# The run, and what it writes.
+
+
+def run(config: Config) -> Result:
+    """Trains (once), merges, evaluates; prints and writes the table and the figure."""
+    start = time.perf_counter()
+    seeds = [int(s) for s in config.seeds.split(",")]
+    workdir = Path(config.workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+    (workdir / "config.json").write_text(text)
+    splits = digits.load(seed=config.split_seed)
+    parts = {
+        "validation": all_tasks(splits.validation),
+        "test": all_tasks(splits.test),
+    }
+    found: dict[str, dict[str, list[Any]]] = {part: {} for part in parts}
+    chosen: dict[str, list[merge.Config]] = {method: [] for method in MERGES}
+    records: list[dict[str, Any]] = []
+    gap = 0.0
+    bar = tqdm(total=len(seeds) * (1 + len(TASKS) + len(MERGES)), unit="model")
+    for seed in seeds:
+        folder, trained = train(config, seed, splits.train, bar)
+        records += trained
+        heads = read_heads(folder / "heads.safetensors")
+        base, *experts = (read_model(folder / name) for name in ("base", *TASKS))
+        models = {"base": base}
+        models |= {f"expert: {t}": e for t, e in zip(TASKS, experts, strict=True)}
+        for method in MERGES:
+            bar.set_description(f"seed {seed}: merging, {method}")
+            name = method.lower().replace(" + ", "_").replace(" ", "_")
+            given, in_memory = choose(
+                method, base, experts, heads, parts["validation"], config
+            )
+            merge_config = merge.Config(
+                base=str(folder / "base"),
+                models=",".join(str(folder / task) for task in TASKS),
+                output=str(workdir / "merged" / f"seed_{seed}" / name),
+                overwrite=True,
+                report=seed == seeds[0],
+                progress=False,
+                **given,
+            )
+            with contextlib.redirect_stdout(io.StringIO()):  # the bar is enough
+                merge.run(merge_config)
+            models[method] = read_model(Path(merge_config.output))
+            chosen[method].append(merge_config)
+            if in_memory is not None:
+                from_disk = accuracies(models[method], heads, parts["validation"])
+                gap = max(gap, abs(float(np.mean(from_disk)) - in_memory))
+            bar.update()
+        for part, data in parts.items():
+            for name, params in models.items():
+                values = np.asarray(accuracies(params, heads, data))
+                found[part].setdefault(name, []).append(values)
+            own = np.diag([found[part][f"expert: {task}"][-1] for task in TASKS])
+            found[part].setdefault(EXPERTS, []).append(own)
+            records += [
+                {"seed": seed, "model": name, "split": part, "accuracy": x[-1].tolist()}
+                for name, x in found[part].items()
+            ]
+    bar.close()
+    test, validation = (
+        {name: np.stack(x) for name, x in found[part].items()}
+        for part in ("test", "validation")
+    )
+    best = max(MERGES, key=lambda method: validation[method].mean())
+    report = write_report(test, best, chosen, gap, len(parts["test"].digits[0]))
+    with (workdir / "metrics.jsonl").open("w") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+    (workdir / "report.md").write_text(report + "\n![accuracies](digits.png)\n")
+    draw(test).savefig(workdir / "digits.png", dpi=150)
+    print(f"\n{report}\n{time.perf_counter() - start:.0f} s; wrote {workdir}/report.md")
+    return Result(test, validation, best, report)
+
+
+def normalised(accuracy: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """Accuracy [S, T] over the experts' own, as a mean over tasks: [S]."""
+    return np.mean(accuracy / own, axis=-1)
+
+
+def write_report(
+    test: Mapping[str, np.ndarray],
+    best: str,
+    chosen: Mapping[str, Sequence[merge.Config]],
+    gap: float,
+    images: int,
+) -> str:
+    """The table in Markdown, the scales chosen, and what the numbers say."""
+
+    def spread(x: np.ndarray) -> str:
+        deviation = 100 * x.std(ddof=1) if len(x) > 1 else 0.0
+        return f"{100 * x.mean():.1f} ± {deviation:.1f}"
+
+    order = ["base", *(f"expert: {t}" for t in TASKS), EXPERTS, *MERGES]
+    lines = [
+        f"Accuracy in % on {images} held-out images a task: mean ± standard deviation"
+        f" over {len(test['base'])} seeds.",
+        "",
+        f"| model | all tasks | normalised | {' | '.join(TASKS)} |",
+        "|---|" + "--:|" * (2 + len(TASKS)),
+    ]
+    for name in order:
+        x = test[name]
+        tasks = " | ".join(f"{100 * v:.1f}" for v in x.mean(0))
+        label = f"**{name}**" if name == best else name
+        share = spread(normalised(x, test[EXPERTS]))
+        lines.append(f"| {label} | {spread(x.mean(1))} | {share} | {tasks} |")
+    mean = {name: 100 * x.mean() for name, x in test.items()}
+    lines += [
+        "",
+        "As it came: one run, no seed or task left out. Normalised: over the expert's"
+        f" accuracy, task by task. Chosen on validation images: **{best}**,"
+        f" {mean[best] - mean['base']:+.1f} points against the base. The average is"
+        f" {mean['average'] - mean[EXPERTS]:+.1f} points against the experts.",
+        "",
+    ]
+    for method, configs in chosen.items():
+        scales = [
+            " ".join(
+                f"{name} {value:.3g}"
+                for name in ("scale", "lines_alpha", "lines_beta")
+                if (value := getattr(c, name)) is not None
+            )
+            for c in configs
+        ]
+        if any(scales):
+            lines.append(f"- {method}: {'; '.join(scales)} (by seed)")
+    command = " \\\n    ".join(
+        f"--{name}={value}"
+        for name, value in merge.recipe_of(chosen[best][0]).items()
+        if name not in ("report", "progress", "overwrite")
+    )
+    lines += [
+        "",
+        "Scales were tried in memory; the checkpoints that the command line then wrote"
+        f" are within {100 * gap:.2f} points of that on validation images. One of them:",
+        "",
+        f"    python -m experiments.merge \\\n    {command}",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def draw(test: Mapping[str, np.ndarray]) -> Figure:
+    """Bars of mean accuracy by task, a dot a seed."""
+    rows = ("base", *MERGES, EXPERTS)
+    colours = ("#bbbbbb", "#a6cee3", "#5fa2ce", "#1170aa", "#fc7d0b", "#57606c")
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    width = 0.8 / len(rows)
+    for i, (name, colour) in enumerate(zip(rows, colours, strict=True)):
+        x = 100 * np.concatenate([test[name].mean(1, keepdims=True), test[name]], 1)
+        at = np.arange(x.shape[1]) + (i - (len(rows) - 1) / 2) * width
+        axes.bar(at, x.mean(0), 0.92 * width, color=colour, label=name)
+        axes.plot(at, x.T, ".", color="black", markersize=3)
+    axes.set_xticks(range(1 + len(TASKS)), ["all tasks", *TASKS])
+    low = min(test[name].min() for name in rows)
+    axes.set_ylim(max(0, 100 * low - 10), 100)
+    axes.set_ylabel("accuracy on held-out images, %")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=len(rows), frameon=False)
+    return figure
+
+
+if __name__ == "__main__":
+    flags.main(Config, run)

@@ -5,7 +5,7 @@ different directions:
 
 - digit: which of ten digits, the picture as it is.
 - parity: odd or even, of the *same* pictures. It puts unlike shapes together (1 and 9,
-  0 and 4) and alike ones apart (3 and 8, 5 and 6), which is not how `digit` groups them.
+  0 and 4) and alike ones apart (3 and 8, 5 and 6), against how `digit` groups them.
 - turned: which digit, turned by 90 degrees. Where a stroke lies, and hence the position
   embedding, now means something else.
 - negative: which digit, ink and paper swapped, so that every stroke detector sees the

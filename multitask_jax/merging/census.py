@@ -9,6 +9,7 @@ import numpy as np
 
 from multitask_jax.merging.core import Values
 from multitask_jax.merging.interference import LeafStatistics, leaf_statistics
+from multitask_jax.merging.statistics import chunk_sum
 
 # Models whose method does not trim are judged at this density, on a sample.
 SAMPLE_DENSITY = 0.2
@@ -75,10 +76,10 @@ class Census:
 
 def count_trimmed(before: Values, after: Values) -> tuple[Any, Any]:
     """In JAX, of a chunk: counts (kept_1.., contested, conflicts), masses of both."""
-    kept = [jnp.sum(x != 0, dtype=jnp.int32) for x in after]
+    kept = [chunk_sum((x != 0).astype(jnp.int32)) for x in after]
     positive = sum((x > 0).astype(jnp.int32) for x in after)
     negative = sum((x < 0).astype(jnp.int32) for x in after)
-    contested = jnp.sum(positive + negative >= 2, dtype=jnp.int32)
-    conflicts = jnp.sum((positive > 0) & (negative > 0), dtype=jnp.int32)
-    masses = [jnp.sum(jnp.abs(x.astype(jnp.float32))) for x in (*before, *after)]
+    contested = chunk_sum((positive + negative >= 2).astype(jnp.int32))
+    conflicts = chunk_sum(((positive > 0) & (negative > 0)).astype(jnp.int32))
+    masses = [chunk_sum(jnp.abs(x.astype(jnp.float32))) for x in (*before, *after)]
     return jnp.stack([*kept, contested, conflicts]), jnp.stack(masses)

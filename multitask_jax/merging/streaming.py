@@ -19,6 +19,7 @@ from multitask_jax.merging import core
 from multitask_jax.merging.census import Census, count_trimmed
 from multitask_jax.merging.plan import BUCKETS, CHUNK, Entry, Pass, Plan
 from multitask_jax.merging.selection import INFINITE, Selection, bracket, keys_of
+from multitask_jax.merging.statistics import chunk_sum
 from multitask_jax.merging.totals import KthTotal, SumTotal
 
 _SMALL = 1 << 20  # tensors up to this size keep all keys; larger ones sample a bracket
@@ -316,7 +317,8 @@ def _compute(
     base, *models = [x.astype(compute) for x in arrays]
     leaf = core.Leaf(base, tuple(w.astype(compute) for w in weights), offset=offset)
     before = after = values = core.start_values(method, base, tuple(models))
-    bad = jnp.sum(~jnp.isfinite(base + core.add_up(values))) if check else None
+    total = base + core.add_up(values)
+    bad = chunk_sum((~jnp.isfinite(total)).astype(jnp.int32)) if check else None
     what, stop, j = stage
     if what == "apply":
         for i, t in enumerate(method.transforms):
@@ -332,8 +334,8 @@ def _compute(
     if what == "values":
         return terms, bad
     if measure.kind == "count":
-        return tuple(jnp.sum(x, dtype=jnp.int32) for x in terms), bad
-    return tuple(jnp.sum(x) for x in terms), bad
+        terms = tuple(x.astype(jnp.int32) for x in terms)
+    return tuple(map(chunk_sum, terms)), bad
 
 
 def to_compute(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
