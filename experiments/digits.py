@@ -41,7 +41,7 @@ from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
 from experiments import flags, merge
-from multitask_jax import checkpoints, merging
+from multitask_jax import merging
 from multitask_jax.data import digits
 from multitask_jax.models import digits_transformer as vit
 
@@ -56,6 +56,7 @@ RANGES = {
 }
 MERGES = ("average", *RANGES)
 EXPERTS = "experts, own task"
+STRETCHES = 20  # mean losses a training is recorded by
 VIEWS = ("digit", "turned", "negative")  # parity's pictures are those of digit
 
 
@@ -78,13 +79,6 @@ class Config:
     sharpness: float = _flag(20.0, "Of the frozen heads: their logits' scale.")
     density: float = _flag(0.2, "Share of each task vector that TIES keeps.")
     candidates: int = _flag(15, "Scales each method tries on validation images.")
-
-
-class Head(NamedTuple):
-    """logits = features @ kernel + bias."""
-
-    kernel: Any  # [D, classes], or [T, D, classes] for all tasks
-    bias: Any  # [classes], or [T, classes]
 
 
 class Result(NamedTuple):
@@ -140,7 +134,13 @@ def pretrain(images: Any, key: jax.Array, *, config: Config) -> Any:
 
 @functools.partial(jax.jit, static_argnames="config")
 def finetune(
-    base: Any, head: Head, images: Any, labels: Any, key: jax.Array, *, config: Config
+    base: Any,
+    head: vit.Head,
+    images: Any,
+    labels: Any,
+    key: jax.Array,
+    *,
+    config: Config,
 ) -> Any:
     """An expert from images [N, 8, 8] and labels [N]; also its losses [steps]."""
 
@@ -155,59 +155,18 @@ def finetune(
     return fit(loss, base, key, steps=steps, rate=rate)
 
 
-def fit_head(x: np.ndarray, labels: np.ndarray, classes: int, scale: float) -> Head:
-    """Nearest class mean as a linear head (Snell et al. 2017, arXiv 1703.05175).
-
-    logits_c = scale (f mu_c - |mu_c|^2 / 2) / s^2, s^2 the mean squared distance of
-    features x [N, D] to the mean of their class by labels [N].
-    """
-    mean = np.stack([x[labels == c].mean(0) for c in range(classes)])
-    scale = scale / np.mean(np.sum((x - mean[labels]) ** 2, axis=-1))
-    return Head(scale * mean.T, -scale / 2 * np.sum(mean**2, axis=-1))
-
-
-def pad(head: Head) -> Head:
-    """Adds classes that never win, so that every task runs the same program."""
-    extra = digits.CLASSES - len(head.bias)
-    return Head(
-        np.pad(head.kernel, ((0, 0), (0, extra))),
-        np.pad(head.bias, (0, extra), constant_values=-1e9),
-    )
-
-
 @jax.jit
 def features(params: Any, images: Any) -> jax.Array:
     """Features [N, D] of images [N, 8, 8]."""
     return vit.apply(params, images, shape=SHAPE)
 
 
-# Checkpoints: models as Hugging Face lays them out, the heads beside them.
-
-
-def save_model(path: Path, params: vit.Params) -> None:
-    """Writes config.json and model.safetensors."""
-    path.mkdir(parents=True)
-    (path / "config.json").write_text(json.dumps(vit.config_json(SHAPE), indent=2))
-    tensors = vit.to_hugging_face(params, shape=SHAPE)
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-
-
-def read_model(path: Path) -> vit.Params:
-    """Reads what `save_model` or a merge wrote."""
-    reader = checkpoints.open(path)
-    tensors = {
-        name: np.array(reader.read(name)).reshape(info.shape)
-        for name, info in reader.tensors.items()
-    }
-    reader.close()
-    return vit.from_hugging_face(tensors, shape=SHAPE)
-
-
-def read_heads(path: Path) -> Head:
-    """All tasks' heads, padded and stacked."""
+def read_heads(path: Path) -> vit.Head:
+    """All tasks' heads, padded and stacked: [T, D, classes], [T, classes]."""
     x = load_file(path)
-    heads = [pad(Head(x[f"{t}.weight"].T, x[f"{t}.bias"])) for t in TASKS]
-    return Head(*(np.stack(a) for a in zip(*heads, strict=True)))
+    heads = [vit.Head(x[f"{t}.weight"].T, x[f"{t}.bias"]) for t in TASKS]
+    heads = [vit.pad_head(head, digits.CLASSES) for head in heads]
+    return vit.Head(*(np.stack(a) for a in zip(*heads, strict=True)))
 
 
 def train(
@@ -215,9 +174,11 @@ def train(
 ) -> tuple[Path, list[dict[str, Any]]]:
     """Makes a seed's base, heads and experts, unless an earlier run left them.
 
+    They are reused while the config is the same; changed the code? Remove the folder.
+
     Returns:
       The folder (base/, one folder a task, heads.safetensors), and a record of each
-      training: mean losses of 20 stretches, and seconds (the first with compiling).
+      training: mean losses of its stretches, and seconds (the first with compiling).
     """
     folder = Path(config.workdir) / "checkpoints" / f"seed_{seed}"
     depends = dataclasses.asdict(config) | {"seed": seed, "tasks": list(TASKS)}
@@ -236,11 +197,9 @@ def train(
         start = time.perf_counter()
         params, losses = jax.device_get(make(*arguments, config=config))
         seconds = round(time.perf_counter() - start, 3)
-        losses = [float(part.mean()) for part in np.array_split(losses, 20)]
-        records.append(
-            {"seed": seed, "model": name, "seconds": seconds, "losses": losses}
-        )
-        save_model(folder / name, params)
+        losses = [float(part.mean()) for part in np.array_split(losses, STRETCHES)]
+        records.append(dict(seed=seed, model=name, seconds=seconds, losses=losses))
+        vit.save(folder / name, params, shape=SHAPE)
         bar.update()
         return params
 
@@ -251,9 +210,10 @@ def train(
     for task, key in zip(TASKS, keys, strict=True):
         images, labels = digits.examples(split, task)
         x = np.asarray(features(base, images))
-        head = fit_head(x, labels, digits.TASKS[task].classes, config.sharpness)
+        head = vit.class_mean_head(x, labels, scale=config.sharpness)
         heads |= {f"{task}.weight": head.kernel.T.copy(), f"{task}.bias": head.bias}
-        timed(task, finetune, base, pad(head), images, labels, key)
+        head = vit.pad_head(head, digits.CLASSES)
+        timed(task, finetune, base, head, images, labels, key)
     save_file(heads, folder / "heads.safetensors")
     # Last of all: a run that was stopped before starts this seed again.
     done.write_text(json.dumps({"config": depends, "records": records}, indent=1))
@@ -270,7 +230,7 @@ def all_tasks(split: digits.Split) -> digits.Split:
 
 
 @jax.jit
-def accuracies(params: Any, heads: Head, data: digits.Split) -> jax.Array:
+def accuracies(params: Any, heads: vit.Head, data: digits.Split) -> jax.Array:
     """Accuracy [T] of one model on every task, each through its own head."""
     x = vit.apply(params, data.images.reshape(-1, *data.images.shape[2:]), shape=SHAPE)
     x = x.reshape(*data.digits.shape, -1)
@@ -299,7 +259,7 @@ def merge_unscaled(
 
 @jax.jit
 def sweep(
-    base: Any, merged: Any, alpha: Any, beta: Any, heads: Head, data: digits.Split
+    base: Any, merged: Any, alpha: Any, beta: Any, heads: vit.Head, data: digits.Split
 ) -> jax.Array:
     """Accuracies [candidates, T] of base + (alpha + beta l / (L - 1)) tau_merged."""
 
@@ -314,7 +274,7 @@ def choose(
     method: str,
     base: Any,
     experts: Sequence[Any],
-    heads: Head,
+    heads: vit.Head,
     data: digits.Split,
     config: Config,
 ) -> tuple[dict[str, Any], float | None]:
@@ -327,8 +287,10 @@ def choose(
         return {"method": "linear"}, None
     ties, lines = method.startswith("TIES"), method.endswith("LiNeS")
     merged, alpha = merge_unscaled(base, experts, ties=ties, density=config.density)
-    grid = np.linspace(*RANGES[method], config.candidates).astype(np.float32)
-    alphas, betas = (np.full_like(grid, alpha), grid) if lines else (grid, 0 * grid)
+    # Rounded, so that a command line is short; each method has as many candidates.
+    grid = np.linspace(*RANGES[method], config.candidates).round(4)
+    alpha = np.full_like(grid, round(float(alpha), 4))
+    alphas, betas = (alpha, grid) if lines else (grid, 0 * grid)
     found = np.asarray(sweep(base, merged, alphas, betas, heads, data)).mean(-1)
     best = int(np.argmax(found))  # the smallest of equals
     chosen: dict[str, Any] = {"method": "task_arithmetic"}
@@ -344,19 +306,34 @@ def choose(
 # The run, and what it writes.
 
 
+def check(config: Config) -> list[int]:
+    """The seeds; raises ValueError for what would fail only later."""
+    seeds = [s.strip() for s in config.seeds.split(",")]
+    if not all(s.isdigit() for s in seeds) or len(set(seeds)) < len(seeds):
+        raise ValueError(
+            f"seeds: got {config.seeds!r}, expected different numbers like 0,1,2"
+        )
+    least = {"batch_size": 1, "candidates": 1}
+    least |= {"pretrain_steps": STRETCHES, "finetune_steps": STRETCHES}
+    for name, wanted in least.items():
+        if (got := getattr(config, name)) < wanted:
+            raise ValueError(f"{name}: got {got}, expected at least {wanted}")
+    return [int(s) for s in seeds]
+
+
 def run(config: Config) -> Result:
-    """Trains (once), merges, evaluates; prints and writes the table and the figure."""
+    """Trains (once), merges, evaluates; prints and writes the table and the figure.
+
+    Raises:
+      ValueError: a field is out of range; says which.
+    """
     start = time.perf_counter()
-    seeds = [int(s) for s in config.seeds.split(",")]
+    seeds = check(config)
     workdir = Path(config.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
-    (workdir / "config.json").write_text(text)
+    (workdir / "config.json").write_text(json.dumps(dataclasses.asdict(config)) + "\n")
     splits = digits.load(seed=config.split_seed)
-    parts = {
-        "validation": all_tasks(splits.validation),
-        "test": all_tasks(splits.test),
-    }
+    parts = {p: all_tasks(getattr(splits, p)) for p in ("validation", "test")}
     found: dict[str, dict[str, list[Any]]] = {part: {} for part in parts}
     chosen: dict[str, list[merge.Config]] = {method: [] for method in MERGES}
     records: list[dict[str, Any]] = []
@@ -366,7 +343,7 @@ def run(config: Config) -> Result:
         folder, trained = train(config, seed, splits.train, bar)
         records += trained
         heads = read_heads(folder / "heads.safetensors")
-        base, *experts = (read_model(folder / name) for name in ("base", *TASKS))
+        base, *experts = (vit.load(folder / name) for name in ("base", *TASKS))
         models = {"base": base}
         models |= {f"expert: {t}": e for t, e in zip(TASKS, experts, strict=True)}
         for method in MERGES:
@@ -386,7 +363,7 @@ def run(config: Config) -> Result:
             )
             with contextlib.redirect_stdout(io.StringIO()):  # the bar is enough
                 merge.run(merge_config)
-            models[method] = read_model(Path(merge_config.output))
+            models[method] = vit.load(merge_config.output)
             chosen[method].append(merge_config)
             if in_memory is not None:
                 from_disk = accuracies(models[method], heads, parts["validation"])
@@ -407,8 +384,8 @@ def run(config: Config) -> Result:
         {name: np.stack(x) for name, x in found[part].items()}
         for part in ("test", "validation")
     )
-    best = max(MERGES, key=lambda method: validation[method].mean())
-    report = write_report(test, best, chosen, gap, len(parts["test"].digits[0]))
+    best = choose_method(validation)
+    report = write_report(test, validation, chosen, gap, len(parts["test"].digits[0]))
     with (workdir / "metrics.jsonl").open("w") as file:
         file.writelines(json.dumps(record) + "\n" for record in records)
     (workdir / "report.md").write_text(report + "\n![accuracies](digits.png)\n")
@@ -417,14 +394,14 @@ def run(config: Config) -> Result:
     return Result(test, validation, best, report)
 
 
-def normalised(accuracy: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """Accuracy [S, T] over the experts' own, as a mean over tasks: [S]."""
-    return np.mean(accuracy / own, axis=-1)
+def choose_method(validation: Mapping[str, np.ndarray]) -> str:
+    """The merge with the best mean accuracy on validation images."""
+    return max(MERGES, key=lambda method: validation[method].mean())
 
 
 def write_report(
     test: Mapping[str, np.ndarray],
-    best: str,
+    validation: Mapping[str, np.ndarray],
     chosen: Mapping[str, Sequence[merge.Config]],
     gap: float,
     images: int,
@@ -435,10 +412,11 @@ def write_report(
         deviation = 100 * x.std(ddof=1) if len(x) > 1 else 0.0
         return f"{100 * x.mean():.1f} ± {deviation:.1f}"
 
+    best = choose_method(validation)
     order = ["base", *(f"expert: {t}" for t in TASKS), EXPERTS, *MERGES]
     lines = [
-        f"Accuracy in % on {images} held-out images a task: mean ± standard deviation"
-        f" over {len(test['base'])} seeds.",
+        f"Accuracy in % on {images} held-out images a task, mean ± standard deviation"
+        f" (seeds: {len(test['base'])}).",
         "",
         f"| model | all tasks | normalised | {' | '.join(TASKS)} |",
         "|---|" + "--:|" * (2 + len(TASKS)),
@@ -447,14 +425,14 @@ def write_report(
         x = test[name]
         tasks = " | ".join(f"{100 * v:.1f}" for v in x.mean(0))
         label = f"**{name}**" if name == best else name
-        share = spread(normalised(x, test[EXPERTS]))
+        share = spread(np.mean(x / test[EXPERTS], axis=1))
         lines.append(f"| {label} | {spread(x.mean(1))} | {share} | {tasks} |")
     mean = {name: 100 * x.mean() for name, x in test.items()}
     lines += [
         "",
-        "As it came: one run, no seed or task left out. Normalised: over the expert's"
-        f" accuracy, task by task. Chosen on validation images: **{best}**,"
-        f" {mean[best] - mean['base']:+.1f} points against the base. The average is"
+        "As it came, no seed or task left out. Normalised: over the accuracy of the"
+        f" task's expert. Chosen on validation images: **{best}**, here"
+        f" {mean[best] - mean['base']:+.1f} points against the base. The average is at"
         f" {mean['average'] - mean[EXPERTS]:+.1f} points against the experts.",
         "",
     ]
@@ -467,8 +445,9 @@ def write_report(
             )
             for c in configs
         ]
-        if any(scales):
-            lines.append(f"- {method}: {'; '.join(scales)} (by seed)")
+        by_seed = f"; by seed: {', '.join(scales)}" if any(scales) else ""
+        on_validation = 100 * validation[method].mean()
+        lines.append(f"- {method}: {on_validation:.1f} on validation images{by_seed}")
     command = " \\\n    ".join(
         f"--{name}={value}"
         for name, value in merge.recipe_of(chosen[best][0]).items()
@@ -476,8 +455,8 @@ def write_report(
     )
     lines += [
         "",
-        "Scales were tried in memory; the checkpoints that the command line then wrote"
-        f" are within {100 * gap:.2f} points of that on validation images. One of them:",
+        "Scales were tried in memory; the merges that the command line then wrote are"
+        f" within {100 * gap:.2f} points of that on validation images. One of them:",
         "",
         f"    python -m experiments.merge \\\n    {command}",
         "",
@@ -486,9 +465,9 @@ def write_report(
 
 
 def draw(test: Mapping[str, np.ndarray]) -> Figure:
-    """Bars of mean accuracy by task, a dot a seed."""
+    """Mean accuracy by task as a bar-wide line, and a dot a seed."""
     rows = ("base", *MERGES, EXPERTS)
-    colours = ("#bbbbbb", "#a6cee3", "#5fa2ce", "#1170aa", "#fc7d0b", "#57606c")
+    colours = ("#8a8a8a", "#5fa2ce", "#1170aa", "#7b66d2", "#e15c00", "#222222")
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
@@ -496,11 +475,12 @@ def draw(test: Mapping[str, np.ndarray]) -> Figure:
     for i, (name, colour) in enumerate(zip(rows, colours, strict=True)):
         x = 100 * np.concatenate([test[name].mean(1, keepdims=True), test[name]], 1)
         at = np.arange(x.shape[1]) + (i - (len(rows) - 1) / 2) * width
-        axes.bar(at, x.mean(0), 0.92 * width, color=colour, label=name)
-        axes.plot(at, x.T, ".", color="black", markersize=3)
+        mean, half = x.mean(0), 0.42 * width
+        axes.hlines(mean, at - half, at + half, colour, linewidth=3, label=name)
+        axes.plot(at, x.T, "o", color=colour, markersize=4, alpha=0.5, mew=0)
+    for place in range(len(TASKS)):
+        axes.axvline(place + 0.5, color="0.9", linewidth=1, zorder=0)
     axes.set_xticks(range(1 + len(TASKS)), ["all tasks", *TASKS])
-    low = min(test[name].min() for name in rows)
-    axes.set_ylim(max(0, 100 * low - 10), 100)
     axes.set_ylabel("accuracy on held-out images, %")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=len(rows), frameon=False)

@@ -41,10 +41,11 @@ def _module(name: str) -> ModuleType:
 
 
 def _looks_like_orbax(path: Path) -> bool:
+    markers = ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt")
     return path.is_dir() and any(
         (directory / marker).exists()
-        for directory in (path, path / "default", path / "pytree", path / "state")
-        for marker in ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt")
+        for directory in (path, *(p for p in path.iterdir() if p.is_dir()))
+        for marker in markers
     )
 
 

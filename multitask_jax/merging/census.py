@@ -33,9 +33,10 @@ class Census:
         """Adds a chunk's inner products; returns |tau_t|^2 and |theta_0|^2 of it."""
         vectors = [*deltas, base]
         gram = np.empty((len(vectors), len(vectors)))
-        for i, x in enumerate(vectors):
-            for j in range(i, len(vectors)):
-                gram[i, j] = gram[j, i] = np.dot(x, vectors[j])
+        with np.errstate(over="ignore", invalid="ignore"):
+            for i, x in enumerate(vectors):
+                for j in range(i, len(vectors)):
+                    gram[i, j] = gram[j, i] = np.dot(x, vectors[j])
         with self._lock:
             leaf = self._leaf(path)
             leaf.size += base.size

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -220,11 +221,12 @@ def _bar(plan: Plan, show: bool) -> Any:
     with tqdm(
         total=total, unit="B", unit_scale=True, desc="merging", mininterval=0.2
     ) as bar:
+        lock = threading.Lock()
 
         def advance(nbytes: int) -> None:
-            # More passes than planned (a bracket that missed) move the goal.
-            if bar.n + nbytes > bar.total:
-                bar.total = bar.n + nbytes
-            bar.update(nbytes)
+            with lock:
+                # More passes than planned (a bracket that missed) move the goal.
+                bar.total = max(bar.total, bar.n + nbytes)
+                bar.update(nbytes)
 
         yield advance

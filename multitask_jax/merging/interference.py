@@ -30,18 +30,18 @@ class LeafStatistics:
 
     size: int
     gram: np.ndarray  # (T + 1, T + 1) inner products of tau_1..tau_T and theta_0
-    counted: float = 0.0
-    kept: np.ndarray | None = None  # (T,) entries left after trimming
-    mass: np.ndarray | None = None  # (T,) sum |tau_t|
-    kept_mass: np.ndarray | None = None  # (T,) sum |tau^_t|
-    contested: float = 0.0  # entries that two or more models keep
-    conflicts: float = 0.0  # of these, entries with both signs
+    counted: float
+    kept: np.ndarray  # (T,) entries left after trimming
+    mass: np.ndarray  # (T,) sum |tau_t|
+    kept_mass: np.ndarray  # (T,) sum |tau^_t|
+    contested: float  # entries that two or more models keep
+    conflicts: float  # of these, entries with both signs
 
     @classmethod
     def zeros(cls, models: int) -> "LeafStatistics":
         """Sums over nothing."""
         zeros = [np.zeros(models) for _ in range(3)]
-        return cls(0, np.zeros((models + 1, models + 1)), 0.0, *zeros)
+        return cls(0, np.zeros((models + 1, models + 1)), 0.0, *zeros, 0.0, 0.0)
 
 
 def add(parts: Sequence[LeafStatistics]) -> LeafStatistics:
@@ -49,9 +49,9 @@ def add(parts: Sequence[LeafStatistics]) -> LeafStatistics:
     total = LeafStatistics.zeros(len(parts[0].gram) - 1)
     for part in parts:
         for field in dataclasses.fields(LeafStatistics):
-            value = getattr(part, field.name)
-            if value is not None:
-                setattr(total, field.name, getattr(total, field.name) + value)
+            with np.errstate(invalid="ignore"):  # values may be infinite, if allowed
+                value = getattr(total, field.name) + getattr(part, field.name)
+            setattr(total, field.name, value)
     return total
 
 
@@ -98,8 +98,9 @@ class Interference:
 
 def _ratio(a: Any, b: Any) -> Any:
     """a / b, nan where b is 0."""
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    return np.divide(a, b, out=np.full(np.broadcast(a, b).shape, np.nan), where=b != 0)
+    a, b = np.broadcast_arrays(np.asarray(a, np.float64), np.asarray(b, np.float64))
+    with np.errstate(invalid="ignore"):
+        return np.divide(a, b, out=np.full(a.shape, np.nan), where=b != 0)
 
 
 def summarise(s: LeafStatistics) -> Interference:
@@ -109,9 +110,6 @@ def summarise(s: LeafStatistics) -> Interference:
     norms = np.sqrt(np.maximum(np.diag(tau), 0))
     # |theta_t|^2 and <theta_t, theta_0> for theta_t = theta_0 + tau_t
     squares = np.maximum(base + 2 * to_base + np.diag(tau), 0)
-    assert s.kept is not None
-    assert s.mass is not None
-    assert s.kept_mass is not None
     return Interference(
         s.size,
         np.clip(_ratio(tau, np.outer(norms, norms)), -1, 1),

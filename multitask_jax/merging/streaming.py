@@ -86,7 +86,7 @@ class Stream:
         if self.census is not None and not self.census.exact:
             sample = self._sample(self.plan.merged, _SLICES)
             self.census.sampled(
-                [(c.entry.path, self._deltas(c, self._read(c))) for c in sample]
+                [(c.entry.path, self._deltas(c, self._read(c))[1:]) for c in sample]
             )
         for p in self.plan.passes:
             if p.model is None:
@@ -173,8 +173,10 @@ class Stream:
         return [r.read(c.entry.path, c.start, c.stop) for r in self.readers]
 
     def _deltas(self, c: Chunk, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """The base and task vectors, in the dtype of the computation."""
         base, *models = [to_compute(x, c.entry.compute) for x in arrays]
-        return [m - base for m in models]
+        with np.errstate(over="ignore", invalid="ignore"):  # checked elsewhere
+            return [base, *(m - base for m in models)]
 
     def _visit(self, c: Chunk, *, deltas: bool = False) -> Seen:
         """Reads a chunk; the first sight of it goes into the census."""
@@ -183,8 +185,7 @@ class Stream:
         look = self.census is not None and c.entry.path in self._unseen
         if not (look or deltas):
             return Seen(arrays, None)
-        base, *models = [to_compute(x, c.entry.compute) for x in arrays]
-        taus = [m - base for m in models]
+        base, *taus = self._deltas(c, arrays)
         if look:
             assert self.census is not None
             squares = self.census.products(c.entry.path, base, taus)
@@ -202,7 +203,7 @@ class Stream:
         )
         seen = self._visit(c, deltas=on_host) if look else Seen(self._read(c), None)
         if on_host:
-            taus = seen.deltas or self._deltas(c, seen.arrays)
+            taus = seen.deltas or self._deltas(c, seen.arrays)[1:]
             keys = [keys_of(x) for x in taus]
             unchecked = look and self._check and self.census is None
             if unchecked and max(int(k.max()) for k in keys) >= INFINITE:

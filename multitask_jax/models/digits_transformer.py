@@ -2,20 +2,28 @@
 
 The architecture is ViT's (Dosovitskiy et al. 2021, arXiv 2010.11929: pre-norm blocks, a
 class token, learned positions) at a size that trains in seconds on a CPU. It is
-pretrained without labels, by reconstructing masked patches (He et al. 2022, arXiv
-2111.06377, but with mask tokens in the encoder, as in BEiT). `to_hugging_face` and
-`config_json` write what `transformers.ViTModel` reads.
+pretrained without labels, as a masked autoencoder (He et al. 2022, arXiv 2111.06377):
+the encoder sees some patches only. Unlike theirs the decoder is one linear layer on the
+mean token, which is what the tasks' heads read. `save` writes a directory that
+`transformers.ViTModel.from_pretrained(path, add_pooling_layer=False)` reads.
 
-Legend: B batch, P patches (16), L = P + 1 tokens, D width, C pixels a patch (4).
+Legend: B batch, P patches (16), K of them kept, L = P + 1 tokens (K + 1 while
+pretraining), D width, C pixels a patch (4), N images.
 """
 
+import json
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors.numpy import save_file
+
+from multitask_jax import checkpoints
 
 Array = jax.Array
 Params = Mapping[str, Any]
@@ -120,9 +128,36 @@ def reconstruction_loss(
 
 
 def apply(params: Params, images: Array, *, shape: Shape) -> Array:
-    """Features of images: [B, 8, 8] -> the mean of the last tokens, [B, D]."""
+    """Features of images: [B, 8, 8] -> the mean of the last layer's tokens, [B, D]."""
     patches = patchify(images, shape.patch_size)
     return jnp.mean(DigitsTransformer(shape).apply({"params": params}, patches), axis=1)
+
+
+class Head(NamedTuple):
+    """A task's classifier: logits = features @ kernel + bias."""
+
+    kernel: Any  # [D, classes]
+    bias: Any  # [classes]
+
+
+def class_mean_head(x: np.ndarray, labels: np.ndarray, *, scale: float) -> Head:
+    """Nearest class mean as a linear head (Snell et al. 2017, arXiv 1703.05175).
+
+    logits_c = scale (f mu_c - |mu_c|^2 / 2) / s^2, with s^2 the mean squared distance
+    of features x [N, D] to the mean of their class. Every class must be in labels [N].
+    """
+    mean = np.stack([x[labels == c].mean(0) for c in range(labels.max() + 1)])
+    scale = scale / np.mean(np.sum((x - mean[labels]) ** 2, axis=-1))
+    return Head(scale * mean.T, -scale / 2 * np.sum(mean**2, axis=-1))
+
+
+def pad_head(head: Head, classes: int) -> Head:
+    """Adds classes that never win, so that tasks of all sizes share a program."""
+    extra = classes - len(head.bias)
+    return Head(
+        np.pad(head.kernel, ((0, 0), (0, extra))),
+        np.pad(head.bias, (0, extra), constant_values=-1e9),
+    )
 
 
 # Linen module -> Hugging Face module, within a block and outside of the blocks.
@@ -248,3 +283,35 @@ def shape_from_config(config: Mapping[str, Any]) -> Shape:
         image_size=config["image_size"],
         patch_size=config["patch_size"],
     )
+
+
+def save(path: str | os.PathLike[str], params: Params, *, shape: Shape) -> None:
+    """Writes a Hugging Face style directory: config.json, model.safetensors.
+
+    Raises:
+      FileExistsError: `path` is there already.
+    """
+    folder = Path(path)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config_json(shape), indent=2) + "\n")
+    tensors = to_hugging_face(params, shape=shape)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def load(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Parameters from a directory that `save` or a merge wrote.
+
+    Raises:
+      CheckpointError: not a checkpoint, or damaged.
+      ValueError: not the tensors that its config.json promises.
+    """
+    config = json.loads((Path(path) / "config.json").read_text())
+    reader = checkpoints.open(path)
+    try:
+        tensors = {
+            name: np.array(reader.read(name)).reshape(info.shape)
+            for name, info in reader.tensors.items()
+        }
+    finally:
+        reader.close()
+    return from_hugging_face(tensors, shape=shape_from_config(config))

@@ -1,0 +1,161 @@
+"""The command line."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments import merge
+from multitask_jax import merging
+from tests.merging.common import assert_same_bits, load, make_models, save
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    base, models = make_models(2)
+    save(tmp_path / "base", base)
+    for t, m in enumerate(models):
+        save(tmp_path / f"m{t}", m)
+    paths = f"{tmp_path / 'm0'},{tmp_path / 'm1'}"
+    return {"base": str(tmp_path / "base"), "models": paths}, base, models
+
+
+def run(tmp_path, inputs, **kwargs):
+    out = tmp_path / "out"
+    result = merge.run(
+        merge.Config(**inputs, output=str(out), progress=False, report=False, **kwargs)
+    )
+    return result, load(out)
+
+
+def test_flags_reach_the_method(tmp_path, inputs):
+    config, base, models = inputs
+    _, got = run(
+        tmp_path,
+        config,
+        method="ties",
+        density="0.3,0.5",
+        weights="1,0.5",
+        scale=0.7,
+        trim_scope="tensor",
+        election="weighted_mass",
+        zero_sign="positive",
+        lines_alpha=0.2,
+        lines_beta=0.6,
+        exclude="scale",
+        max_shard_size="200KB",
+    )
+    method = merging.with_lines(
+        merging.ties(
+            density=(0.3, 0.5),
+            scale=0.7,
+            trim_scope="tensor",
+            election="weighted_mass",
+            zero_sign="positive",
+        ),
+        alpha=0.2,
+        beta=0.6,
+    )
+    want = merging.merge(method, base, models, weights=[1, 0.5], exclude="scale")
+    assert_same_bits(got, {k: got[k].dtype.type(0) + v for k, v in flat(want).items()})
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+
+
+def flat(params):
+    from multitask_jax import tree
+
+    return {k: np.asarray(v) for k, v in tree.flatten(params).items()}
+
+
+def test_every_method_runs_with_its_defaults(tmp_path, inputs):
+    config, _, _ = inputs
+    for name in merging.METHODS:
+        run(tmp_path, config, method=name, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"method": "tie"}, "got 'tie', expected one of .*did you mean ties"),
+        ({"method": "linear", "density": "0.2"}, "--density: linear does not take it"),
+        ({"weights": "1,x"}, "--weights: got '1,x', expected numbers"),
+        ({"weights": "1"}, "got 1 weights for 2 models"),
+        ({"density": "1.5"}, r"density: got 1.5, expected a number in \(0, 1\]"),
+        ({"density": "0.1,0.2,0.3"}, "got 3 densities for 2 models"),
+        ({"normalise": "true"}, "--normalise: got True, expected weights or count"),
+        ({"lines_beta": 0.5}, "--lines_beta needs --lines_alpha"),
+        ({"max_shard_size": "big"}, "expected a size like 5GB"),
+        ({"allow_missing": "all"}, "--allow_missing: got 'all'"),
+        ({"output_format": "gguf"}, "got format 'gguf'"),
+        ({"lines_alpha": 0.5, "block_pattern": "x(y)"}, "can't tell the blocks"),
+    ],
+)
+def test_wrong_flags(tmp_path, inputs, kwargs, message):
+    config, _, _ = inputs
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, config, **kwargs)
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_models_or_output():
+    with pytest.raises(ValueError, match="--models: got none"):
+        merge.run(merge.Config(base="b", output="o"))
+    with pytest.raises(ValueError, match="--output: got none"):
+        merge.run(merge.Config(base="b", models="m"))
+
+
+def test_sizes():
+    assert merge._bytes("x", "5GB") == 5 * 10**9
+    assert merge._bytes("x", "512MiB") == 512 * 2**20
+    assert merge._bytes("x", "1.5k") == 1500
+    assert merge._bytes("x", None) is None
+
+
+def test_the_script(tmp_path, inputs):
+    """Flagfile, progress bar, report, exit codes: as a user meets them."""
+    config, _, _ = inputs
+
+    def script(*flags):
+        return subprocess.run(
+            [sys.executable, "-m", "experiments.merge", *flags],
+            capture_output=True,
+            text=True,
+            cwd=REPOSITORY,
+        )
+
+    common = [f"--base={config['base']}", f"--models={config['models']}"]
+    flagfile = "--flagfile=experiments/flagfiles/merge/ties_lines.flags"
+    done = script(flagfile, *common, f"--output={tmp_path / 'out'}")
+    assert done.returncode == 0, done.stderr
+    assert "merged 2 models" in done.stdout
+    assert "merging: 100%" in done.stderr
+    report = (tmp_path / "out" / "merge_report.md").read_text()
+    assert "--lines_beta=0.7" in report
+
+    again = script(*common, f"--output={tmp_path / 'out'}")
+    assert again.returncode == 1
+    assert "error: " in again.stderr
+    assert "--overwrite" in again.stderr
+    assert "Traceback" not in again.stderr
+
+    plan = script(*common, "--dry_run")
+    assert "3 passes" in plan.stdout.replace("passes       3", "3 passes")
+
+    text = script("--help").stdout
+    for name in merging.METHODS:
+        assert f"{name}: " in text
+
+
+def test_flagfiles_name_flags_that_exist():
+    folder = REPOSITORY / "experiments" / "flagfiles" / "merge"
+    fields = {f.name for f in merge.dataclasses.fields(merge.Config)}
+    files = sorted(folder.glob("*.flags"))
+    assert files
+    for file in files:
+        lines = [s for s in file.read_text().splitlines() if s.startswith("--")]
+        names = {s[2:].split("=")[0] for s in lines}
+        assert names <= fields | {"flagfile"}

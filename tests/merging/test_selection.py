@@ -1,0 +1,105 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from multitask_jax.merging import selection, statistics
+from multitask_jax.merging.selection import LARGEST, Bracket, Selection, keys_of
+
+values = hnp.arrays(
+    np.float32,
+    st.integers(1, 60),
+    elements=st.floats(-4, 4, width=32, allow_subnormal=False)
+    | st.sampled_from([0.0, -0.0, 1.5, 3e38]),
+)
+
+
+@given(values, st.data())
+def test_kth_magnitude_as_sorted(x, data):
+    k = data.draw(st.integers(1, len(x)))
+    want = np.sort(np.abs(x))[len(x) - k]
+    halves = [x[: len(x) // 2], x[len(x) // 2 :]]
+    assert selection.kth_largest(halves, k) == want
+    (got,) = statistics.kth_magnitudes([[jnp.asarray(h) for h in halves]], [k])
+    assert got == want
+
+
+def run(x: np.ndarray, k: int, start: Bracket | None, step: int) -> tuple[int, int]:
+    """The key, and how many passes it took."""
+    keys = keys_of(x)
+    chosen = Selection(k, start)
+    for passes in range(1, 9):
+        for i in range(0, len(keys), step):
+            chosen.add(keys[i : i + step])
+        found = chosen.result()
+        if found is not None:
+            return found, passes
+    raise AssertionError("no end")
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("kind", ["normal", "sparse", "rounded", "wide"])
+def test_any_bracket_finds_the_same_key_in_bounded_memory(kind, seed, monkeypatch):
+    monkeypatch.setattr(selection, "_LIMIT", 500)
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(1, 20000))
+    x = rng.standard_normal(n).astype(np.float32)
+    if kind == "sparse":
+        x[rng.random(n) < 0.9] = 0
+    elif kind == "rounded":
+        x = np.round(2 * x)
+    elif kind == "wide":
+        x = x * (10.0 ** rng.integers(-30, 30, n)).astype(np.float32)
+    k = int(rng.integers(1, n + 1))
+    want = int(np.sort(keys_of(x))[n - k])
+    centre = int(keys_of(x)[rng.integers(n)])
+    width = int(rng.integers(0, 1 << 20))
+    around = Bracket(max(0, centre - width), min(LARGEST, centre + width), centre)
+    for start in (None, Bracket(), around, Bracket(LARGEST, LARGEST, LARGEST)):
+        found, passes = run(x, k, start, 777)
+        assert found == want
+        assert passes <= 4
+
+
+def test_a_good_bracket_needs_one_pass_and_few_keys():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal(1 << 20).astype(np.float32)
+    sample = keys_of(x[:: 1 << 4]).reshape(-1, 64)
+    start = selection.bracket(sample, 0.2)
+    k = int(0.2 * len(x)) + 1
+    chosen = Selection(k, start)
+    chosen.add(keys_of(x))
+    assert sum(map(len, chosen._inside)) < len(x) // 10
+    assert chosen.result() == int(np.sort(keys_of(x))[len(x) - k])
+
+
+def test_rank_out_of_range():
+    with pytest.raises(ValueError, match="got k = 0"):
+        Selection(0)
+    with pytest.raises(ValueError, match=r"got k = 4, expected 1\.\.3"):
+        statistics.kth_magnitudes([[jnp.ones(3)]], [4])
+
+
+def test_counts_beyond_int32():
+    high, low = statistics.split(5 * 10**9)
+    assert high * 2**16 + low == 5 * 10**9
+    assert bool(statistics.at_least((2, 0), (1, 65535)))
+    assert not bool(statistics.at_least((1, 65534), (1, 65535)))
+    ones = jax.ShapeDtypeStruct((1 << 18, 1 << 15), jnp.bool_)  # 2**33 entries
+    shape = jax.eval_shape(lambda x: statistics.count([x]), ones)
+    assert all(s.dtype == jnp.int32 for s in shape)
+    high, low = statistics.count([jnp.ones((300, 700), bool)] * 2)
+    assert int(high) * 2**16 + int(low) == 420000
+    assert int(low) < 2**16
+
+
+@given(
+    hnp.arrays(np.float32, st.integers(0, 3000), elements=st.floats(-1, 1, width=32))
+)
+def test_chunk_sum(x):
+    np.testing.assert_allclose(
+        statistics.chunk_sum(jnp.asarray(x)), x.astype(np.float64).sum(), atol=1e-3
+    )
