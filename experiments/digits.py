@@ -198,7 +198,8 @@ def train(
         params, losses = jax.device_get(make(*arguments, config=config))
         seconds = round(time.perf_counter() - start, 3)
         losses = [float(part.mean()) for part in np.array_split(losses, STRETCHES)]
-        records.append(dict(seed=seed, model=name, seconds=seconds, losses=losses))
+        record = {"seed": seed, "model": name, "seconds": seconds, "losses": losses}
+        records.append(record)
         vit.save(folder / name, params, shape=SHAPE)
         bar.update()
         return params

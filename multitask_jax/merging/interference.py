@@ -44,13 +44,13 @@ class LeafStatistics:
         return cls(0, np.zeros((models + 1, models + 1)), 0.0, *zeros, 0.0, 0.0)
 
 
+@np.errstate(invalid="ignore")
 def add(parts: Sequence[LeafStatistics]) -> LeafStatistics:
     """Sums over all leaves of a part of the model."""
     total = LeafStatistics.zeros(len(parts[0].gram) - 1)
     for part in parts:
         for field in dataclasses.fields(LeafStatistics):
-            with np.errstate(invalid="ignore"):  # values may be infinite, if allowed
-                value = getattr(total, field.name) + getattr(part, field.name)
+            value = getattr(total, field.name) + getattr(part, field.name)
             setattr(total, field.name, value)
     return total
 
@@ -99,10 +99,10 @@ class Interference:
 def _ratio(a: Any, b: Any) -> Any:
     """a / b, nan where b is 0."""
     a, b = np.broadcast_arrays(np.asarray(a, np.float64), np.asarray(b, np.float64))
-    with np.errstate(invalid="ignore"):
-        return np.divide(a, b, out=np.full(a.shape, np.nan), where=b != 0)
+    return np.divide(a, b, out=np.full(a.shape, np.nan), where=b != 0)
 
 
+@np.errstate(invalid="ignore", over="ignore")  # values may be infinite, if allowed
 def summarise(s: LeafStatistics) -> Interference:
     """Sums -> shares, norms and cosines."""
     tau = s.gram[:-1, :-1]

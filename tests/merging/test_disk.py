@@ -434,26 +434,23 @@ def test_a_killed_merge_leaves_no_output(tmp_path):
     base, models = make_models(2)
     paths = [save(tmp_path / f"in{i}", p) for i, p in enumerate((base, *models))]
     code = f"""
-import time
+import os, time
 from multitask_jax import merging
 from multitask_jax.checkpoints import safetensors_file
 write = safetensors_file.SafetensorsWriter.write
 def slow(self, *args):
     write(self, *args)
-    print("written", flush=True)
+    os.write(1, b"written\\n")
     time.sleep(30)
 safetensors_file.SafetensorsWriter.write = slow
 merging.merge_checkpoints(merging.task_arithmetic(), {str(paths[0])!r},
     {[str(p) for p in paths[1:]]!r}, {str(tmp_path / "out")!r}, progress=False)
 """
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "written\n"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
+    ) as process:
+        assert process.stdout.readline() == "written\n"
+        process.send_signal(signal.SIGKILL)
     assert not (tmp_path / "out").exists()
     time.sleep(0.05)
     merging.merge_checkpoints(
