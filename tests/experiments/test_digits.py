@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,22 +12,23 @@ from safetensors.numpy import load_file
 from experiments import digits, flags, merge
 from multitask_jax.models import digits_transformer as vit
 
+ROOT = Path(__file__).resolve().parents[2]
 ROWS = {"base", digits.EXPERTS, *digits.MERGES}
 
 
-def from_flagfile(repository: Path, name: str, *more: str) -> digits.Config:
+def from_flagfile(name: str, *more: str) -> digits.Config:
     values = absl_flags.FlagValues()
     flags.define(digits.Config, values)
     absl_flags.DEFINE_multi_string("flagfile", [], "Flags.", flag_values=values)
-    path = repository / "experiments" / "flagfiles" / "digits" / f"{name}.flags"
+    path = ROOT / "experiments" / "flagfiles" / "digits" / f"{name}.flags"
     values(["digits", *values.read_flags_from_files([f"--flagfile={path}"]), *more])
     return flags.read(digits.Config, values)
 
 
 @pytest.fixture(scope="module")
-def config(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> digits.Config:
+def config(tmp_path_factory: pytest.TempPathFactory) -> digits.Config:
     folder = tmp_path_factory.mktemp("digits")
-    return from_flagfile(repository, "smoke", f"--workdir={folder}")
+    return from_flagfile("smoke", f"--workdir={folder}")
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +36,9 @@ def result(config: digits.Config) -> digits.Result:
     return digits.run(config)
 
 
-def test_demo_is_the_default(repository: Path) -> None:
+def test_demo_is_the_default() -> None:
     """`make merge` and `run(Config())` in a notebook show one and the same table."""
-    assert from_flagfile(repository, "demo") == digits.Config()
+    assert from_flagfile("demo") == digits.Config()
 
 
 def test_result(result: digits.Result) -> None:
@@ -108,19 +110,24 @@ def test_command_of_the_report_makes_the_same_checkpoint(
 
 
 def test_second_run_trains_nothing(
-    config: digits.Config, result: digits.Result, monkeypatch: pytest.MonkeyPatch
+    config: digits.Config,
+    result: digits.Result,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("trained again")
 
     monkeypatch.setattr(digits, "pretrain", refuse)
     monkeypatch.setattr(digits, "finetune", refuse)
-    again = digits.run(config)
+    shutil.copytree(config.workdir, tmp_path / "copy")
+    copy = dataclasses.replace(config, workdir=str(tmp_path / "copy"))
+    again = digits.run(copy)
     for name, x in result.accuracy.items():
         np.testing.assert_array_equal(again.accuracy[name], x)
-    # Whatever the checkpoints depend on makes them anew.
+    # A config that trains otherwise must not find the old checkpoints.
     with pytest.raises(AssertionError, match="trained again"):
-        digits.run(dataclasses.replace(config, finetune_steps=41))
+        digits.run(dataclasses.replace(copy, finetune_steps=41))
 
 
 @pytest.mark.parametrize(
