@@ -11,9 +11,9 @@ from multitask_jax import tree
 from multitask_jax.checkpoints import CheckpointError, Reader, TensorInfo
 from multitask_jax.merging.core import Method, is_float
 
-CHUNK = 1 << 18  # entries that are computed at once
+CHUNK = 1 << 19  # entries that are computed at once
 # Chunks are padded to one of these, so that few programs are compiled.
-BUCKETS = (1 << 12, 1 << 16, CHUNK)
+BUCKETS = (1 << 12, 1 << 16, 1 << 18, CHUNK)
 
 
 class Entry(NamedTuple):
