@@ -253,6 +253,8 @@ def main(config: Config) -> None:
         run(config)
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted: nothing was written")
 
 
 def _keep_freed_memory() -> None:

@@ -330,7 +330,7 @@ class SafetensorsWriter:
         start = 8 + len(text)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         self._files.append(fd)
-        if offset:
+        if offset and hasattr(os, "posix_fallocate"):  # Linux has it
             # Reserve the space now: a full disk is an error before work, not after.
             os.posix_fallocate(fd, 0, start + offset)
         _write_all(fd, len(text).to_bytes(8, "little") + text, 0)
