@@ -99,7 +99,7 @@ class Config:
     dry_run: bool = _flag("Print the plan: tensors, bytes, memory, passes.", False)
     max_memory: str | None = _flag("Refuse to need more, like 8GB.")
     progress: bool = _flag("Show a progress bar.", True)
-    threads: int | None = _flag("Threads that merge (2).")
+    threads: int | None = _flag("Threads that merge (two a core, 8 at most).")
 
 
 # Flags that are a method's own keyword arguments.
@@ -268,7 +268,8 @@ def _keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # not glibc
         return
-    mmap_threshold, trim_threshold = -3, -1
+    mmap_threshold, trim_threshold, arena_max = -3, -1, -8
+    mallopt(arena_max, 1)  # threads with a heap each would give it back too
     mallopt(mmap_threshold, 1 << 30)
     mallopt(trim_threshold, (1 << 31) - 1)
 

@@ -9,10 +9,11 @@ import numpy as np
 
 from multitask_jax.merging.core import Values
 from multitask_jax.merging.interference import LeafStatistics, leaf_statistics
-from multitask_jax.merging.statistics import chunk_sum
 
 # Models whose method does not trim are judged at this density, on a sample.
 SAMPLE_DENSITY = 0.2
+# Bits of the integers that mark who keeps an entry; more models are sampled.
+MOST_MODELS = 32
 
 
 class Census:
@@ -41,20 +42,24 @@ class Census:
             leaf = self._leaf(path)
             leaf.size += base.size
             leaf.gram += gram
+            if self.exact:
+                leaf.mass += np.diag(gram)[:-1]
         return np.diag(gram)
 
-    def trimmed(self, path: str, size: int, counts: Any, masses: Any) -> None:
-        """Adds what `count_trimmed` found in a chunk of `size` entries."""
-        counts, masses = np.asarray(counts), np.asarray(masses, np.float64)
-        n = self.models
+    def trimmed(self, path: str, size: int, signs: Any, kept_mass: Any) -> None:
+        """Adds what `mark_kept` found in a chunk of `size` entries."""
+        positive, negative = (np.asarray(x).reshape(-1) for x in signs)
+        either = positive | negative
+        kept = [np.count_nonzero(either & (1 << t)) for t in range(self.models)]
+        contested = np.count_nonzero(either & (either - 1))  # two bits or more
+        conflicts = np.count_nonzero((positive != 0) & (negative != 0))
         with self._lock:
             leaf = self._leaf(path)
             leaf.counted += size
-            leaf.kept += counts[:n]
-            leaf.contested += float(counts[n])
-            leaf.conflicts += float(counts[n + 1])
-            leaf.mass += masses[:n]
-            leaf.kept_mass += masses[n:]
+            leaf.kept += kept
+            leaf.contested += contested
+            leaf.conflicts += conflicts
+            leaf.kept_mass += np.asarray(kept_mass)
 
     def sampled(self, sample: Sequence[tuple[str, Sequence[np.ndarray]]]) -> None:
         """Judges (path, task vectors) of a sample, trimmed over the whole model."""
@@ -75,12 +80,19 @@ class Census:
                 leaf.conflicts += part.conflicts
 
 
-def count_trimmed(before: Values, after: Values) -> tuple[Any, Any]:
-    """In JAX, of a chunk: counts (kept_1.., contested, conflicts), masses of both."""
-    kept = [chunk_sum((x != 0).astype(jnp.int32)) for x in after]
-    positive = sum((x > 0).astype(jnp.int32) for x in after)
-    negative = sum((x < 0).astype(jnp.int32) for x in after)
-    contested = chunk_sum((positive + negative >= 2).astype(jnp.int32))
-    conflicts = chunk_sum(((positive > 0) & (negative > 0)).astype(jnp.int32))
-    masses = [chunk_sum(jnp.abs(x.astype(jnp.float32))) for x in (*before, *after)]
-    return jnp.stack([*kept, contested, conflicts]), jnp.stack(masses)
+def mark_kept(before: Values, after: Values) -> tuple[Any, Any]:
+    """In JAX, of a chunk: which models keep an entry, and sum tau^2 of what they keep.
+
+    Returns:
+      Two arrays of integers whose bit t says that model t keeps a positive (negative)
+      value there, and a (T,) array. Bits, because XLA on a CPU takes several times as
+      long to count as NumPy does.
+    """
+    dtype = jnp.uint8 if len(after) <= 8 else jnp.uint32
+    positive = sum((x > 0).astype(dtype) << t for t, x in enumerate(after))
+    negative = sum((x < 0).astype(dtype) << t for t, x in enumerate(after))
+    kept = [
+        jnp.where(x != 0, tau, 0).astype(jnp.float32).reshape(-1)
+        for tau, x in zip(before, after, strict=True)
+    ]
+    return (positive, negative), jnp.stack([jnp.dot(x, x) for x in kept])

@@ -14,7 +14,7 @@ import numpy as np
 from multitask_jax import checkpoints
 from multitask_jax.checkpoints import CheckpointError, Reader
 from multitask_jax.merging import core, report
-from multitask_jax.merging.census import Census
+from multitask_jax.merging.census import MOST_MODELS, Census
 from multitask_jax.merging.plan import Plan, describe, human, peak_memory, plan_merge
 from multitask_jax.merging.streaming import Stream
 
@@ -78,7 +78,7 @@ def merge_checkpoints(
       max_memory: bytes; a merge that is expected to need more is refused.
       dry_run: plan only.
       progress: show a bar over bytes.
-      threads: 2 by default, or the number of cores if that is less.
+      threads: two a core by default (some wait for the disk or for XLA), 8 at most.
 
     Raises:
       CheckpointError: inputs that are damaged, differ or hold NaN, an output that
@@ -126,6 +126,7 @@ def merge_checkpoints(
         census = None
         if report_files:
             exact = any(t.trims for t in method.transforms)
+            exact = exact and len(models) <= MOST_MODELS
             census = Census(len(models), exact=exact)
         options = (
             {} if output_format != "safetensors" else {"max_shard_size": max_shard_size}
@@ -149,7 +150,7 @@ def merge_checkpoints(
                 census=census,
                 allow_nonfinite=allow_nonfinite,
                 advance=advance,
-                threads=threads or min(2, os.cpu_count() or 1),
+                threads=threads or min(8, 2 * (os.cpu_count() or 1)),
             )
             notes += [*plan.notes, *stream.run(writer)]
             checkpoints.copy_companions(readers[0].path, writer.directory)

@@ -32,8 +32,8 @@ class LeafStatistics:
     gram: np.ndarray  # (T + 1, T + 1) inner products of tau_1..tau_T and theta_0
     counted: float
     kept: np.ndarray  # (T,) entries left after trimming
-    mass: np.ndarray  # (T,) sum |tau_t|
-    kept_mass: np.ndarray  # (T,) sum |tau^_t|
+    mass: np.ndarray  # (T,) sum tau_t^2
+    kept_mass: np.ndarray  # (T,) sum tau_t^2 where kept
     contested: float  # entries that two or more models keep
     conflicts: float  # of these, entries with both signs
 
@@ -76,8 +76,8 @@ def leaf_statistics(
         vectors @ vectors.T,
         float(base.size),
         np.array([np.count_nonzero(x) for x in kept], np.float64),
-        np.array([np.abs(x).sum() for x in flat]),
-        np.array([np.abs(x).sum() for x in kept]),
+        np.array([x @ x for x in flat]),
+        np.array([x @ x for x in kept]),
         *count_signs(kept),
     )
 
@@ -92,7 +92,7 @@ class Interference:
     relative_norms: np.ndarray  # (T,) |tau_t| / |theta_0|
     base_cosines: np.ndarray  # (T,) cosine of theta_t and theta_0
     redundant: np.ndarray  # (T,) share of parameters that trimming removes
-    trimmed_mass: np.ndarray  # (T,) share of sum |tau_t| that goes with them
+    trimmed_mass: np.ndarray  # (T,) share of sum tau_t^2 that goes with them
     conflict_rate: float  # conflicts / contested
 
 

@@ -176,7 +176,7 @@ def _markdown(
 ## Interference
 
 tau is a task vector, model - base. *Redundant*: share of parameters that trimming
-removes; *trimmed mass*: share of sum |tau| that goes with them; *sign conflicts*: of
+removes; *trimmed mass*: share of |tau|^2 that goes with them; *sign conflicts*: of
 the entries that two or more models keep, share where they pull in opposite directions.
 Shares are {how}; norms and cosines are of all entries.
 

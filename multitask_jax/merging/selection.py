@@ -20,10 +20,10 @@ _LIMIT = 1 << 22  # keys that are kept before the bracket is narrowed (16 MiB)
 _BIN_BITS = 11  # after a miss: 31 bits in three rounds of bins
 
 
-def keys_of(values: np.ndarray) -> np.ndarray:
-    """uint32 keys that order like |values| in float32."""
-    values = np.ascontiguousarray(values, np.float32)
-    return values.view(np.uint32) & np.uint32(LARGEST)
+def keys_of(values: np.ndarray, *, overwrite: bool = False) -> np.ndarray:
+    """uint32 keys that order like |values| in float32; `overwrite` saves a copy."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    return np.bitwise_and(bits, np.uint32(LARGEST), out=bits if overwrite else None)
 
 
 def magnitude(key: int) -> np.float32:
@@ -89,8 +89,10 @@ class Selection:
         if (seen.low, seen.high) == (0, LARGEST):
             above, inside = 0, keys
         else:
-            above = int(np.count_nonzero(keys > np.uint32(seen.high)))
-            inside = _within(keys, seen)
+            higher = keys > np.uint32(seen.high)
+            above = int(np.count_nonzero(higher))
+            higher ^= keys >= np.uint32(seen.low)  # now: inside
+            inside = keys[np.flatnonzero(higher)]
         if self._bins is not None:
             bins = (inside - np.uint32(seen.low)) >> np.uint32(self._shift)
             counted = np.bincount(bins, minlength=len(self._bins))
