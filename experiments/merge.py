@@ -11,6 +11,7 @@ it tells how much the models got in each other's way. --dry_run prints the plan.
 
 import dataclasses
 import inspect
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -69,6 +70,9 @@ class Config:
     )
     filter_wise: bool | None = _flag("model_stock: an angle for each row.")
     average: str | None = _flag("model_stock: mean of 'cosines' or of 'angles'.")
+    ratio: str | None = _flag(
+        "model_stock: 'clipped' to [0, 1], or the bare 'formula' (mergekit)."
+    )
     antiparallel: str | None = _flag("slerp of opposite tensors: 'nearest' or 'lerp'.")
     seed: int | None = _flag("Of random masks: same seed, same bytes (0).")
     # LiNeS, after any method.
@@ -105,7 +109,15 @@ class Config:
 # Flags that are a method's own keyword arguments.
 _OPTIONS = (
     *("density", "scale", "t", "trim_scope", "election", "zero_sign", "combine"),
-    *("normalise", "rescale", "filter_wise", "average", "antiparallel", "seed"),
+    *(
+        "normalise",
+        "rescale",
+        "filter_wise",
+        "average",
+        "ratio",
+        "antiparallel",
+        "seed",
+    ),
 )
 
 
@@ -172,6 +184,8 @@ def build_method(config: Config) -> merging.Method:
                 f"--{name}: {config.method} does not take it; it takes"
                 f" {', '.join('--' + p for p in taken)}"
             )
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"--{name}: got {value}, expected a finite number")
         if name == "density":
             densities = _numbers(name, value)
             value = densities[0] if len(densities) == 1 else tuple(densities)
@@ -222,7 +236,10 @@ def _numbers(name: str, text: str | None) -> list[float] | None:
     if text is None:
         return None
     try:
-        return [float(x) for x in str(text).split(",")]
+        numbers = [float(x) for x in str(text).split(",")]
+        if all(map(math.isfinite, numbers)):
+            return numbers
+        raise ValueError
     except ValueError:
         raise ValueError(
             f"--{name}: got {text!r}, expected numbers like 0.5,0.3"

@@ -222,7 +222,9 @@ def _drop_simple_stacks(found: Mapping[str, _Located]) -> dict[str, _Located]:
             names.setdefault(located[0], set()).add(re.split(r"[./]", p)[-2])
     # In a block some leaf has a module of its own ("layers.3.mlp.weight").
     real = {s for s, last in names.items() if not all(_numbered(w) for w in last)}
-    if real:
+    # A model may be dense layers alone; a few of them among others are its head.
+    few = sum(x is not None for x in found.values()) < len(found) / 2
+    if real or few:
         found = {
             p: x if x is not None and x[0] in real else None for p, x in found.items()
         }

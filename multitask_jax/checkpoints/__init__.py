@@ -4,7 +4,13 @@ Formats: safetensors (file, shards, Hugging Face directories), Orbax, flax msgpa
 Nothing here unpickles anything.
 """
 
-from multitask_jax.checkpoints.directory import Writer, copy_companions, create, open
+from multitask_jax.checkpoints.directory import (
+    Writer,
+    check_output,
+    copy_companions,
+    create,
+    open,
+)
 from multitask_jax.checkpoints.types import CheckpointError, Reader, TensorInfo
 
 __all__ = [
@@ -12,6 +18,7 @@ __all__ = [
     "Reader",
     "TensorInfo",
     "Writer",
+    "check_output",
     "copy_companions",
     "create",
     "open",

@@ -1,6 +1,7 @@
 """Opening any checkpoint, and creating one aside so that it appears whole or not."""
 
 import errno
+import itertools
 import os
 import shutil
 from collections.abc import Sequence
@@ -107,7 +108,6 @@ class Writer:
     def __init__(self, path: Path, staging: Path, inner: FormatWriter, replace: bool):
         self.path = path
         self.directory = staging
-        self.buffers = inner.buffers
         self._inner = inner
         self._replace = replace
 
@@ -162,16 +162,34 @@ def _refuse_existing(path: Path) -> None:
         )
 
 
-def check_output(path: Path, *, overwrite: bool, inputs: Sequence[Path]) -> None:
+def check_output(
+    path: str | os.PathLike[str],
+    *,
+    format: str = "safetensors",
+    overwrite: bool = False,
+    inputs: Sequence[Path] = (),
+) -> Path:
     """Refuses an output that exists, lies in an input, or would swallow one.
+
+    Returns:
+      The absolute path.
 
     Raises:
       CheckpointError: naming the path and what to do.
+      ValueError: unknown format.
     """
+    if format not in FORMATS:
+        raise ValueError(f"got format {format!r}, expected one of {', '.join(FORMATS)}")
+    path = Path(path).expanduser().absolute()
     if is_file_like_output(path):
         raise CheckpointError(
             f"{path}: the output is a directory; drop the suffix {path.suffix}"
         )
+    for parent in path.parents:
+        if parent.exists() and not parent.is_dir():
+            raise CheckpointError(
+                f"{path}: {parent} is a file, not a directory; choose another output"
+            )
     here = path.resolve()
     for source in inputs:
         source = source.resolve()
@@ -187,20 +205,32 @@ def check_output(path: Path, *, overwrite: bool, inputs: Sequence[Path]) -> None
         raise CheckpointError(f"{path} is not a directory: not overwritten")
     elif path.is_dir() and any(path.iterdir()):
         try:
-            open(path)
+            open(path).close()
         except CheckpointError as e:
             raise CheckpointError(
                 f"{path} holds no checkpoint, so overwrite does not delete it; remove"
                 f" it yourself or choose another output ({e})"
             ) from None
+    return path
+
+
+# Two writers of one process to one path get a staging directory each.
+_serial = itertools.count()
 
 
 def _remove_stale(path: Path) -> None:
-    """Staging directories whose process is gone: a killed merge left them."""
-    for staging in path.parent.glob(f".{path.name}.partial-*"):
-        pid = staging.name.rpartition("-")[2]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and _gone(int(pid)):
-            shutil.rmtree(staging, ignore_errors=True)
+    """Repairs what killed processes left: staging, or an output moved half-way."""
+    start = f".{path.name}."
+    for left in path.parent.glob(f"{start}*-*"):
+        kind, *_, pid = left.name[len(start) :].split("-")
+        if kind not in ("partial", "replaced"):
+            continue
+        if not pid.isdigit() or not _gone(int(pid)):
+            continue
+        if kind == "replaced" and not path.exists():
+            left.rename(path)  # killed between the two renames of `commit`
+        else:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _gone(pid: int) -> bool:
@@ -236,13 +266,17 @@ def create(
       CheckpointError: the path is taken or overlaps an input; the disk is too small.
     """
     path = Path(path).expanduser().absolute()
-    check_output(path, overwrite=overwrite, inputs=inputs)
-    module = _module(format)
-    path.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(path)
-    staging = path.parent / f".{path.name}.partial-{os.getpid()}"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
+    check_output(path, format=format, overwrite=overwrite, inputs=inputs)
+    module = _module(format)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staging = path.parent / f".{path.name}.partial-{next(_serial)}-{os.getpid()}"
+        staging.mkdir()
+    except OSError as e:
+        raise CheckpointError(
+            f"{path}: can't write there ({e.strerror}); choose another output"
+        ) from None
     try:
         inner = module.create_writer(staging, tensors, **options)
     except OSError as e:
@@ -262,13 +296,28 @@ def create(
 
 
 def copy_companions(source: Path, target: Path) -> list[str]:
-    """Copies config, tokenizer and generation files of a Hugging Face directory."""
+    """Copies config, tokenizer and generation files of a Hugging Face directory.
+
+    Those of subdirectories too, if they hold no weights (sentence-transformers keeps
+    the settings of its modules there; other checkpoints are left alone).
+    """
+    if not source.is_dir():
+        return []
+    weights = (".safetensors", ".msgpack", *PICKLES)
+    files = list(source.iterdir())
+    for folder in (f for f in files if f.is_dir()):
+        inside = list(folder.iterdir())
+        if not any(f.suffix in weights for f in inside):
+            files += inside
     copied = []
-    if source.is_dir():
-        for file in sorted(source.iterdir()):
-            keep = file.suffix in _COMPANIONS and file.is_file()
-            weights = file.name.endswith(".index.json")
-            if keep and not weights and file.name not in _NOT_COMPANIONS:
-                shutil.copyfile(file, target / file.name)
-                copied.append(file.name)
+    for file in sorted(files):
+        name = file.relative_to(source)
+        keep = file.suffix in _COMPANIONS or file.name.startswith("LICENSE")
+        hidden = any(part.startswith(".") for part in name.parts)
+        index = file.name.endswith(".index.json")
+        written_anew = str(name) in _NOT_COMPANIONS
+        if file.is_file() and keep and not (hidden or index or written_anew):
+            (target / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, target / name)
+            copied.append(str(name))
     return copied

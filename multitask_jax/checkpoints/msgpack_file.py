@@ -238,7 +238,6 @@ class MsgpackReader:
     """Lazy, memory-mapped arrays of a flax msgpack file, named by path."""
 
     format = "msgpack"
-    resident = False
 
     def __init__(self, path: Path):
         self.path = path
@@ -329,8 +328,6 @@ def nest(tensors: Sequence[TensorInfo]) -> dict[str, Any]:
 
 class MsgpackWriter:
     """One file of known layout, written in place and in any order."""
-
-    buffers = False
 
     def __init__(self, staging: Path, tensors: Sequence[TensorInfo], chunk_bytes: int):
         self._path = staging / FILE_NAME

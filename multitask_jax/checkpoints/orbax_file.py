@@ -127,7 +127,6 @@ class OrbaxReader:
     """
 
     format = "orbax"
-    resident = False
 
     def __init__(self, path: Path, cache_bytes: int = CACHE_BYTES):
         self.path = path
@@ -360,8 +359,6 @@ class OrbaxWriter:
     Chunks are flat ranges, so that a slice is written where it belongs, without
     reading a chunk back to change part of it.
     """
-
-    buffers = False
 
     def __init__(
         self,

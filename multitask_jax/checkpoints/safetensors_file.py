@@ -152,11 +152,11 @@ class SafetensorsReader:
     """Lazy, memory-mapped tensors of a file or a Hugging Face directory."""
 
     format = "safetensors"
-    resident = False
 
     def __init__(self, path: Path):
         self.path = path
-        files = {p.name: _File(p) for p in _files(path)}
+        found, weight_map = _files(path)
+        files = {p.name: _File(p) for p in found}
         self.metadata = next(iter(files.values())).metadata if files else {}
         self._home: dict[str, _File] = {}
         self.tensors: dict[str, TensorInfo] = {}
@@ -169,6 +169,13 @@ class SafetensorsReader:
                     )
                 self._home[name] = file
                 self.tensors[name] = info
+        lost = [n for n in weight_map if n not in self.tensors]
+        unlisted = [n for n in self.tensors if weight_map and n not in weight_map]
+        if lost or unlisted:
+            raise CheckpointError(
+                f"{path}: the index and the shards differ: only in the index"
+                f" {lost[:5]}, only in shards {unlisted[:5]}; download it again"
+            )
         self.aliases: dict[str, str] = {}
         if path.is_dir():
             self.aliases = self._tied()
@@ -222,21 +229,24 @@ def _same_bytes(a: np.ndarray, b: np.ndarray, chunk: int = 1 << 20) -> bool:
     )
 
 
-def _files(path: Path) -> list[Path]:
-    """The files of a checkpoint; names in an index may not leave its directory."""
+def _files(path: Path) -> tuple[list[Path], dict[str, Any]]:
+    """The files of a checkpoint, and the weight map of its index if it has one.
+
+    File names in an index may not leave its directory.
+    """
     if not path.is_dir():
-        return [path]
+        return [path], {}
     indices = sorted(path.glob("*.safetensors.index.json"))
     if not indices:
         files = sorted(path.glob("*.safetensors"))
         if len(files) > 1 and (path / "model.safetensors") in files:
-            return [path / "model.safetensors"]
+            return [path / "model.safetensors"], {}
         if len(files) > 1:
             raise CheckpointError(
                 f"{path}: {len(files)} safetensors files ({files[0].name}, ...) but no"
                 f" {INDEX_NAME}; name one of the files, or restore the index"
             )
-        return files
+        return files, {}
     index = indices[0] if len(indices) == 1 else path / INDEX_NAME
     if index not in indices:
         raise CheckpointError(f"{path}: several index files, none is {INDEX_NAME}")
@@ -252,7 +262,7 @@ def _files(path: Path) -> list[Path]:
         if not (path / name).is_file():
             raise CheckpointError(f"{index}: the shard {name} is missing from {path}")
         out.append(path / name)
-    return out
+    return out, weights
 
 
 def open_reader(path: Path) -> SafetensorsReader:
@@ -280,8 +290,6 @@ def plan_shards(
 
 class SafetensorsWriter:
     """Files of known layout, written in place and in any order."""
-
-    buffers = False
 
     def __init__(
         self,

@@ -38,7 +38,6 @@ class Reader(Protocol):
     format: str
     tensors: dict[str, TensorInfo]  # in file order
     aliases: dict[str, str]  # tied name -> stored name
-    resident: bool  # True if the whole file is held in memory while open
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Flat entries [start, stop) in C order; a view where possible."""
@@ -49,8 +48,6 @@ class Reader(Protocol):
 
 class FormatWriter(Protocol):
     """A format's writer into a staging directory: `write` any order, then `finish`."""
-
-    buffers: bool  # True if it holds the whole output in memory until `finish`
 
     def write(self, name: str, start: int, flat: np.ndarray) -> None:
         """Stores flat entries [start, start + len(flat)); thread-safe."""

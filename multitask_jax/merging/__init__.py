@@ -33,7 +33,6 @@ from multitask_jax.merging.transforms import (
     elect_sign,
     max_magnitude,
     scale,
-    subtract_base,
     trim,
     weighted_sum,
 )
@@ -63,7 +62,6 @@ __all__ = [
     "scale_by_depth",
     "slerp",
     "stock",
-    "subtract_base",
     "task_arithmetic",
     "ties",
     "trim",

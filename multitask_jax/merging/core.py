@@ -71,29 +71,39 @@ class Method(NamedTuple):
     start: Space = "task_vectors"
     end: Space = "task_vectors"
     models: int | None = None  # the exact number of models, if it matters
+    weighted: bool = True  # whether weights count
+
+
+# theta - theta_0: from merged parameters back to a task vector.
+SUBTRACT_BASE = Transform(
+    lambda values, leaf, stats: tuple(v - leaf.base for v in values)
+)
 
 
 def chain(*transforms: Transform | Method) -> Method:
-    """Composes transforms (or whole methods, first) into a method.
+    """Composes transforms, after a whole method perhaps, into a method.
+
+    Transforms are about task vectors: after a method that ends with parameters (linear,
+    slerp) the base is subtracted first.
 
     Raises:
-      ValueError: a method follows transforms, or starts where the last did not end.
+      ValueError: a whole method comes after something else.
     """
-    start: Space = "task_vectors"
-    end: Space = "task_vectors"
-    models = None
-    out: tuple[Transform, ...] = ()
+    method = Method(())
     for i, t in enumerate(transforms):
-        if isinstance(t, Method):
-            if i:
-                raise ValueError(
-                    "chain: a whole method can only come first; got one at place"
-                    f" {i}. Pass its transforms instead"
-                )
-            start, end, models, out = t.start, t.end, t.models, t.transforms
+        if isinstance(t, Transform):
+            steps = method.transforms
+            if method.end == "parameters":
+                steps += (SUBTRACT_BASE,)
+            method = method._replace(transforms=(*steps, t), end="task_vectors")
+        elif i == 0:
+            method = t
         else:
-            out += (t,)
-    return Method(out, start, end, models)
+            raise ValueError(
+                f"chain: a whole method can only come first; got one at place {i}. Pass"
+                " its transforms instead"
+            )
+    return method
 
 
 def check_models(
@@ -108,6 +118,8 @@ def check_models(
         )
     if weights is None:
         return (1.0,) * count
+    if not method.weighted:
+        raise ValueError("got weights, but this method takes none: leave them out")
     if len(weights) != count:
         raise ValueError(f"got {len(weights)} weights for {count} models")
     return tuple(weights[i] for i in range(count))
@@ -174,6 +186,12 @@ def finish(method: Method, values: Values, base: Array) -> Array:
     return values[0] if method.end == "parameters" else base + values[0]
 
 
+NO_FLOAT64_RANKS = (
+    "float64, but this method ranks magnitudes in float32; cast to float32 first (from"
+    " disk: dtype='float32')"
+)
+
+
 def is_float(dtype: Any) -> bool:
     """Whether a merge computes on this dtype (integers and bool come from the base)."""
     return jnp.issubdtype(dtype, jnp.floating)
@@ -222,8 +240,11 @@ def merge(
     settings = settings_of(method, list(bases))
     leaves: dict[str, Leaf] = {}
     values: dict[str, Values] = {}
+    ranks = any(m.kind == "kth" for t in method.transforms for m in t.measures)
     for p in paths:
         dtype = compute_dtype(_dtype(bases[p], p))
+        if ranks and dtype == np.float64:
+            raise ValueError(f"{p}: {NO_FLOAT64_RANKS}")
         theta = jnp.asarray(bases[p]).astype(dtype)
         leaves[p] = Leaf(theta, tuple(jnp.asarray(w, dtype) for w in weights))
         values[p] = start_values(
@@ -289,6 +310,8 @@ def _dtype(x: Any, path: str) -> np.dtype:
     if dtype is None:
         dtype = np.asarray(x).dtype
         return np.dtype(np.float32) if np.issubdtype(dtype, np.floating) else dtype
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        raise ValueError(f"{path}: got {dtype}, expected real numbers; split the leaf")
     if dtype == np.float64 and not jax.config.jax_enable_x64:
         raise ValueError(
             f"{path}: float64 needs jax.config.update('jax_enable_x64', True); without"

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import threading
 import time
@@ -9,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 from multitask_jax import checkpoints
@@ -88,113 +90,112 @@ def merge_checkpoints(
     started = time.perf_counter()
     models = [Path(m).expanduser() for m in models]
     weights = core.check_models(method, len(models), weights)
-    dtypes = {k: _dtype(k, v) for k, v in (("dtype", dtype), ("out_dtype", out_dtype))}
-    if dtypes["dtype"] is not None and dtypes["dtype"].itemsize < 4:
-        raise ValueError(f"dtype: got {dtype}, expected float32 or float64")
+    _check_weights(method, weights)
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads: got {threads}, expected at least 1")
+    threads = threads or min(8, 2 * (os.cpu_count() or 1))
+    compute, stored = _dtype("dtype", dtype), _dtype("out_dtype", out_dtype)
     notes = []
+    given = base
     if base is None:
-        if (method.start, method.end) != ("parameters", "parameters") or not models:
-            raise ValueError("this method needs a base: pass the checkpoint it is")
+        if (method.start, method.end) != ("parameters", "parameters"):
+            raise ValueError("this method needs a base: pass the models' common origin")
         base = models[0]
         notes.append(f"No base: names, dtypes and other files are {base.name}'s.")
-    readers: list[Reader] = []
-    with contextlib.closing(_Closing(readers)):
+    base = Path(base).expanduser()
+    with contextlib.ExitStack() as stack:
+        readers: list[Reader] = []
         for path in (base, *models):
             readers.append(checkpoints.open(path))
+            stack.callback(readers[-1].close)
         plan = plan_merge(
             method,
             readers[0],
             readers[1:],
             include=include,
             exclude=exclude,
-            dtype=dtypes["dtype"],
-            out_dtype=dtypes["out_dtype"],
+            dtype=compute,
+            out_dtype=stored,
             allow_missing=allow_missing,
         )
-        held = sum(
-            sum(t.nbytes for t in r.tensors.values()) * r.resident for r in readers
-        )
-        memory = peak_memory(plan, len(models), output_format == "msgpack", held)
-        text = describe(plan, models, memory)
+        memory = peak_memory(plan, readers, threads)
         if max_memory is not None and memory > max_memory:
             raise CheckpointError(
                 f"the merge is expected to need {human(memory)}, more than max_memory"
-                f" = {human(max_memory)}; use safetensors, or a larger limit"
+                f" = {human(max_memory)}; pass fewer threads or a larger limit"
             )
-        if dry_run:
-            return MergeResult(None, text, (*notes, *plan.notes), 0.0)
         census = None
         if report_files:
             exact = any(t.trims for t in method.transforms)
-            exact = exact and len(models) <= MOST_MODELS
-            census = Census(len(models), exact=exact)
-        options = (
-            {} if output_format != "safetensors" else {"max_shard_size": max_shard_size}
+            census = Census(len(models), exact=exact and len(models) <= MOST_MODELS)
+        stream = Stream(
+            method,
+            plan,
+            readers,
+            weights,
+            census=census,
+            allow_nonfinite=allow_nonfinite,
+            threads=threads,
         )
+        target = {
+            "format": output_format,
+            "overwrite": overwrite,
+            "inputs": [r.path for r in readers],
+        }
+        if output or not dry_run:  # a plan needs no output
+            checkpoints.check_output(output, **target)
+        if dry_run:
+            text = describe(plan, models, memory)
+            return MergeResult(None, text, (*notes, *plan.notes), 0.0)
+        if max_shard_size is not None:
+            target["max_shard_size"] = max_shard_size
         with (
-            _bar(plan, progress) as advance,
-            checkpoints.create(
-                output,
-                plan.outputs,
-                format=output_format,
-                overwrite=overwrite,
-                inputs=[r.path for r in readers],
-                **options,
-            ) as writer,
+            _bar(plan, progress) as stream.advance,
+            checkpoints.create(output, plan.outputs, **target) as writer,
         ):
-            stream = Stream(
-                method,
-                plan,
-                readers,
-                weights,
-                census=census,
-                allow_nonfinite=allow_nonfinite,
-                advance=advance,
-                threads=threads or min(8, 2 * (os.cpu_count() or 1)),
-            )
             notes += [*plan.notes, *stream.run(writer)]
             checkpoints.copy_companions(readers[0].path, writer.directory)
-            _set_config_dtype(writer.directory, dtypes["out_dtype"])
+            _set_config_dtype(writer.directory, stored)
             if census is not None:
+                seconds = time.perf_counter() - started
                 facts = report.Facts(
-                    Path(base),
-                    models,
-                    weights,
-                    recipe or {},
-                    plan,
-                    notes,
-                    time.perf_counter() - started,
+                    given and base, models, weights, recipe or {}, plan, notes, seconds
                 )
                 notes += report.write(writer.directory, census, facts, block_pattern)
     seconds = time.perf_counter() - started
+    text = describe(plan, models, memory)
     return MergeResult(Path(output), text, tuple(notes), seconds)
 
 
-class _Closing:
-    def __init__(self, readers: Sequence[Reader]):
-        self._readers = readers
+def _check_weights(method: core.Method, weights: Sequence[float]) -> None:
+    if not all(map(math.isfinite, weights)):
+        raise ValueError(f"weights: got {tuple(weights)}, expected finite numbers")
+    if method.start == "parameters" and method.weighted and abs(sum(weights)) < 1e-8:
+        raise ValueError(
+            f"weights: got {tuple(weights)}, which add up to 0: no average of"
+            " parameters has such weights"
+        )
 
-    def close(self) -> None:
-        for reader in self._readers:
-            reader.close()
+
+_DTYPES = {
+    "float64": np.float64,
+    "float32": np.float32,
+    "bfloat16": ml_dtypes.bfloat16,
+    "float16": np.float16,
+    "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
+    "float8_e5m2": ml_dtypes.float8_e5m2,
+}
+_SHORT = {"f64": "float64", "f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 
 
 def _dtype(name: str, value: str | None) -> np.dtype | None:
     if not value:
         return None
-    import ml_dtypes
-
-    short = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "f32": "float32"}
-    value = short.get(value, value)
-    try:
-        dtype = np.dtype(getattr(ml_dtypes, value, value))
-    except TypeError:
-        dtype = np.dtype(np.bool_)
-    if not core.is_float(dtype):
-        raise ValueError(
-            f"{name}: got {value!r}, expected float32, float64, bfloat16 or float16"
-        )
-    return dtype
+    value = _SHORT.get(value.replace("fp", "f"), value)
+    known = list(_DTYPES)[:2] if name == "dtype" else list(_DTYPES)
+    if value not in known:
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(known)}")
+    return np.dtype(_DTYPES[value])
 
 
 def _set_config_dtype(directory: Path, dtype: np.dtype | None) -> None:

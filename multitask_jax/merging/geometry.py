@@ -26,10 +26,17 @@ def _cosines(gram: dict[tuple[int, int], Array], count: int) -> list[Array]:
     """Pairwise cosines; 0 where a vector is zero."""
     out = []
     for i, j in itertools.combinations(range(count), 2):
-        norm = jnp.sqrt(gram[i, i] * gram[j, j])
-        cos = gram[i, j] / jnp.where(norm > 0, norm, 1)
-        out.append(jnp.clip(jnp.where(norm > 0, cos, 0), -1, 1))
+        square = gram[i, i] * gram[j, j]
+        some = square > 0
+        # The inner `where` keeps gradients finite where a vector is zero.
+        cos = gram[i, j] / jnp.sqrt(jnp.where(some, square, 1))
+        out.append(jnp.clip(jnp.where(some, cos, 0), -1, 1))
     return out
+
+
+def _norm(square: Array) -> Array:
+    """sqrt, with gradient 0 at 0."""
+    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
 
 
 def _indexed(stats: Any, count: int) -> dict[tuple[int, int], Array]:
@@ -55,8 +62,8 @@ def interpolate_spherically(
     def apply(values: Values, leaf: Leaf, stats: tuple[Any, ...]) -> Values:
         v0, v1 = values
         n00, n01, n11 = stats[0]
-        time = jnp.asarray(t, jnp.float32)
-        n0, n1 = jnp.sqrt(n00), jnp.sqrt(n11)
+        time = jnp.asarray(t, n00.dtype)
+        n0, n1 = _norm(n00), _norm(n11)
         # A (near) zero vector has no direction; it counts as it is.
         unit0, unit1 = jnp.where(n0 > 1e-8, n0, 1), jnp.where(n1 > 1e-8, n1, 1)
         cos = jnp.clip(n01 / (unit0 * unit1), -1, 1)
@@ -75,7 +82,10 @@ def interpolate_spherically(
 
 
 def stock(
-    *, filter_wise: bool = False, average: Literal["cosines", "angles"] = "cosines"
+    *,
+    filter_wise: bool = False,
+    average: Literal["cosines", "angles"] = "cosines",
+    ratio: Literal["clipped", "formula"] = "clipped",
 ) -> Transform:
     """Model Stock: t mean(tau), t = N c / (1 + (N - 1) c), c = mean pairwise cosine.
 
@@ -83,13 +93,17 @@ def stock(
       filter_wise: an angle for each row (last axis) instead of one for the tensor.
       average: c is the mean of "cosines", or the cosine of the mean of "angles"
         (FusionBench); the same for two models.
+      ratio: "clipped" keeps t in [0, 1], as the theory has it; the "formula" alone
+        (mergekit) leaves that where models pull apart, and without bound in tensors of
+        one entry.
 
     Raises:
-      ValueError: unknown average; fewer than two models (one has no angle).
+      ValueError: unknown average or ratio; fewer than two models (one has no angle).
     """
     _choose("average", average, ("cosines", "angles"))
+    _choose("ratio", ratio, ("clipped", "formula"))
 
-    def ratio(gram: dict[tuple[int, int], Array], count: int) -> Array:
+    def shrink(gram: dict[tuple[int, int], Array], count: int) -> Array:
         if count < 2:
             raise ValueError(f"model_stock needs at least 2 models, got {count}")
         cosines = _cosines(gram, count)
@@ -98,7 +112,10 @@ def stock(
         else:
             c = add_up(cosines) / len(cosines)
         divisor = 1 + (count - 1) * c
-        return count * c / jnp.where(jnp.abs(divisor) < 1e-6, 1e-6, divisor)
+        t = count * c / jnp.where(jnp.abs(divisor) < 1e-6, 1e-6, divisor)
+        # A divisor of 0 or less has c < 0 as well: t is 0 then.
+        clipped = jnp.where(divisor > 1e-6, jnp.clip(t, 0, 1), 0)
+        return clipped if ratio == "clipped" else t
 
     def apply(values: Values, leaf: Leaf, stats: tuple[Any, ...]) -> Values:
         count = len(values)
@@ -109,7 +126,7 @@ def stock(
         else:
             gram = _indexed(stats[0], count)
         mean = times(1 / count, add_up(values))
-        return (times(ratio(gram, count).astype(mean.dtype), mean),)
+        return (times(shrink(gram, count).astype(mean.dtype), mean),)
 
     if filter_wise:
         return Transform(apply, needs="row")

@@ -140,6 +140,8 @@ def by_depth(
             list(paths) or list(leaves), block_pattern=block_pattern
         )
     except ValueError:
+        if block_pattern is not None:
+            raise
         depths = dict.fromkeys(leaves)
     groups: dict[tuple[str, int], list[LeafStatistics]] = {}
     for path, statistics in leaves.items():
@@ -156,7 +158,11 @@ def by_depth(
 
 
 def warnings_in_words(
-    total: Interference, names: Sequence[str], same_paths: Sequence[int] = ()
+    total: Interference,
+    names: Sequence[str],
+    same_paths: Sequence[int] = (),
+    *,
+    base_is_first: bool = False,
 ) -> list[str]:
     """What a reader should know before using the merge.
 
@@ -164,12 +170,15 @@ def warnings_in_words(
       total: of the whole model.
       names: of the models.
       same_paths: indices of models given more than once.
+      base_is_first: there is no base; the first model stands for it.
     """
     out = []
     count = len(names)
     for t in same_paths:
         out.append(f"{names[t]} is given more than once: its changes count repeatedly.")
     for t in range(count):
+        if base_is_first and t == 0:
+            continue
         if total.norms[t] == 0:
             out.append(f"{names[t]} equals the base: it adds nothing to the merge.")
         elif abs(total.base_cosines[t]) < _UNRELATED:
@@ -188,7 +197,7 @@ def warnings_in_words(
                     f" {total.cosines[i, j]:.2f}."
                 )
     out += _norm_warnings(total, names)
-    relative = np.nan_to_num(total.relative_norms)
+    relative = np.where(np.isfinite(total.relative_norms), total.relative_norms, 0)
     far = [names[t] for t in range(count) if relative[t] > _FAR]
     if far and total.conflict_rate > _CONFLICT:
         out.append(

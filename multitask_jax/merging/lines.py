@@ -8,16 +8,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from multitask_jax import tree
-from multitask_jax.merging.core import Leaf, Method, Transform, Values, times
-from multitask_jax.merging.transforms import subtract_base
+from multitask_jax.merging.core import Leaf, Method, Transform, Values, chain, times
 
 
 def relative_depths(
     paths: Sequence[str], block_pattern: str | None = None
-) -> Mapping[str, np.float32]:
+) -> Mapping[str, float]:
     """l / (L - 1) for each leaf path; 0 outside the blocks and for L = 1.
 
     Raises:
@@ -25,7 +23,7 @@ def relative_depths(
     """
     depths = tree.block_depths(list(paths), block_pattern=block_pattern)
     return {
-        p: np.float32(0 if d is None else d.index / max(1, d.count - 1))
+        p: 0.0 if d is None else d.index / max(1, d.count - 1)
         for p, d in depths.items()
     }
 
@@ -58,8 +56,5 @@ def with_lines(
     method: Method, *, alpha: Any, beta: Any, block_pattern: str | None = None
 ) -> Method:
     """Any method, followed by LiNeS on its merged task vector."""
-    transforms = method.transforms
-    if method.end == "parameters":
-        transforms += (subtract_base(),)
     lines = scale_by_depth(alpha=alpha, beta=beta, block_pattern=block_pattern)
-    return method._replace(transforms=(*transforms, lines), end="task_vectors")
+    return chain(method, lines)

@@ -9,7 +9,7 @@ import numpy as np
 
 from multitask_jax import tree
 from multitask_jax.checkpoints import CheckpointError, Reader, TensorInfo
-from multitask_jax.merging.core import Method, is_float
+from multitask_jax.merging.core import NO_FLOAT64_RANKS, Method, is_float
 
 CHUNK = 1 << 19  # entries that are computed at once
 # Chunks are padded to one of these, so that few programs are compiled.
@@ -109,11 +109,15 @@ def plan_merge(
     )
     notes: list[str] = []
     lacking = _compare(base, models, chosen, allow_missing, notes)
+    ranks = any(m.kind == "kth" for t in method.transforms for m in t.measures)
     merged, copied, outputs = [], [], []
     for path, info in base.tensors.items():
         if not chosen[path] or path in lacking or not is_float(info.dtype):
             copied.append(info)
             outputs.append(info)
+            continue
+        if not info.size:  # nothing to read or write
+            outputs.append(info._replace(dtype=np.dtype(out_dtype or info.dtype)))
             continue
         dtypes = tuple(m.tensors[_stored(m, path)].dtype for m in models)
         integers = [d for d in dtypes if not is_float(d)]
@@ -125,13 +129,18 @@ def plan_merge(
             )
         wide = np.float64 if info.dtype == np.float64 else np.float32
         compute = np.dtype(dtype or wide)
+        if ranks and compute == np.float64:
+            raise CheckpointError(f"{path}: {NO_FLOAT64_RANKS}")
         out = np.dtype(out_dtype or info.dtype)
         merged.append(
             Entry(path, info.shape, info.size, info.dtype, dtypes, compute, out)
         )
         outputs.append(TensorInfo(path, info.shape, out))
     if not merged:
-        raise CheckpointError(f"{base.path}: no floating point tensor to merge")
+        raise CheckpointError(
+            f"{base.path}: no floating point tensor with entries is selected: nothing"
+            " to merge"
+        )
     return Plan(
         tuple(merged),
         tuple(copied),
@@ -171,7 +180,8 @@ def _compare(
             lacking.update(missing)
             if missing:
                 notes.append(
-                    f"{_listed(missing)} missing in {name}: copied from the base."
+                    f"{_listed(missing)} missing in {name}: copied from the base;"
+                    " changes of other models to it are left out."
                 )
             if extra:
                 notes.append(f"{_listed(extra)} only in {name}: left out of the merge.")
@@ -201,14 +211,16 @@ def _listed(names: Sequence[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + rest
 
 
-def peak_memory(plan: Plan, models: int, buffers: bool, resident: int = 0) -> int:
+def peak_memory(plan: Plan, readers: Sequence[Reader], threads: int) -> int:
     """Estimate of anonymous memory in bytes, the interpreter and JAX included."""
-    fixed = 330 << 20
-    chunks = 2 * 12 * (models + 1) * CHUNK * 4
-    selection = 3 * models * (1 << 22) * 4
+    models = len(readers) - 1
+    chunk = min(CHUNK, max(e.size for e in plan.merged))
+    chunks = threads * 4 * (models + 1) * chunk * 4
+    kept = 3 * models * min(1 << 22, sum(e.size for e in plan.merged)) * 4
+    ranked = any(p.tensor or p.model for p in plan.passes)
+    held = sum(getattr(r, "cache_bytes", 0) for r in readers)
     names = 4000 * len(plan.outputs)
-    held = plan.write_bytes if buffers else 0
-    return fixed + chunks + selection + names + 2 * held + resident
+    return (120 << 20) + chunks + ranked * kept + held + names
 
 
 def describe(plan: Plan, models: Sequence[Path], memory: int) -> str:
@@ -216,14 +228,14 @@ def describe(plan: Plan, models: Sequence[Path], memory: int) -> str:
     d = sum(e.size for e in plan.merged)
     kinds = sorted({str(e.out) for e in plan.merged})
     reads = sum(sum(e.nbytes for e in plan.merged) for _ in plan.passes)
+    names = ", ".join(_pass_name(p) for p in plan.passes)
+    once, total = human(plan.read_bytes), human(reads)
     lines = [
-        f"tensors      {len(plan.merged)} merged ({d:,} parameters),"
-        f" {len(plan.copied)} copied from the base",
+        f"tensors      {len(plan.merged)} merged ({d:,} parameters), {len(plan.copied)}"
+        " copied from the base",
         f"models       {len(models)}: {', '.join(p.name for p in models)}",
-        f"passes       {len(plan.passes)}"
-        f" ({', '.join(_pass_name(p) for p in plan.passes)})",
-        f"read         {human(plan.read_bytes)} of inputs, {human(reads)} over all"
-        " passes",
+        f"passes       {len(plan.passes)} ({names})",
+        f"read         {once} of inputs, {total} over all passes",
         f"write        {human(plan.write_bytes)} ({', '.join(kinds)})",
         f"peak memory  about {human(memory)}",
     ]

@@ -119,14 +119,19 @@ def slerp(
         start="parameters",
         end="parameters",
         models=2,
+        weighted=False,
     )
 
 
 def model_stock(
-    *, filter_wise: bool = False, average: Literal["cosines", "angles"] = "cosines"
+    *,
+    filter_wise: bool = False,
+    average: Literal["cosines", "angles"] = "cosines",
+    ratio: Literal["clipped", "formula"] = "clipped",
 ) -> Method:
     """Model Stock: average task vector, shrunk by the angles between models."""
-    return chain(geometry.stock(filter_wise=filter_wise, average=average))
+    stock = geometry.stock(filter_wise=filter_wise, average=average, ratio=ratio)
+    return chain(stock)._replace(weighted=False)
 
 
 METHODS: dict[str, Callable[..., Method]] = {

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ _DEPTH_FIGURE, _COSINE_FIGURE = "merge_report_depth.png", "merge_report_cosines.
 class Facts(NamedTuple):
     """What the files are about, besides the census."""
 
-    base: Path
+    base: Path | None  # None: the first model stands for it
     models: Sequence[Path]
     weights: Sequence[float]
     recipe: Mapping[str, Any]
@@ -39,13 +40,15 @@ def write(
     names = unique_names(facts.models)
     resolved = [m.resolve() for m in facts.models]
     repeated = [t for t, m in enumerate(resolved) if m in resolved[:t]]
-    warnings = interference.warnings_in_words(total, names, repeated)
+    warnings = interference.warnings_in_words(
+        total, names, repeated, base_is_first=facts.base is None
+    )
     text = _markdown(census, facts, names, total, depths, warnings)
     (directory / "merge_report.md").write_text(text)
     data = {
         "version": multitask_jax.__version__,
         "recipe": dict(facts.recipe),
-        "base": str(facts.base),
+        "base": facts.base and str(facts.base),
         "models": [str(m) for m in facts.models],
         "weights": [float(w) for w in facts.weights],
         "warnings": warnings,
@@ -104,9 +107,8 @@ def _command(facts: Facts) -> str:
         return "(merged from Python with a chain of its own)"
     lines = ["python -m experiments.merge"]
     for k, v in flags.items():
-        lines.append(
-            f"--{'' if v else 'no'}{k}" if isinstance(v, bool) else f"--{k}={v}"
-        )
+        flag = f"--{'' if v else 'no'}{k}" if isinstance(v, bool) else f"--{k}={v}"
+        lines.append(shlex.quote(flag))
     return " \\\n  ".join(lines)
 
 
@@ -163,7 +165,7 @@ def _markdown(
     read = human(facts.plan.read_bytes)
     return f"""# Merge report
 
-{len(names)} models on the base `{facts.base}`. To make it again:
+{len(names)} models on the base `{facts.base or "(none)"}`. To make it again:
 
 ```
 {_command(facts)}
@@ -251,10 +253,10 @@ def _figures(
 
 def _card(facts: Facts, warnings: Sequence[str]) -> str:
     """A model card with the metadata that Hugging Face tools read."""
-    parents = dict.fromkeys(str(p) for p in (facts.base, *facts.models))
+    sources = ([facts.base] if facts.base else []) + list(facts.models)
+    parents = dict.fromkeys(map(_hub_name, sources))
     listed = "\n".join(f"- {json.dumps(p)}" for p in parents)
-    license_line = _license(facts.base)
-    said = "".join(f"- {w}\n" for w in warnings) or "None.\n"
+    said = "\n".join(f"- {w}" for w in warnings) or "None."
     method = facts.recipe.get("method", "a chain of its own")
     models = "\n".join(
         f"- `{m}`, weight {float(w):g}"
@@ -263,16 +265,16 @@ def _card(facts: Facts, warnings: Sequence[str]) -> str:
     return f"""---
 base_model:
 {listed}
-{license_line}tags:
+{_inherited(sources[0])}tags:
 - merge
 - multitask_jax
 ---
-# {facts.base.name}, merged
+# {sources[0].name}, merged
 
 A merge of {len(facts.models)} fine-tuned models by `{method}`, made with multitask_jax
 {multitask_jax.__version__}. Interference between the models: `merge_report.md`.
 
-Base: `{facts.base}`. Models:
+Base: `{facts.base or "none"}`. Models:
 
 {models}
 
@@ -282,13 +284,26 @@ Base: `{facts.base}`. Models:
 
 Warnings:
 
-{said}"""
+{said}
+"""
 
 
-def _license(base: Path) -> str:
-    """The base's license, if its card names one."""
-    card = base / "README.md"
-    if not card.is_file():
+def _hub_name(path: Path) -> str:
+    """The name on the Hugging Face hub, if config.json has kept it, else the path."""
+    try:
+        name = json.loads((path / "config.json").read_text()).get("_name_or_path", "")
+    except (OSError, ValueError, AttributeError):
+        name = ""
+    return name if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) else str(path)
+
+
+def _inherited(base: Path) -> str:
+    """Lines of the base's card that hold for what is made of it."""
+    try:
+        text = (base / "README.md").read_text(errors="replace")
+    except OSError:
         return ""
-    m = re.search(r"^license: *\S+$", card.read_text(errors="replace"), re.MULTILINE)
-    return f"{m[0]}\n" if m else ""
+    front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    keys = "license|license_name|license_link|library_name|pipeline_tag"
+    lines = re.findall(rf"^(?:{keys}): *\S+$", front[1] if front else "", re.MULTILINE)
+    return "".join(f"{line}\n" for line in lines)

@@ -26,14 +26,16 @@ def magnitude_bits(x: Array) -> Array:
 
 
 def total(leaves: Sequence[Array]) -> Array:
-    """Sum over all entries of all leaves, left to right, in float32.
+    """Sum over all entries of all leaves, left to right, in float32 (or float64).
 
     The last axis is summed on its own first, which keeps the rounding error of big
     matrices at that of a vector.
     """
-    out = jnp.float32(0)
+    wide = any(x.dtype == jnp.float64 for x in leaves)
+    dtype = jnp.float64 if wide else jnp.float32
+    out = jnp.zeros((), dtype)
     for x in leaves:
-        x = x.astype(jnp.float32)
+        x = x.astype(dtype)
         out = out + jnp.sum(jnp.sum(x, axis=-1) if x.ndim else x)
     return out
 

@@ -18,7 +18,13 @@ from multitask_jax.checkpoints import CheckpointError, Reader, Writer
 from multitask_jax.merging import core
 from multitask_jax.merging.census import Census, mark_kept
 from multitask_jax.merging.plan import BUCKETS, CHUNK, Entry, Pass, Plan
-from multitask_jax.merging.selection import INFINITE, Selection, bracket, keys_of
+from multitask_jax.merging.selection import (
+    INFINITE,
+    Bracket,
+    Selection,
+    bracket,
+    keys_of,
+)
 from multitask_jax.merging.statistics import chunk_sum
 from multitask_jax.merging.totals import KthTotal, SumTotal
 
@@ -59,21 +65,17 @@ class Stream:
     ):
         """`readers`: the base, then the models. `advance` hears of bytes read."""
         self.method, self.plan, self.readers = method, plan, tuple(readers)
-        self.weights = tuple(np.float32(w) for w in weights)
+        self.weights = tuple(map(float, weights))
         self.census, self.advance, self.threads = census, advance, threads
         self._check = not allow_nonfinite
         self._rows = any(t.needs == "row" for t in method.transforms)
         self._unseen = {e.path for e in plan.merged}
         paths = [t.name for t in plan.outputs]
-        self._settings = [
-            {p: jax.tree.map(_scalar, s) for p, s in of_path.items()}
-            for of_path in core.settings_of(method, paths)
-        ]
+        self._settings = core.settings_of(method, paths)
         # Statistics known so far: of the whole model, and of the tensors at hand.
         self._model: dict[tuple[int, int], Any] = {}
         self._tensor: dict[tuple[str, int, int], Any] = {}
-        trims = [i for i, t in enumerate(method.transforms) if t.trims]
-        count = trims[-1] if census is not None and census.exact else None
+        count = census is not None and census.exact
         self._programs = functools.cache(
             lambda stage: jax.jit(
                 functools.partial(_compute, method, stage, count),
@@ -128,17 +130,20 @@ class Stream:
         """What adds up measure j of transform i over chunks of these tensors."""
         measure = self.method.transforms[i].measures[j]
         if measure.kind != "kth":
-            return SumTotal(lambda c: self._reduced(c, i, j), measure.kind)
+            dtype = max(e.compute for e in entries)
+            return SumTotal(lambda c: self._reduced(c, i, j), measure.kind, dtype)
         d = sum(e.size for e in entries)
-        first = next(e for e in entries if e.size)
+        first = entries[0]
         terms = len(self._keys(Chunk(first, 0, min(first.size, BUCKETS[0])), i, j))
         ranks = core.ranks_of(measure, d, terms)
         starts: list[Any] = [None] * terms
         if d > _SMALL:
             count = _SLICES if len(entries) > 1 else _SLICES // 32
             sample = [self._keys(c, i, j) for c in self._sample(entries, count)]
-            starts = [
+            starts = [  # no sample of tiny tensors: a bracket that is missed
                 bracket(np.stack([s[t] for s in sample]), k / d)
+                if sample
+                else Bracket()
                 for t, k in enumerate(ranks)
             ]
         selections = [Selection(k, s) for k, s in zip(ranks, starts, strict=True)]
@@ -222,8 +227,14 @@ class Stream:
     def _write(self, writer: Writer, c: Chunk) -> None:
         size = c.stop - c.start
         theta, counted = self._run(("apply", 0, 0), c, self._visit(c).arrays, True)
-        flat = np.asarray(theta).reshape(-1)[:size]
-        writer.write(c.entry.path, c.start, flat.astype(c.entry.out, copy=False))
+        with np.errstate(over="ignore"):
+            flat = np.asarray(theta).reshape(-1)[:size].astype(c.entry.out, copy=False)
+        if self._check and _narrow(c.entry.out) and not np.isfinite(flat).all():
+            raise CheckpointError(
+                f"{c.entry.path}: the merged values do not fit {c.entry.out}; choose a"
+                " wider out_dtype (bfloat16, float32), or pass allow_nonfinite"
+            )
+        writer.write(c.entry.path, c.start, flat)
         if counted is not None and self.census is not None:
             self.census.trimmed(c.entry.path, size, *counted)
 
@@ -246,15 +257,16 @@ class Stream:
             for i, t in enumerate(self.method.transforms)
         ]
         check = look and self._check and self.census is None and path in self._unseen
+        scalar = functools.partial(_scalar, c.entry.compute)
         with jax.enable_x64(c.entry.compute == np.float64):
             out, bad = self._programs(stage)(
                 tuple(_pad(_for_jax(x), shape) for x in arrays),
-                self.weights,
-                [s.get(path, ()) for s in self._settings],
+                tuple(map(scalar, self.weights)),
+                [jax.tree.map(scalar, s.get(path, ())) for s in self._settings],
                 stats,
                 (np.uint32(c.start >> 32), np.uint32(c.start & 0xFFFFFFFF)),
                 compute=c.entry.compute.name,
-                out=c.entry.out.name if c.entry.out.itemsize > 1 else "float32",
+                out=_from_jax(c.entry).name,
                 check=check,
             )
         if check and bad:
@@ -303,7 +315,7 @@ class Stream:
 def _compute(
     method: core.Method,
     stage: tuple[str, int, int],
-    count: int | None,
+    count: bool,
     arrays: tuple[Any, ...],
     weights: tuple[Any, ...],
     settings: Sequence[Any],
@@ -328,9 +340,10 @@ def _compute(
     if what == "apply":
         for i, t in enumerate(method.transforms):
             values = t.apply(values, leaf._replace(setting=settings[i]), stats[i])
-            after = values if i == count else after
+            if t.trims and len(values) == len(before):
+                after = values
         theta = core.finish(method, values, base).astype(out)
-        counted = None if count is None else mark_kept(before, after)
+        counted = mark_kept(before, after) if count else None
         return (theta, counted), bad
     values = core.run_transforms(method, values, leaf, settings, stats, stop)
     measure = method.transforms[stop].measures[j]
@@ -353,6 +366,12 @@ def _for_jax(x: np.ndarray) -> np.ndarray:
     return to_compute(x, np.dtype(np.float32)) if x.dtype.itemsize == 1 else x
 
 
+def _from_jax(e: Entry) -> np.dtype:
+    """What a program returns; the host casts to float8, and wider than computed."""
+    wider = e.out.itemsize > e.compute.itemsize
+    return e.compute if wider or e.out.itemsize == 1 else e.out
+
+
 def _pad(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     size = shape[0] * shape[1] if len(shape) > 1 else shape[0]
     if x.size == size:
@@ -367,8 +386,13 @@ def _columns(e: Entry) -> int:
     return max(1, e.shape[-1] if e.shape else 1)
 
 
-def _scalar(x: Any) -> Any:
-    return np.uint32(x) if isinstance(x, int) else np.float32(x)
+def _scalar(dtype: np.dtype, x: Any) -> Any:
+    return np.uint32(x) if isinstance(x, int) else dtype.type(x)
+
+
+def _narrow(dtype: np.dtype) -> bool:
+    """Whether float32 values may overflow it."""
+    return dtype.itemsize == 1 or dtype == np.float16
 
 
 def _batches(entries: Sequence[Entry], size: int) -> Iterator[list[Entry]]:

@@ -14,10 +14,14 @@ class SumTotal:
     """Exact counts, or sums in float64."""
 
     def __init__(
-        self, terms: Callable[[Any], Sequence[Any]], kind: Literal["sum", "count"]
+        self,
+        terms: Callable[[Any], Sequence[Any]],
+        kind: Literal["sum", "count"],
+        dtype: np.dtype,
     ):
         self._terms = terms
         self._kind = kind
+        self._dtype = dtype  # of the sums that `result` returns
         self._sums: list[Any] = []
         self._lock = threading.Lock()
 
@@ -30,11 +34,11 @@ class SumTotal:
             self._sums = [a + b for a, b in zip(sums, terms, strict=True)]
 
     def result(self) -> tuple[Any, ...]:
-        """As `merge` has it in memory: (high, low) pairs, or float32."""
+        """As `merge` has it in memory: (high, low) pairs, or floats."""
         if self._kind == "count":
             pairs = [statistics.split(n) for n in self._sums]
             return tuple((np.int32(high), np.int32(low)) for high, low in pairs)
-        return tuple(np.float32(x) for x in self._sums)
+        return tuple(self._dtype.type(x) for x in self._sums)
 
 
 class KthTotal:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax.numpy as jnp
+import numpy as np
 
 from multitask_jax.merging.core import (
     Array,
@@ -37,7 +38,7 @@ def _choose(name: str, value: str, options: tuple[str, ...]) -> None:
 
 
 def _densities(density: float | Sequence[float]) -> tuple[float, ...]:
-    out = tuple(density) if isinstance(density, (tuple, list)) else (float(density),)
+    out = tuple(float(d) for d in density) if np.ndim(density) else (float(density),)
     for d in out:
         if not 0 < d <= 1:
             raise ValueError(f"density: got {d}, expected a number in (0, 1]")
@@ -276,8 +277,3 @@ def scale(factor: Any) -> Transform:
             times(jnp.asarray(factor, v.dtype), v) for v in values
         )
     )
-
-
-def subtract_base() -> Transform:
-    """theta - theta_0: from merged parameters back to a task vector."""
-    return Transform(lambda values, leaf, stats: tuple(v - leaf.base for v in values))

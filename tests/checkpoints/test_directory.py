@@ -151,11 +151,40 @@ with checkpoints.create({str(tmp_path / "out")!r}, info) as writer:
     process.wait()
     process.stdout.close()
     assert not (tmp_path / "out").exists()
-    left = [p.name for p in tmp_path.iterdir()]
-    assert left == [f".out.partial-{process.pid}"]
+    (left,) = tmp_path.iterdir()
+    assert left.name == f".out.partial-0-{process.pid}"
     time.sleep(0.05)
     write(tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_output_moved_half_way_is_restored(tmp_path):
+    """Killed between the two renames of an overwrite: the old output comes back."""
+    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+        gone.wait()
+    write(tmp_path / "out", 5.0)
+    (tmp_path / "out").rename(tmp_path / f".out.replaced-{gone.pid}")
+    with pytest.raises(CheckpointError, match="exists"):
+        write(tmp_path / "out", 6.0)
+    assert checkpoints.open(tmp_path / "out").read("a")[0] == 5.0
+
+
+def test_two_writers_of_one_path_do_not_disturb_each_other(tmp_path):
+    def overtaken():
+        with checkpoints.create(tmp_path / "out", INFO) as writer:
+            write(tmp_path / "out", 2.0)
+            writer.write("a", 0, np.ones(4, np.float32))
+
+    with pytest.raises(CheckpointError, match="exists"):
+        overtaken()
+    assert checkpoints.open(tmp_path / "out").read("a")[0] == 2.0
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_parent_that_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="is a file, not a directory"):
+        write(tmp_path / "file" / "out")
 
 
 def test_companions_are_copied_but_not_weights_or_cards(tmp_path):

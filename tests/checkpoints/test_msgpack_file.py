@@ -42,7 +42,6 @@ def _write(
     """Writes arrays in slices of `step` entries, the last ones first."""
     infos = [TensorInfo(name, a.shape, a.dtype) for name, a in flat.items()]
     writer = msgpack_file.create_writer(staging, infos, **options)
-    assert not writer.buffers
     for name, a in reversed(flat.items()):
         for start in reversed(range(0, a.size, step)):
             writer.write(name, start, a.reshape(-1)[start : start + step])

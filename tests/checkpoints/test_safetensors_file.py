@@ -212,6 +212,16 @@ def test_index_problems(tmp_path):
     index.unlink()
     with pytest.raises(CheckpointError, match=r"no model\.safetensors\.index\.json"):
         checkpoints.open(tmp_path / "a")
+    # A tensor that no shard holds, and one that the index does not list.
+    shard = next(iter(good["weight_map"].values()))
+    phantom = {"weight_map": good["weight_map"] | {"ghost": shard}}
+    index.write_text(json.dumps(phantom))
+    with pytest.raises(CheckpointError, match=r"only in the index \['ghost'\]"):
+        checkpoints.open(tmp_path / "a")
+    first, *rest = good["weight_map"].items()
+    index.write_text(json.dumps({"weight_map": {"x": first[1], **dict(rest)}}))
+    with pytest.raises(CheckpointError, match=r"only in shards \['matrix'\]"):
+        checkpoints.open(tmp_path / "a")
     # One tensor in two shards.
     index.write_text(json.dumps(good))
     shards = sorted((tmp_path / "a").glob("*.safetensors"))

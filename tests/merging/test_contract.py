@@ -80,6 +80,10 @@ CASES = {
 WEIGHTS = (1.0, 0.5, 0.8)
 
 
+def weights_of(case: Case) -> tuple[float, ...] | None:
+    return WEIGHTS[: case.models] if case.method.weighted else None
+
+
 def test_every_method_has_a_case():
     assert set(merging.METHODS) <= set(CASES)
 
@@ -96,7 +100,7 @@ def jitted(case):
     f = jax.jit(
         lambda b, m, w: merging.merge(case.method, b, m, weights=w),
     )
-    return base, models, f(base, models, WEIGHTS[: case.models])
+    return base, models, f(base, models, weights_of(case))
 
 
 def assert_close(a: Any, b: Any, like: Any, ulps: float = 2) -> None:
@@ -130,12 +134,13 @@ def test_identity(case):
 
 def test_permutation(case):
     base, models = make_models(case.models)
-    weights = WEIGHTS[: case.models]
+    weights = weights_of(case)
     order = [*range(1, case.models), 0]
+    permuted = weights and tuple(weights[t] for t in order)
     method = case.permuted or case.method
     merge = jax.jit(lambda b, m, w: merging.merge(method, b, m, weights=w))
     a = merge(base, models, weights)
-    b = merge(base, [models[t] for t in order], tuple(weights[t] for t in order))
+    b = merge(base, [models[t] for t in order], permuted)
     a, b = tree.flatten(a), tree.flatten(b)
     for path in a:
         # A sum that cancels in one order may not in another, and the election with it.
@@ -150,7 +155,7 @@ def test_streamed_as_jitted(case, jitted, tmp_path):
         case.method,
         base,
         models,
-        weights=WEIGHTS[: case.models],
+        weights=weights_of(case),
         report_files=True,  # counting trimmed entries must not change the result
     )
     agree(case, streamed, out, base, models)
@@ -170,14 +175,14 @@ def test_streamed_without_report_in_small_chunks(case, jitted, tmp_path, monkeyp
         case.method,
         base,
         models,
-        weights=WEIGHTS[: case.models],
+        weights=weights_of(case),
     )
     agree(case, streamed, out, base, models)
 
 
 def test_eager_as_jitted(case, jitted):
     base, models, out = jitted
-    eager = merging.merge(case.method, base, models, weights=WEIGHTS[: case.models])
+    eager = merging.merge(case.method, base, models, weights=weights_of(case))
     agree(case, eager, out, base, models)
 
 
@@ -190,7 +195,7 @@ def test_sharded_as_on_one_device(case, jitted):
         lambda b, m, w: merging.merge(case.method, b, m, weights=w),
         out_shardings=shardings,
     )
-    weights = WEIGHTS[: case.models]
+    weights = weights_of(case)
     sharded = merge(placed[0], placed[1:], weights)
     for x, s in zip(jax.tree.leaves(sharded), jax.tree.leaves(shardings), strict=True):
         assert x.sharding.is_equivalent_to(s, x.ndim)
@@ -220,17 +225,23 @@ def test_dtype_is_the_bases(case, dtype, tmp_path):
 
 
 def test_gradients_are_finite(case):
+    """With respect to weights, base and models, zero task vectors among them."""
     base, models = make_models(case.models)
-    del base["nothing"]
+    parts = ("block_0", "block_1", "scale")
+    base, *models = [{k: x[k] for k in parts} for x in (base, *models)]
     for m in models:
-        del m["nothing"]
+        m["block_0"] = base["block_0"]
+    base["scale"] = np.zeros_like(base["scale"])
 
-    def loss(weights):
-        out = merging.merge(case.method, base, models, weights=weights)
+    def loss(base, models, weights):
+        out = merging.merge(
+            case.method, base, models, weights=weights if case.method.weighted else None
+        )
         return sum(jnp.sum(x**2) for x in jax.tree.leaves(out))
 
-    gradient = jax.jit(jax.grad(loss))(jnp.asarray(WEIGHTS[: case.models]))
-    assert np.isfinite(gradient).all()
+    weights = jnp.asarray(WEIGHTS[: case.models])
+    gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(base, models, weights)
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradients))
 
 
 COEFFICIENTS = {

@@ -198,7 +198,7 @@ def test_lines_factors(shared):
 
 MERGEKIT = {
     "linear_weights": ("llama_tied", lambda: merging.linear(), [1.0, 0.5, 0.25]),
-    "model_stock": ("clip_vision", lambda: merging.model_stock(), None),
+    "model_stock": ("clip_vision", lambda: merging.model_stock(ratio="formula"), None),
     "task_arithmetic_lambda_base_listed": (
         "gpt2",
         lambda: merging.task_arithmetic(scale=0.8),
