@@ -218,7 +218,11 @@ def peak_memory(plan: Plan, readers: Sequence[Reader], threads: int) -> int:
     chunks = threads * 4 * (models + 1) * chunk * 4
     kept = 3 * models * min(1 << 22, sum(e.size for e in plan.merged)) * 4
     ranked = any(p.tensor or p.model for p in plan.passes)
-    held = sum(getattr(r, "cache_bytes", 0) for r in readers)
+    # Large stored chunks (Orbax): each reader keeps one, and a thread that goes on to
+    # the next holds that encoded and decoded.
+    caches = sorted(getattr(r, "cache_bytes", 0) for r in readers)
+    held = sum(caches) + 2 * sum(caches[-threads:])
+    held += ((24 + 8 * threads) << 20) * any(r.format == "orbax" for r in readers)
     names = 4000 * len(plan.outputs)
     return (120 << 20) + chunks + ranked * kept + held + names
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from orbax.checkpoint import v1 as ocp
 
 from multitask_jax import checkpoints
-from multitask_jax.checkpoints import orbax_file
+from multitask_jax.checkpoints import orbax_reader, zarr_boxes
 from multitask_jax.checkpoints.types import CheckpointError, TensorInfo
-from tests.checkpoints.test_orbax_file import _same
+from tests.checkpoints.orbax_common import same
 
 sizes = st.lists(st.integers(1, 5), max_size=4).map(tuple)
 
@@ -22,20 +22,20 @@ def test_boxes_are_the_flat_range(shape, data):
     a = np.arange(math.prod(shape)).reshape(shape)
     stop = data.draw(st.integers(0, a.size))
     start = data.draw(st.integers(0, stop))
-    found = [a[box] for box in orbax_file.boxes(shape, start, stop)]
+    found = [a[box] for box in zarr_boxes.boxes(shape, start, stop)]
     assert len(found) <= max(1, 2 * len(shape) - 1)
     assert [i for part in found for i in np.ravel(part)] == [*range(start, stop)]
 
 
 @given(sizes, st.integers(1, 8), st.integers(1, 2000), st.data())
 def test_chunks_are_flat_ranges_of_at_most_the_limit(shape, item, limit, data):
-    chunk = orbax_file.chunk_shape(shape, item, limit)
+    chunk = zarr_boxes.chunk_shape(shape, item, limit)
     assert math.prod(chunk) * item <= max(limit, item)
     a = np.arange(math.prod(shape)).reshape(shape)
     stop = data.draw(st.integers(0, a.size))
     start = data.draw(st.integers(0, stop))
     at = start
-    for file, before, low, high in orbax_file.spans(shape, chunk, start, stop):
+    for file, before, low, high in zarr_boxes.spans(shape, chunk, start, stop):
         assert low == at < high
         index = [int(i) for i in file.split(".")] if shape else []
         corner = [slice(i * c, (i + 1) * c) for i, c in zip(index, chunk, strict=True)]
@@ -48,13 +48,13 @@ def test_chunks_are_flat_ranges_of_at_most_the_limit(shape, item, limit, data):
 def test_a_large_stored_chunk_is_decoded_once(tmp_path, monkeypatch):
     w = np.random.default_rng(0).normal(size=(1024, 64)).astype(np.float32)
     ocp.save(tmp_path / "x", {"w": w, "b": w[:50]})
-    monkeypatch.setattr(orbax_file, "CHUNK_BYTES", 1000)
-    reader = orbax_file.open_reader(tmp_path / "x")
+    monkeypatch.setattr(orbax_reader, "CHUNK_BYTES", 1000)
+    reader = orbax_reader.open_reader(tmp_path / "x")
     assert reader.cache_bytes == w.nbytes
-    assert _same(reader.read("w", 100, 999), w.reshape(-1)[100:999])
+    assert same(reader.read("w", 100, 999), w.reshape(-1)[100:999])
     for file in tmp_path.glob("x/*/ocdbt.process_0/d/*"):
         file.unlink()
-    assert _same(reader.read("w", 65000, 65536), w.reshape(-1)[65000:])
+    assert same(reader.read("w", 65000, 65536), w.reshape(-1)[65000:])
     with pytest.raises(CheckpointError, match="b cannot be read"):
         reader.read("b")
     reader.close()
