@@ -40,8 +40,8 @@ class Config:
     """Sizes and repeats."""
 
     workdir: str = _flag("Folder for models and results.", ".cache/benchmark_merge")
-    layers: int = _flag("Blocks; 34 give 502 M parameters.", 34)
-    width: int = _flag("Width; 1024, or 2048 for a model four times as large.", 1024)
+    layers: int = _flag("Blocks; 34 give 502 M parameters, 148 about 4 times that.", 34)
+    width: int = _flag("Width.", 1024)
     vocabulary: int = _flag("Rows of the embedding.", 32000)
     repeats: int = _flag("Runs of ours and of the floor; the median counts.", 3)
     mergekit_repeats: int = _flag("Runs of mergekit.", 1)
@@ -198,8 +198,8 @@ def run(config: Config) -> list[dict[str, Any]]:
     out = workdir / "out"
     commands = {
         "floor: read inputs, write output": floor(paths, workdir / "floor.bin"),
-        "ties, whole model": ours(paths, out, "--method=ties"),
-        "ties, per tensor": ours(paths, out, "--method=ties", "--trim_scope=tensor"),
+        "ties over the model": ours(paths, out, "--method=ties"),
+        "ties per tensor": ours(paths, out, "--method=ties", "--trim_scope=tensor"),
         "task_arithmetic": ours(paths, out, "--method=task_arithmetic"),
         "task_arithmetic --noreport": ours(
             paths, out, "--method=task_arithmetic", "--noreport"
