@@ -5,16 +5,14 @@ hands out whole tensors only; a merge reads and writes slices of them.
 """
 
 import json
-import os
-import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from multitask_jax.checkpoints.types import CheckpointError, TensorInfo
+from multitask_jax.checkpoints.types import CheckpointError, FormatWriter, TensorInfo
 
 INDEX_NAME = "model.safetensors.index.json"
 # The reference implementation refuses longer headers too.
@@ -270,118 +268,10 @@ def open_reader(path: Path) -> SafetensorsReader:
     return SafetensorsReader(path)
 
 
-def plan_shards(
-    tensors: Sequence[TensorInfo], max_shard_size: int | None
-) -> list[list[TensorInfo]]:
-    """Cuts tensors, in order, into shards of at most `max_shard_size` bytes.
-
-    A tensor larger than that gets a shard of its own.
-    """
-    shards: list[list[TensorInfo]] = [[]]
-    used = 0
-    for info in tensors:
-        if shards[-1] and max_shard_size and used + info.nbytes > max_shard_size:
-            shards.append([])
-            used = 0
-        shards[-1].append(info)
-        used += info.nbytes
-    return shards
-
-
-class SafetensorsWriter:
-    """Files of known layout, written in place and in any order."""
-
-    def __init__(
-        self,
-        staging: Path,
-        tensors: Sequence[TensorInfo],
-        *,
-        max_shard_size: int | None = None,
-        metadata: Mapping[str, str] | None = None,
-    ):
-        self._where: dict[str, tuple[int, int, TensorInfo]] = {}
-        self._files: list[int] = []
-        self._left = {t.name: t.size for t in tensors}
-        self._lock = threading.Lock()
-        metadata = {"format": "pt", **(metadata or {})}
-        shards = plan_shards(tensors, max_shard_size)
-        weight_map = {}
-        for k, shard in enumerate(shards):
-            # Wide dtypes first keep every tensor aligned, whatever came before it.
-            shard = sorted(shard, key=lambda t: -np.dtype(t.dtype).itemsize)
-            file_name = "model.safetensors"
-            if len(shards) > 1:
-                file_name = f"model-{k + 1:05d}-of-{len(shards):05d}.safetensors"
-            weight_map |= {t.name: file_name for t in shard}
-            self._open(staging / file_name, shard, metadata)
-        if len(shards) > 1:
-            index = {
-                "metadata": {"total_size": sum(t.nbytes for t in tensors)},
-                "weight_map": {t.name: weight_map[t.name] for t in tensors},
-            }
-            (staging / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
-
-    def _open(
-        self, path: Path, shard: Sequence[TensorInfo], metadata: Mapping[str, str]
-    ) -> None:
-        header: dict[str, Any] = {"__metadata__": dict(metadata)}
-        offset = 0
-        for t in shard:
-            header[t.name] = {
-                "dtype": NAMES[np.dtype(t.dtype)],
-                "shape": list(t.shape),
-                "data_offsets": [offset, offset + t.nbytes],
-            }
-            offset += t.nbytes
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-(8 + len(text)) % 64)  # the data start on a 64-byte line
-        start = 8 + len(text)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-        self._files.append(fd)
-        if offset and hasattr(os, "posix_fallocate"):  # Linux has it
-            # Reserve the space now: a full disk is an error before work, not after.
-            os.posix_fallocate(fd, 0, start + offset)
-        _write_all(fd, len(text).to_bytes(8, "little") + text, 0)
-        for t in shard:
-            begin = header[t.name]["data_offsets"][0]
-            self._where[t.name] = (fd, start + begin, t)
-
-    def write(self, name: str, start: int, flat: np.ndarray) -> None:
-        """Stores flat entries [start, start + len(flat)) of a tensor."""
-        fd, begin, info = self._where[name]
-        if flat.dtype != info.dtype or start + flat.size > info.size:
-            raise ValueError(
-                f"{name}: got {flat.size} {flat.dtype} entries at {start}, expected"
-                f" {info.dtype} within {info.size}"
-            )
-        data = np.ascontiguousarray(flat).reshape(-1).view(np.uint8)
-        _write_all(fd, memoryview(data), begin + start * info.dtype.itemsize)
-        with self._lock:
-            self._left[name] -= flat.size
-
-    def finish(self) -> None:
-        """Closes the files; a tensor not fully written is an error."""
-        missing = [name for name, left in self._left.items() if left]
-        self.close()
-        if missing:
-            raise CheckpointError(f"not fully written: {missing[:5]}")
-
-    def close(self) -> None:
-        """Closes the files as they are."""
-        for fd in self._files:
-            os.close(fd)
-        self._files = []
-
-
-def _write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
-    view = memoryview(data)
-    while view:
-        n = os.pwrite(fd, view, offset)
-        view, offset = view[n:], offset + n
-
-
 def create_writer(
     staging: Path, tensors: Sequence[TensorInfo], **options: Any
-) -> SafetensorsWriter:
+) -> FormatWriter:
     """A writer into `staging`; options: `max_shard_size` (bytes), `metadata`."""
+    from multitask_jax.checkpoints.safetensors_writer import SafetensorsWriter
+
     return SafetensorsWriter(staging, tensors, **options)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from multitask_jax import checkpoints
-from multitask_jax.checkpoints import CheckpointError, TensorInfo, safetensors_file
+from multitask_jax.checkpoints import CheckpointError, TensorInfo
 
 INFO = [TensorInfo("a", (4,), np.dtype(np.float32))]
 
@@ -103,7 +103,7 @@ def test_disk_full_is_told_before_work(tmp_path, monkeypatch):
     def full(fd, offset, length):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(safetensors_file.os, "posix_fallocate", full)
+    monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(CheckpointError, match=r"no room for the output: it takes 16 b"):
         write(tmp_path / "a")
     assert list(tmp_path.iterdir()) == []

@@ -11,7 +11,8 @@ from hypothesis.extra import numpy as hnp
 
 from multitask_jax import checkpoints
 from multitask_jax.checkpoints import CheckpointError, TensorInfo, safetensors_file
-from multitask_jax.checkpoints.safetensors_file import DTYPES, plan_shards
+from multitask_jax.checkpoints.safetensors_file import DTYPES
+from multitask_jax.checkpoints.safetensors_writer import plan_shards
 
 
 def header_and_data(header: object, data: bytes = b"", length: int | None = None):

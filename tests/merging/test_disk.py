@@ -438,13 +438,13 @@ def test_a_killed_merge_leaves_no_output(tmp_path):
     code = f"""
 import os, time
 from multitask_jax import merging
-from multitask_jax.checkpoints import safetensors_file
-write = safetensors_file.SafetensorsWriter.write
+from multitask_jax.checkpoints import safetensors_writer
+write = safetensors_writer.SafetensorsWriter.write
 def slow(self, *args):
     write(self, *args)
     os.write(1, b"written\\n")
     time.sleep(30)
-safetensors_file.SafetensorsWriter.write = slow
+safetensors_writer.SafetensorsWriter.write = slow
 merging.merge_checkpoints(merging.task_arithmetic(), {str(paths[0])!r},
     {[str(p) for p in paths[1:]]!r}, {str(tmp_path / "out")!r}, progress=False)
 """
