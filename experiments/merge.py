@@ -38,7 +38,8 @@ class Config:
     models: str = _flag("Fine-tuned checkpoints, comma-separated.", "")
     output: str = _flag("Directory to write; it must not exist.", "")
     base: str | None = _flag(
-        "Checkpoint that the models were fine-tuned from (linear and slerp go without)."
+        "Checkpoint that the models were fine-tuned from (linear, slerp and karcher go"
+        " without; nuslerp and multislerp do either)."
     )
     method: str = _flag(f"How to merge:\n{_methods()}\n", "ties")
     # Options of methods.
@@ -47,7 +48,10 @@ class Config:
         "Share of parameters to keep, in (0, 1]: one number, or one a model."
     )
     scale: float | None = _flag("lambda, what the merged task vector is scaled by (1).")
-    t: float | None = _flag("slerp: how far from the first model to the second (.5).")
+    t: float | None = _flag(
+        "slerp: how far from the first model to the second (.5). nearswap: the farthest"
+        " that an entry moves (.001)."
+    )
     trim_scope: str | None = _flag(
         "Trim over the whole 'model' (TIES paper) or per 'tensor' (mergekit, PEFT)."
     )
@@ -65,15 +69,46 @@ class Config:
         " mean divides by 'weights' or, as PEFT, by the 'count' of models."
     )
     rescale: str | None = _flag(
-        "After dropping or trimming: 'density' divides by it (DARE paper), 'l1' keeps"
-        " the L1 norm (mergekit), 'none'."
+        "After dropping or trimming: 'density' divides by it (DARE paper),"
+        " 'probability' by that of each entry (DELLA paper), 'l1' keeps the L1 norm"
+        " (mergekit), 'none'."
     )
     filter_wise: bool | None = _flag("model_stock: an angle for each row.")
     average: str | None = _flag("model_stock: mean of 'cosines' or of 'angles'.")
     ratio: str | None = _flag(
         "model_stock: 'clipped' to [0, 1], or the bare 'formula' (mergekit)."
     )
-    antiparallel: str | None = _flag("slerp of opposite tensors: 'nearest' or 'lerp'.")
+    antiparallel: str | None = _flag(
+        "slerp, nuslerp, multislerp of opposite tensors: 'nearest' or 'lerp'."
+    )
+    gamma: str | None = _flag(
+        "breadcrumbs: share of the largest changes to drop (.01); one, or one a model."
+    )
+    epsilon: float | None = _flag(
+        "della: keep with probability density -+ epsilon (.15). ram: changes up to this"
+        " count as none (1e-5)."
+    )
+    topk: float | None = _flag("sce: share of what varies between models to keep (1).")
+    r: float | None = _flag("ramplus: how much unique changes are raised (.1).")
+    alpha: float | None = _flag("ramplus: the most that shared / unique counts (.2).")
+    clamp_ratio: float | None = _flag("pcb: share of tails to clip (1e-4).")
+    iqr_factor: float | None = _flag("arcee_fusion: IQRs above the median (1.5).")
+    k: int | None = _flag("consensus: tasks that an entry must serve (2).")
+    tall_lambda: str | None = _flag(
+        "tall_masks, consensus: how much of the other tasks' change a task's own must"
+        " outweigh (.4); one, or one a model."
+    )
+    multi_task: str | None = _flag("tall_masks, consensus: merged by 'sum' or 'ties'.")
+    task: int | None = _flag("tall_masks: the model to serve, from 0.")
+    flatten: bool | None = _flag("nuslerp: tensors as vectors (true), or by rows.")
+    row_wise: bool | None = _flag(
+        "nuslerp: vectors along the first axis, not the last."
+    )
+    space: str | None = _flag(
+        "nuslerp, multislerp, karcher: on 'task_vectors' or 'parameters'."
+    )
+    max_iter: int | None = _flag("karcher: steps at most (10).")
+    tol: float | None = _flag("karcher: a shorter step is the last (1e-5).")
     seed: int | None = _flag("Of random masks: same seed, same bytes (0).")
     # LiNeS, after any method.
     lines_alpha: float | None = _flag(
@@ -107,17 +142,13 @@ class Config:
 
 
 # Flags that are a method's own keyword arguments.
-_OPTIONS = (
-    *("density", "scale", "t", "trim_scope", "election", "zero_sign", "combine"),
-    *(
-        "normalise",
-        "rescale",
-        "filter_wise",
-        "average",
-        "ratio",
-        "antiparallel",
-        "seed",
-    ),
+_OPTIONS = tuple(
+    f.name
+    for f in dataclasses.fields(Config)
+    if any(
+        f.name in inspect.signature(recipe).parameters
+        for recipe in merging.METHODS.values()
+    )
 )
 
 
@@ -186,9 +217,9 @@ def build_method(config: Config) -> merging.Method:
             )
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"--{name}: got {value}, expected a finite number")
-        if name == "density":
-            densities = _numbers(name, value)
-            value = densities[0] if len(densities) == 1 else tuple(densities)
+        if name in ("density", "gamma", "tall_lambda"):
+            numbers = _numbers(name, value)
+            value = numbers[0] if len(numbers) == 1 else tuple(numbers)
         elif name == "normalise":
             value = {"true": True, "false": False}.get(value.lower(), value)
             bool_wanted = isinstance(taken[name].default, bool)
@@ -196,6 +227,8 @@ def build_method(config: Config) -> merging.Method:
                 wanted = "true or false" if bool_wanted else "weights or count"
                 raise ValueError(f"--normalise: got {value}, expected {wanted}")
         options[name] = value
+    if "space" in taken and "space" not in options and config.base is None:
+        options["space"] = "parameters"
     method = recipe(**options)
     alpha, beta = config.lines_alpha, config.lines_beta
     if alpha is None and beta is None:

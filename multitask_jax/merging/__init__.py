@@ -4,6 +4,12 @@
 chains of task-vector transformations.
 """
 
+from multitask_jax.merging.agreement import (
+    beside,
+    choose,
+    keep_consensus,
+    localise,
+)
 from multitask_jax.merging.core import (
     Leaf,
     Measure,
@@ -13,7 +19,18 @@ from multitask_jax.merging.core import (
     merge,
 )
 from multitask_jax.merging.disk import MergeResult, merge_checkpoints
+from multitask_jax.merging.elementwise import (
+    largest_change,
+    limit_step,
+    mean_of_active,
+)
 from multitask_jax.merging.geometry import interpolate_spherically, stock
+from multitask_jax.merging.importance import (
+    balance_competition,
+    energy_mean,
+    keep_diverging,
+    keep_varying,
+)
 from multitask_jax.merging.interference import analyse
 from multitask_jax.merging.lines import scale_by_depth, with_lines
 from multitask_jax.merging.recipes import (
@@ -27,6 +44,29 @@ from multitask_jax.merging.recipes import (
     task_arithmetic,
     ties,
 )
+from multitask_jax.merging.recipes_average import (
+    karcher,
+    magmax,
+    multislerp,
+    nearswap,
+    nuslerp,
+    passthrough,
+    ram,
+    ramplus,
+)
+from multitask_jax.merging.recipes_sparse import (
+    arcee_fusion,
+    breadcrumbs,
+    breadcrumbs_ties,
+    consensus,
+    della,
+    della_ties,
+    pcb,
+    sce,
+    tall_masks,
+)
+from multitask_jax.merging.sparsify import drop_by_rank, drop_extremes
+from multitask_jax.merging.spherical import interpolate_by_weights, spherical_mean
 from multitask_jax.merging.transforms import (
     disjoint_mean,
     drop,
@@ -45,23 +85,55 @@ __all__ = [
     "Method",
     "Transform",
     "analyse",
+    "arcee_fusion",
+    "balance_competition",
+    "beside",
+    "breadcrumbs",
+    "breadcrumbs_ties",
     "chain",
+    "choose",
+    "consensus",
     "dare",
     "dare_ties",
+    "della",
+    "della_ties",
     "disjoint_mean",
     "drop",
+    "drop_by_rank",
+    "drop_extremes",
     "elect_sign",
+    "energy_mean",
+    "interpolate_by_weights",
     "interpolate_spherically",
+    "karcher",
+    "keep_consensus",
+    "keep_diverging",
+    "keep_varying",
+    "largest_change",
+    "limit_step",
     "linear",
+    "localise",
+    "magmax",
     "magnitude_prune",
     "max_magnitude",
+    "mean_of_active",
     "merge",
     "merge_checkpoints",
     "model_stock",
+    "multislerp",
+    "nearswap",
+    "nuslerp",
+    "passthrough",
+    "pcb",
+    "ram",
+    "ramplus",
     "scale",
     "scale_by_depth",
+    "sce",
     "slerp",
+    "spherical_mean",
     "stock",
+    "tall_masks",
     "task_arithmetic",
     "ties",
     "trim",

@@ -35,6 +35,7 @@ class Leaf(NamedTuple):
     weights: Values  # T scalars
     setting: Any = ()  # this transform's own scalars for this tensor
     offset: tuple[Any, Any] = (0, 0)  # flat index of the first entry: high, low 32 bits
+    size: Any = 0  # entries of the whole tensor, as a float
 
 
 class Measure(NamedTuple):
@@ -44,13 +45,15 @@ class Measure(NamedTuple):
     (`earlier`: this transform's statistics so far). They are reduced by `kind`:
       sum: float32 totals; where all inputs are 0 the terms must be 0.
       count: exact numbers of True, each as (high, low): high * 2**16 + low.
-      kth: the rank[t](d)-th largest magnitude of array t, of d entries in scope.
+      kth: the rank[t](d)-th largest magnitude of array t, of d entries in scope. Or
+        `rank(d, T, earlier)` lists the ranks, all T arrays' first, then second ones
+        and so on; a rank may be traced, as (high, low).
     """
 
     kind: Literal["sum", "count", "kth"]
     scope: Scope
     values: Callable[[Values, Leaf, tuple[Any, ...]], Values]
-    rank: tuple[Callable[[int], int], ...] | None = None
+    rank: tuple[Callable[[int], int], ...] | Callable[..., Sequence[Any]] | None = None
 
 
 class Transform(NamedTuple):
@@ -60,7 +63,7 @@ class Transform(NamedTuple):
     measures: tuple[Measure, ...] = ()
     # Host-side: all leaf paths -> one pytree of scalars a path (depths, hash seeds).
     settings: Callable[[Sequence[str]], Mapping[str, Any]] | None = None
-    needs: Literal["element", "row"] = "element"
+    needs: Literal["element", "row", "tensor"] = "element"
     trims: bool = False  # zeroes entries of single models (what the report counts)
 
 
@@ -246,7 +249,9 @@ def merge(
         if ranks and dtype == np.float64:
             raise ValueError(f"{p}: {NO_FLOAT64_RANKS}")
         theta = jnp.asarray(bases[p]).astype(dtype)
-        leaves[p] = Leaf(theta, tuple(jnp.asarray(w, dtype) for w in weights))
+        leaves[p] = Leaf(
+            theta, tuple(jnp.asarray(w, dtype) for w in weights), size=float(theta.size)
+        )
         values[p] = start_values(
             method, theta, tuple(jnp.asarray(m[p]).astype(dtype) for m in others)
         )
@@ -270,33 +275,46 @@ def _measure(
         terms = {p: m.values(values[p], leaves[p], stats[p]) for p in values}
         # Leaves by scope: each on its own, or all together.
         scopes = [[p] for p in terms] if m.scope == "tensor" else [list(terms)]
-        reduced = _reduce(m, [[terms[p] for p in paths] for paths in scopes])
+        reduced = _reduce(
+            m,
+            [[terms[p] for p in paths] for paths in scopes],
+            [stats[p] for p, *_ in scopes],
+        )
         for paths, new in zip(scopes, reduced, strict=True):
             for p in paths:
                 stats[p] = (*stats[p], new)
     return stats
 
 
-def _reduce(m: Measure, groups: Sequence[Sequence[Values]]) -> list[tuple[Any, ...]]:
+def _reduce(
+    m: Measure, groups: Sequence[Sequence[Values]], earlier: Sequence[Any]
+) -> list[tuple[Any, ...]]:
     """Reduces the terms of each group of leaves."""
     columns = [list(zip(*leaves, strict=True)) for leaves in groups]
     if m.kind == "sum":
         return [tuple(map(statistics.total, group)) for group in columns]
     if m.kind == "count":
         return [tuple(map(statistics.count, group)) for group in columns]
-    flat = [column for group in columns for column in group]
     ranks = [
-        k
-        for group in columns
-        for k in ranks_of(m, sum(x.size for x in group[0]), len(group))
+        ranks_of(m, sum(x.size for x in group[0]), len(group), known)
+        for group, known in zip(columns, earlier, strict=True)
     ]
-    found = iter(statistics.kth_magnitudes(flat, ranks))
-    return [tuple(next(found) for _ in group) for group in columns]
+    flat = [
+        group[i % len(group)]
+        for group, ks in zip(columns, ranks, strict=True)
+        for i in range(len(ks))
+    ]
+    found = iter(statistics.kth_magnitudes(flat, [k for ks in ranks for k in ks]))
+    return [tuple(next(found) for _ in ks) for ks in ranks]
 
 
-def ranks_of(m: Measure, size: int, terms: int) -> list[int]:
-    """The rank wanted of each of a kth measure's terms, of `size` entries in scope."""
+def ranks_of(
+    m: Measure, size: int, terms: int, earlier: tuple[Any, ...] = ()
+) -> list[Any]:
+    """The ranks wanted of a kth measure's terms, of `size` entries in scope."""
     assert m.rank is not None
+    if callable(m.rank):
+        return list(m.rank(size, terms, earlier))
     ranks = m.rank * terms if len(m.rank) == 1 else m.rank
     if len(ranks) != terms:
         raise ValueError(

@@ -1,6 +1,7 @@
 """Merging by angles: SLERP on parameters, Model Stock on task vectors."""
 
 import itertools
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -15,6 +16,8 @@ from multitask_jax.merging.core import (
     times,
 )
 from multitask_jax.merging.transforms import _choose
+
+Antiparallel = Literal["nearest", "lerp"]
 
 
 def _gram(values: Values, leaf: Leaf, stats: tuple[Any, ...]) -> Values:
@@ -44,11 +47,35 @@ def _indexed(stats: Any, count: int) -> dict[tuple[int, int], Array]:
     return dict(zip(pairs, stats, strict=True))
 
 
+def slerp_factors(
+    gram: Sequence[Array],
+    time: Array,
+    parallel_cosine: float,
+    antiparallel: Antiparallel,
+) -> tuple[Array, Array]:
+    """What v_0 and v_1 are multiplied by, from <v_0, v_0>, <v_0, v_1>, <v_1, v_1>."""
+    n00, n01, n11 = gram
+    n0, n1 = _norm(n00), _norm(n11)
+    # A (near) zero vector has no direction; it counts as it is.
+    unit0, unit1 = jnp.where(n0 > 1e-8, n0, 1), jnp.where(n1 > 1e-8, n1, 1)
+    cos = jnp.clip(n01 / (unit0 * unit1), -1, 1)
+    linear = jnp.abs(cos) > parallel_cosine
+    angle = jnp.arccos(jnp.where(linear, 0, cos))
+    a = jnp.where(linear, 1 - time, jnp.sin((1 - time) * angle) / jnp.sin(angle))
+    b = jnp.where(linear, time, jnp.sin(time * angle) / jnp.sin(angle))
+    if antiparallel == "nearest":
+        opposite = cos < -parallel_cosine
+        norm = (1 - time) * n0 + time * n1
+        a = jnp.where(opposite, jnp.where(time <= 0.5, norm / unit0, 0), a)
+        b = jnp.where(opposite, jnp.where(time <= 0.5, 0, norm / unit1), b)
+    return a, b
+
+
 def interpolate_spherically(
     *,
     t: Any = 0.5,
     parallel_cosine: float = 0.9995,
-    antiparallel: Literal["nearest", "lerp"] = "nearest",
+    antiparallel: Antiparallel = "nearest",
 ) -> Transform:
     """SLERP of two tensors: sin((1 - t) a) / sin a v_0 + sin(t a) / sin a v_1.
 
@@ -61,21 +88,8 @@ def interpolate_spherically(
 
     def apply(values: Values, leaf: Leaf, stats: tuple[Any, ...]) -> Values:
         v0, v1 = values
-        n00, n01, n11 = stats[0]
-        time = jnp.asarray(t, n00.dtype)
-        n0, n1 = _norm(n00), _norm(n11)
-        # A (near) zero vector has no direction; it counts as it is.
-        unit0, unit1 = jnp.where(n0 > 1e-8, n0, 1), jnp.where(n1 > 1e-8, n1, 1)
-        cos = jnp.clip(n01 / (unit0 * unit1), -1, 1)
-        linear = jnp.abs(cos) > parallel_cosine
-        angle = jnp.arccos(jnp.where(linear, 0, cos))
-        a = jnp.where(linear, 1 - time, jnp.sin((1 - time) * angle) / jnp.sin(angle))
-        b = jnp.where(linear, time, jnp.sin(time * angle) / jnp.sin(angle))
-        if antiparallel == "nearest":
-            opposite = cos < -parallel_cosine
-            norm = (1 - time) * n0 + time * n1
-            a = jnp.where(opposite, jnp.where(time <= 0.5, norm / unit0, 0), a)
-            b = jnp.where(opposite, jnp.where(time <= 0.5, 0, norm / unit1), b)
+        time = jnp.asarray(t, stats[0][0].dtype)
+        a, b = slerp_factors(stats[0], time, parallel_cosine, antiparallel)
         return (times(a.astype(v0.dtype), v0) + times(b.astype(v1.dtype), v1),)
 
     return Transform(apply, (Measure("sum", "tensor", _gram),))

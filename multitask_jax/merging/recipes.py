@@ -1,16 +1,17 @@
 """Published methods by name, each a short chain. METHODS maps names to recipes.
 
-To add one: write the function, with keyword arguments named as the command line's flags
-(density, scale, t, ...), and enter it in METHODS; its docstring's first line is its
-`--help`. The contract tests pick it up from there.
+To add one: write the function, here or in one of the files beside, with keyword
+arguments named as the command line's flags (density, scale, t, ...), and enter it in
+METHODS; its docstring's first line is its `--help`. The contract tests pick it up.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from multitask_jax.merging import geometry
+from multitask_jax.merging import geometry, recipes_average, recipes_sparse
 from multitask_jax.merging import transforms as tf
 from multitask_jax.merging.core import Method, Scope, chain
+from multitask_jax.merging.recipes_sparse import combine_agreeing
 
 Density = float | Sequence[float]
 
@@ -25,13 +26,6 @@ def linear(*, normalise: bool = True) -> Method:
 def task_arithmetic(*, scale: Any = 1.0, normalise: bool = False) -> Method:
     """Task arithmetic: theta_0 + lambda sum w tau (papers use lambda .1 to 1)."""
     return chain(tf.weighted_sum(normalise=normalise), tf.scale(scale))
-
-
-def _combine(combine: tf.Combine, normalise: tf.Normalise) -> tf.Transform:
-    tf._choose("combine", combine, ("mean", "sum", "max"))
-    if combine == "mean":
-        return tf.disjoint_mean(normalise=normalise)
-    return tf.weighted_sum() if combine == "sum" else tf.max_magnitude()
 
 
 def ties(
@@ -54,7 +48,7 @@ def ties(
     return chain(
         tf.trim(density=density, scope=trim_scope, rescale=rescale),
         tf.elect_sign(election=election, zero_sign=zero_sign),
-        _combine(combine, normalise),
+        combine_agreeing(combine, normalise),
         tf.scale(scale),
     )
 
@@ -90,7 +84,7 @@ def dare_ties(
     return chain(
         tf.drop(density=density, rescale=rescale, seed=seed),
         tf.elect_sign(election=election, zero_sign=zero_sign),
-        _combine(combine, normalise),
+        combine_agreeing(combine, normalise),
         tf.scale(scale),
     )
 
@@ -143,4 +137,6 @@ METHODS: dict[str, Callable[..., Method]] = {
     "magnitude_prune": magnitude_prune,
     "slerp": slerp,
     "model_stock": model_stock,
+    **recipes_sparse.METHODS,
+    **recipes_average.METHODS,
 }

@@ -5,6 +5,7 @@ comparisons and integer sums, which a mesh turns into psums of a few scalars.
 """
 
 import functools
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -82,16 +83,37 @@ def split(n: int) -> tuple[int, int]:
     return n >> BITS, n & LOW
 
 
+def part_of(count: tuple[Any, Any], share: float) -> tuple[Array, Array]:
+    """floor(share x count) of a (high, low) number, in 16-bit digits; 0 <= share <= 1.
+
+    The share counts as the next multiple of 2**-32, so that 0.3 of 10 is 3.
+    """
+    units = math.ceil(share * 2**32)
+    high = jnp.asarray(count[0]).astype(jnp.uint32)
+    digits = (jnp.asarray(count[1]).astype(jnp.uint32), high & LOW, high >> BITS)
+    columns: list[Any] = [jnp.uint32(0)] * 7
+    for i, a in enumerate(digits):
+        for j in range(3):
+            product = a * jnp.uint32((units >> (BITS * j)) & LOW)
+            columns[i + j] += product & LOW
+            columns[i + j + 1] += product >> BITS
+    for i in range(6):
+        columns[i + 1] += columns[i] >> BITS
+    out = (columns[3] & LOW) + (columns[4] << BITS)
+    return out.astype(jnp.int32), (columns[2] & LOW).astype(jnp.int32)
+
+
 def at_least(a: tuple[Any, Any], b: tuple[Any, Any]) -> Array:
     """a >= b for (high, low) numbers."""
     return (a[0] > b[0]) | ((a[0] == b[0]) & (a[1] >= b[1]))
 
 
-def kth_magnitudes(groups: Sequence[Sequence[Array]], ks: Sequence[int]) -> list[Array]:
+def kth_magnitudes(groups: Sequence[Sequence[Array]], ks: Sequence[Any]) -> list[Array]:
     """Of each group of arrays, the k-th largest |x| (k = 1: the largest), exactly.
 
     Finds the largest key that at least k entries reach, bit by bit from the top: 31
-    counting passes, of all groups together. 0 for a group without entries.
+    counting passes, of all groups together. 0 for a group without entries. A k may be
+    traced, as (high, low).
 
     Raises:
       ValueError: a k is not in 1..size.
@@ -102,14 +124,15 @@ def kth_magnitudes(groups: Sequence[Sequence[Array]], ks: Sequence[int]) -> list
     ]
     for group, k in zip(keys, ks, strict=True):
         size = sum(x.size for x in group)
-        if group and not 1 <= k <= size:
+        if group and isinstance(k, int) and not 1 <= k <= size:
             raise ValueError(f"got k = {k}, expected 1..{size}")
 
     def try_bit(i: Array, found: tuple[Array, ...]) -> tuple[Array, ...]:
         bit = jnp.int32(1) << (30 - i)
         out = []
         for group, k, key in zip(keys, ks, found, strict=True):
-            enough = at_least(count([x >= (key | bit) for x in group]), split(k))
+            wanted = split(k) if isinstance(k, int) else k
+            enough = at_least(count([x >= (key | bit) for x in group]), wanted)
             out.append(jnp.where(enough, key | bit, key))
         return tuple(out)
 

@@ -5,6 +5,7 @@ rather than arithmetic (thresholds, checks for NaN) is done by NumPy on the host
 """
 
 import functools
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from multitask_jax.checkpoints import CheckpointError, Reader, Writer
-from multitask_jax.merging import core
+from multitask_jax.merging import core, statistics
 from multitask_jax.merging.census import Census, mark_kept
 from multitask_jax.merging.plan import BUCKETS, CHUNK, Entry, Pass, Plan
 from multitask_jax.merging.selection import (
@@ -68,7 +69,8 @@ class Stream:
         self.weights = tuple(map(float, weights))
         self.census, self.advance, self.threads = census, advance, threads
         self._check = not allow_nonfinite
-        self._rows = any(t.needs == "row" for t in method.transforms)
+        needs = {t.needs for t in method.transforms}
+        self._rows, self._whole = "row" in needs, "tensor" in needs
         self._unseen = {e.path for e in plan.merged}
         paths = [t.name for t in plan.outputs]
         self._settings = core.settings_of(method, paths)
@@ -135,13 +137,14 @@ class Stream:
         d = sum(e.size for e in entries)
         first = entries[0]
         terms = len(self._keys(Chunk(first, 0, min(first.size, BUCKETS[0])), i, j))
-        ranks = core.ranks_of(measure, d, terms)
-        starts: list[Any] = [None] * terms
+        earlier = self._known(first.path, i)[:j]
+        ranks = [_integer(k) for k in core.ranks_of(measure, d, terms, earlier)]
+        starts: list[Any] = [None] * len(ranks)
         if d > _SMALL:
             count = _SLICES if len(entries) > 1 else _SLICES // 32
             sample = [self._keys(c, i, j) for c in self._sample(entries, count)]
             starts = [  # no sample of tiny tensors: a bracket that is missed
-                bracket(np.stack([s[t] for s in sample]), k / d)
+                bracket(np.stack([s[t % terms][:_SLICE] for s in sample]), k / d)
                 if sample
                 else Bracket()
                 for t, k in enumerate(ranks)
@@ -151,9 +154,15 @@ class Stream:
 
     # -- one chunk -------------------------------------------------------------------
 
+    def _columns(self, e: Entry) -> int:
+        """What is not cut: entries, rows (a vector counts as one) or tensors."""
+        if self._whole:
+            return e.size
+        return e.shape[-1] if self._rows and e.shape else 1
+
     def _chunks(self, entries: Iterable[Entry]) -> Iterator[Chunk]:
         for e in entries:
-            columns = _columns(e) if self._rows else 1
+            columns = self._columns(e)
             step = max(1, CHUNK // columns) * columns
             for start in range(0, e.size, step):
                 yield Chunk(e, start, min(start + step, e.size))
@@ -167,10 +176,14 @@ class Stream:
         jitter = np.random.default_rng(0).random(count)
         places = ((np.arange(count) + jitter) * (d / count)).astype(np.int64)
         for e in entries:
+            # Whole rows where rows are needed.
+            columns = self._columns(e)
+            length = -(-_SLICE // columns) * columns
             for place in places[(places >= before) & (places < before + e.size)]:
-                start = min(int(place) - before, e.size - _SLICE)
+                start = min(int(place) - before, e.size - length)
                 if start >= 0:
-                    out.append(Chunk(e, start, start + _SLICE))
+                    start -= start % columns
+                    out.append(Chunk(e, start, start + length))
             before += e.size
         return out
 
@@ -243,19 +256,15 @@ class Stream:
     ) -> Any:
         """A program on a padded chunk; refuses NaN and infinity at the first look."""
         path, size = c.entry.path, c.stop - c.start
-        if self._rows:
-            columns = _columns(c.entry)
+        if self._whole:
+            shape: tuple[int, ...] = c.entry.shape
+        elif self._rows:
+            columns = self._columns(c.entry)
             rows = min(max(1, CHUNK // columns), c.entry.size // columns)
-            shape: tuple[int, ...] = (rows, columns)
+            shape = (rows, columns)
         else:
             shape = (next(b for b in BUCKETS if b >= size),)
-        stats = [
-            tuple(
-                self._model.get((i, j), self._tensor.get((path, i, j)))
-                for j in range(len(t.measures))
-            )
-            for i, t in enumerate(self.method.transforms)
-        ]
+        stats = [self._known(path, i) for i in range(len(self.method.transforms))]
         check = look and self._check and self.census is None and path in self._unseen
         scalar = functools.partial(_scalar, c.entry.compute)
         with jax.enable_x64(c.entry.compute == np.float64):
@@ -265,6 +274,7 @@ class Stream:
                 [jax.tree.map(scalar, s.get(path, ())) for s in self._settings],
                 stats,
                 (np.uint32(c.start >> 32), np.uint32(c.start & 0xFFFFFFFF)),
+                scalar(float(c.entry.size)),
                 compute=c.entry.compute.name,
                 out=_from_jax(c.entry).name,
                 check=check,
@@ -272,6 +282,13 @@ class Stream:
         if check and bad:
             self._refuse_nonfinite(c, arrays)
         return out
+
+    def _known(self, path: str, i: int) -> tuple[Any, ...]:
+        """Statistics of transform i so far; None is unknown yet."""
+        return tuple(
+            self._model.get((i, j), self._tensor.get((path, i, j)))
+            for j in range(len(self.method.transforms[i].measures))
+        )
 
     def _refuse_nonfinite(self, c: Chunk, arrays: Sequence[np.ndarray]) -> None:
         """Names the tensor; sums may overflow where no entry is infinite."""
@@ -321,6 +338,7 @@ def _compute(
     settings: Sequence[Any],
     stats: Sequence[Any],
     offset: tuple[Any, Any],
+    size: Any,
     *,
     compute: str,
     out: str,
@@ -332,7 +350,7 @@ def _compute(
     number of entries that are not finite (if `check`).
     """
     base, *models = [x.astype(compute) for x in arrays]
-    leaf = core.Leaf(base, tuple(w.astype(compute) for w in weights), offset=offset)
+    leaf = core.Leaf(base, tuple(w.astype(compute) for w in weights), (), offset, size)
     before = after = values = core.start_values(method, base, tuple(models))
     total = base + core.add_up(values)
     bad = chunk_sum((~jnp.isfinite(total)).astype(jnp.int32)) if check else None
@@ -373,7 +391,7 @@ def _from_jax(e: Entry) -> np.dtype:
 
 
 def _pad(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    size = shape[0] * shape[1] if len(shape) > 1 else shape[0]
+    size = math.prod(shape)
     if x.size == size:
         return x.reshape(shape)
     out = np.zeros(size, x.dtype)
@@ -381,13 +399,12 @@ def _pad(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return out.reshape(shape)
 
 
-def _columns(e: Entry) -> int:
-    """Length of a row; a vector counts as one row."""
-    return max(1, e.shape[-1] if e.shape else 1)
-
-
 def _scalar(dtype: np.dtype, x: Any) -> Any:
     return np.uint32(x) if isinstance(x, int) else dtype.type(x)
+
+
+def _integer(k: Any) -> int:
+    return k if isinstance(k, int) else (int(k[0]) << statistics.BITS) | int(k[1])
 
 
 def _narrow(dtype: np.dtype) -> bool:

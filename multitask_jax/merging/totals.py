@@ -42,7 +42,7 @@ class SumTotal:
 
 
 class KthTotal:
-    """Thresholds: one selection a term."""
+    """Thresholds: one selection a rank, the terms taking turns."""
 
     def __init__(
         self,
@@ -55,9 +55,10 @@ class KthTotal:
 
     def add(self, chunk: Any) -> None:
         """Shows the chunk's keys to every selection still looking; thread-safe."""
-        for t, keys in enumerate(self._keys(chunk)):
+        keys = self._keys(chunk)
+        for t, selection in enumerate(self._selections):
             if t not in self._found:
-                self._selections[t].add(keys)
+                selection.add(keys[t % len(keys)])
 
     def result(self) -> tuple[np.float32, ...] | None:
         """The thresholds, or None if one of the brackets missed: add all again."""

@@ -73,8 +73,21 @@ def flat(params):
 
 def test_every_method_runs_with_its_defaults(tmp_path, inputs):
     config, _, _ = inputs
-    for name in merging.METHODS:
-        run(tmp_path, config, method=name, overwrite=True)
+    one, _ = config["models"].split(",")
+    for name, recipe in merging.METHODS.items():
+        models = one if recipe().models == 1 else config["models"]
+        run(tmp_path, config | {"models": models}, method=name, overwrite=True)
+
+
+def test_without_a_base_spheres_are_of_parameters(tmp_path, inputs):
+    config, _, models = inputs
+    for name in ("nuslerp", "multislerp", "karcher"):
+        run(tmp_path, config | {"base": None}, method=name, overwrite=True)
+        got = load(tmp_path / "out")
+        method = merging.METHODS[name](space="parameters")
+        want = flat(merging.merge(method, models[0], models))
+        for k, v in want.items():
+            np.testing.assert_allclose(got[k], v, atol=5e-6)
 
 
 @pytest.mark.parametrize(

@@ -11,33 +11,39 @@ from multitask_jax import checkpoints, merging, tree
 from multitask_jax.checkpoints import TensorInfo
 
 
-def make_tree(rng: np.random.Generator, dtype: Any = np.float32) -> dict[str, Any]:
+def make_tree(
+    rng: np.random.Generator,
+    dtype: Any = np.float32,
+    *,
+    rows: int = 560,
+    blocks: int = 3,
+) -> dict[str, Any]:
     """Parameters with blocks, a scalar, an empty leaf and one of several chunks."""
 
     def normal(*shape: int) -> np.ndarray:
         return np.asarray(rng.standard_normal(shape), np.float32).astype(dtype)
 
-    blocks = {
+    body = {
         f"block_{i}": {
             "mlp": {"kernel": normal(24, 40), "bias": normal(40)},
             "attention": {"kernel": normal(3, 8, 16)},
         }
-        for i in range(3)
+        for i in range(blocks)
     }
     return {
-        "embed": normal(560, 500),  # 280,000 entries: more than one chunk
-        **blocks,
+        "embed": normal(rows, 500),
+        **body,
         "scale": normal(),
         "nothing": normal(0, 8),
     }
 
 
 def make_models(
-    count: int, dtype: Any = np.float32, seed: int = 0
+    count: int, dtype: Any = np.float32, seed: int = 0, **sizes: int
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """A base and fine-tunes of it: small changes, some of them zero or equal."""
     rng = np.random.default_rng(seed)
-    base = make_tree(rng, dtype)
+    base = make_tree(rng, dtype, **sizes)
 
     def fine_tune(x: np.ndarray) -> np.ndarray:
         delta = 0.1 * rng.standard_normal(x.shape)

@@ -1,0 +1,164 @@
+"""Sparse task vectors beyond trimming: Breadcrumbs (no outliers) and DELLA (by rank).
+
+Legend: tau_t task vector of model t, n entries of a tensor, or of a row.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from multitask_jax.merging.core import (
+    Array,
+    Leaf,
+    Measure,
+    Transform,
+    Values,
+    times,
+    unchanged,
+)
+from multitask_jax.merging.random import path_seed, uniform
+from multitask_jax.merging.statistics import magnitude_bits
+from multitask_jax.merging.transforms import (
+    _choose,
+    _densities,
+    _l1_measure,
+    _per_model,
+    _rescale_l1,
+)
+
+
+def drop_extremes(
+    *, density: float | Sequence[float] = 0.9, gamma: float | Sequence[float] = 0.01
+) -> Transform:
+    """Drops the largest and the smallest |tau_t| of each tensor (Model Breadcrumbs).
+
+    The int(gamma n) largest go, the next int(density n), at least one, stay. If that is
+    more than n, fewer large ones go (mergekit). Values that equal the first or the last
+    to stay, stay too: a tensor of equal magnitudes is kept whole.
+
+    Args:
+      density: share that is kept, one for all or one per model.
+      gamma: share of outliers that is dropped, one for all or one per model.
+
+    Raises:
+      ValueError: density outside (0, 1] or gamma outside [0, 1).
+    """
+    densities = _densities(density)
+    gammas = tuple(float(g) for g in np.atleast_1d(gamma))
+    for g in gammas:
+        if not 0 <= g < 1:
+            raise ValueError(f"gamma: got {g}, expected a number in [0, 1)")
+
+    def ranks(n: int, count: int, earlier: tuple[Any, ...]) -> list[int]:
+        first, last = [], []
+        shares = zip(
+            _per_model(densities, count, "density"),
+            _per_model(gammas, count, "gamma"),
+            strict=True,
+        )
+        for share, outliers in shares:
+            kept = min(n, max(1, int(share * n)))
+            dropped = min(int(outliers * n), n - kept)
+            first.append(dropped + 1)
+            last.append(dropped + kept)
+        return [*first, *last]
+
+    def apply(values: Values, leaf: Leaf, stats: tuple[Any, ...]) -> Values:
+        (thresholds,) = stats
+        out = []
+        for t, tau in enumerate(values):
+            size = jnp.abs(tau.astype(jnp.float32))
+            high, low = thresholds[t], thresholds[len(values) + t]
+            out.append(jnp.where((size <= high) & (size >= low), tau, 0))
+        return tuple(out)
+
+    return Transform(apply, (Measure("kth", "tensor", unchanged, ranks),), trims=True)
+
+
+def keep_probabilities(tau: Array, density: float, epsilon: float) -> Array:
+    """density - eps + 2 eps rank / (n - 1): large entries of a row are kept more often.
+
+    Ranks go from 0 for the smallest of a row to n - 1; of equals, the first is lower.
+    A vector is one row, a row of one entry has the probability `density`.
+    """
+    n = tau.shape[-1] if tau.ndim else 1
+    if n == 1:
+        return jnp.full(tau.shape, jnp.float32(density))
+    by_rank = density - epsilon + 2 * epsilon * np.arange(n) / (n - 1)
+    order = _order(jax.lax.stop_gradient(tau).reshape(-1, n))
+    # Looked up, not computed: no two programs may round a probability differently.
+    table = jnp.asarray(by_rank, jnp.float32)
+    p = jax.vmap(
+        lambda o: jnp.zeros(n, table.dtype).at[o].set(table, unique_indices=True)
+    )(order)
+    return p.reshape(tau.shape)
+
+
+def _order(rows: Array) -> Array:
+    """Columns of each row, from the smallest magnitude (in float32) to the largest.
+
+    Sorts integers that hold magnitude and column: four times as fast as an argsort,
+    which XLA on a CPU does by comparing pairs.
+    """
+    keys = magnitude_bits(rows)
+    with jax.enable_x64(True):
+        column = jax.lax.broadcasted_iota(jnp.int64, rows.shape, 1)
+        packed = (keys.astype(jnp.int64) << 32) | column
+        packed = jax.lax.sort(packed, dimension=1, is_stable=False)
+        return (packed & 0xFFFFFFFF).astype(jnp.int32)
+
+
+def drop_by_rank(
+    *,
+    density: float | Sequence[float] = 0.5,
+    epsilon: float = 0.15,
+    rescale: Literal["probability", "l1", "none"] = "probability",
+    seed: int = 0,
+) -> Transform:
+    """Keeps entries at random, the large ones of a row more often (DELLA's MagPrune).
+
+    Args:
+      density: mean probability to keep, one for all or one per model.
+      epsilon: the probability goes from density - epsilon to density + epsilon.
+      rescale: "probability" divides each kept entry by its probability (the paper),
+        "l1" scales a tensor to the L1 norm before (mergekit), "none" leaves as is.
+      seed: same seed, same mask, whatever the sharding or the order of tensors.
+
+    Raises:
+      ValueError: density outside (0, 1], probabilities outside (0, 1], unknown rescale.
+    """
+    _choose("rescale", rescale, ("probability", "l1", "none"))
+    densities = _densities(density)
+    for d in densities:
+        if epsilon < 0 or d - epsilon <= 0 or d + epsilon > 1:
+            raise ValueError(
+                f"epsilon: got {epsilon} with density {d}, expected 0 <= epsilon <"
+                " density and density + epsilon <= 1: both ends are probabilities"
+            )
+
+    def masked(
+        values: Values, leaf: Leaf, stats: tuple[Any, ...], divide: bool = False
+    ) -> Values:
+        out = []
+        per_model = _per_model(densities, len(values), "density")
+        for t, (tau, share) in enumerate(zip(values, per_model, strict=True)):
+            p = keep_probabilities(tau, share, epsilon)
+            u = uniform(tau.shape, seed=leaf.setting, model=t, offset=leaf.offset)
+            scaled = times(1 / p.astype(tau.dtype), tau) if divide else tau
+            out.append(jnp.where(u < p, scaled, 0))
+        return tuple(out)
+
+    def apply(values: Values, leaf: Leaf, stats: tuple[Any, ...]) -> Values:
+        out = masked(values, leaf, stats, divide=rescale == "probability")
+        return _rescale_l1(out, stats[0]) if rescale == "l1" else out
+
+    return Transform(
+        apply,
+        measures=(_l1_measure(masked),) if rescale == "l1" else (),
+        settings=lambda paths: {p: path_seed(p, seed) for p in paths},
+        needs="row",
+        trims=True,
+    )
