@@ -88,6 +88,6 @@ def mean_of_active(
         mean = mean / jnp.maximum(count, 1).astype(mean.dtype)
         return (jnp.where(count > 1, mean, unique_sum).astype(mean.dtype),)
 
-    counted = isinstance(r, (int, float)) and r == 0
-    measures = () if counted else (Measure("count", "tensor", shared_and_unique),)
+    plain = isinstance(r, (int, float)) and r == 0
+    measures = () if plain else (Measure("count", "tensor", shared_and_unique),)
     return Transform(apply, measures)
