@@ -20,7 +20,6 @@ from multitask_jax.merging.core import (
 )
 from multitask_jax.merging.disk import MergeResult, merge_checkpoints
 from multitask_jax.merging.elementwise import (
-    largest_change,
     limit_step,
     mean_of_active,
 )
@@ -109,7 +108,6 @@ __all__ = [
     "keep_consensus",
     "keep_diverging",
     "keep_varying",
-    "largest_change",
     "limit_step",
     "linear",
     "localise",

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
+from multitask_jax.merging.arguments import Shares, numbers, per_model
 from multitask_jax.merging.core import (
     Array,
     Leaf,
@@ -22,7 +22,6 @@ from multitask_jax.merging.core import (
     times,
     unchanged,
 )
-from multitask_jax.merging.transforms import _per_model
 
 
 def beside(method: Method) -> Transform:
@@ -80,18 +79,14 @@ def beside(method: Method) -> Transform:
 
 def _masks(values: Values, tall_lambda: tuple[float, ...]) -> tuple[list[Array], Array]:
     *taus, merged = values
-    lambdas = _per_model(tall_lambda, len(taus), "tall_lambda")
+    lambdas = per_model(tall_lambda, len(taus), "tall_lambda")
     return [
         jnp.abs(tau) > times(x, jnp.abs(merged - tau))
         for tau, x in zip(taus, lambdas, strict=True)
     ], merged
 
 
-def _lambdas(tall_lambda: float | Sequence[float]) -> tuple[float, ...]:
-    return tuple(float(x) for x in np.atleast_1d(tall_lambda))
-
-
-def localise(*, tall_lambda: float | Sequence[float] = 0.4) -> Transform:
+def localise(*, tall_lambda: Shares = 0.4) -> Transform:
     """After `beside`: m_t tau of each task, m_t = |tau_t| > lambda_t |tau - tau_t|.
 
     theta_0 + m_t tau serves task t alone, from one vector and a bit per entry.
@@ -100,7 +95,7 @@ def localise(*, tall_lambda: float | Sequence[float] = 0.4) -> Transform:
       tall_lambda: how much of the rest a task's change must outweigh; one for all or
         one per model (the paper chooses from .2 to .6 on validation data).
     """
-    lambdas = _lambdas(tall_lambda)
+    lambdas = numbers(tall_lambda)
 
     def apply(values: Values, leaf: Leaf, stats: tuple[Any, ...]) -> Values:
         masks, merged = _masks(values, lambdas)
@@ -109,9 +104,7 @@ def localise(*, tall_lambda: float | Sequence[float] = 0.4) -> Transform:
     return Transform(apply)
 
 
-def keep_consensus(
-    *, tall_lambda: float | Sequence[float] = 0.4, k: int = 2
-) -> Transform:
+def keep_consensus(*, tall_lambda: Shares = 0.4, k: int = 2) -> Transform:
     """After `beside`: tau where at least k of the masks m_t are set, else 0.
 
     k = 2 removes what serves one task only ("selfish") and what serves none.
@@ -119,7 +112,7 @@ def keep_consensus(
     Raises:
       ValueError: k is negative.
     """
-    lambdas = _lambdas(tall_lambda)
+    lambdas = numbers(tall_lambda)
     if k < 0:
         raise ValueError(f"k: got {k}, expected a number of tasks")
 

@@ -1,9 +1,8 @@
-"""Merging entry by entry: Nearswap, MagMax, RAM.
+"""Merging entry by entry: Nearswap, RAM.
 
 Legend: tau_t task vector of model t, p an entry.
 """
 
-import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -29,17 +28,6 @@ def limit_step(*, t: Any = 0.001) -> Transform:
             size = jnp.maximum(jnp.abs(tau), jnp.asarray(1e-6, tau.dtype))
             out.append(times(jnp.clip(jnp.asarray(t, tau.dtype) / size, 0, 1), tau))
         return tuple(out)
-
-    return Transform(apply)
-
-
-def largest_change() -> Transform:
-    """MagMax: the entry w_t tau_t of largest magnitude; the last model wins a tie."""
-
-    def apply(values: Values, leaf: Leaf, stats: tuple[Any, ...]) -> Values:
-        weighted = [times(w, v) for w, v in zip(leaf.weights, values, strict=True)]
-        later = lambda a, b: jnp.where(jnp.abs(b) >= jnp.abs(a), b, a)  # noqa: E731
-        return (functools.reduce(later, weighted),)
 
     return Transform(apply)
 

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
+from multitask_jax.merging.arguments import check_choice
 from multitask_jax.merging.core import (
     Array,
     Leaf,
@@ -15,12 +16,11 @@ from multitask_jax.merging.core import (
     add_up,
     times,
 )
-from multitask_jax.merging.transforms import _choose
 
 Antiparallel = Literal["nearest", "lerp"]
 
 
-def _gram(values: Values, leaf: Leaf, stats: tuple[Any, ...]) -> Values:
+def gram_terms(values: Values, leaf: Leaf, stats: tuple[Any, ...]) -> Values:
     """Terms of <v_i, v_j>, i <= j, in the order of combinations_with_replacement."""
     return tuple(a * b for a, b in itertools.combinations_with_replacement(values, 2))
 
@@ -37,12 +37,12 @@ def _cosines(gram: dict[tuple[int, int], Array], count: int) -> list[Array]:
     return out
 
 
-def _norm(square: Array) -> Array:
+def norm_of(square: Array) -> Array:
     """sqrt, with gradient 0 at 0."""
     return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
 
 
-def _indexed(stats: Any, count: int) -> dict[tuple[int, int], Array]:
+def by_pair(stats: Any, count: int) -> dict[tuple[int, int], Array]:
     pairs = itertools.combinations_with_replacement(range(count), 2)
     return dict(zip(pairs, stats, strict=True))
 
@@ -55,7 +55,7 @@ def slerp_factors(
 ) -> tuple[Array, Array]:
     """What v_0 and v_1 are multiplied by, from <v_0, v_0>, <v_0, v_1>, <v_1, v_1>."""
     n00, n01, n11 = gram
-    n0, n1 = _norm(n00), _norm(n11)
+    n0, n1 = norm_of(n00), norm_of(n11)
     # A (near) zero vector has no direction; it counts as it is.
     unit0, unit1 = jnp.where(n0 > 1e-8, n0, 1), jnp.where(n1 > 1e-8, n1, 1)
     cos = jnp.clip(n01 / (unit0 * unit1), -1, 1)
@@ -84,7 +84,7 @@ def interpolate_spherically(
     end with the interpolated norm (a linear path would pass through zeros), "lerp" is
     what mergekit does.
     """
-    _choose("antiparallel", antiparallel, ("nearest", "lerp"))
+    check_choice("antiparallel", antiparallel, ("nearest", "lerp"))
 
     def apply(values: Values, leaf: Leaf, stats: tuple[Any, ...]) -> Values:
         v0, v1 = values
@@ -92,7 +92,7 @@ def interpolate_spherically(
         a, b = slerp_factors(stats[0], time, parallel_cosine, antiparallel)
         return (times(a.astype(v0.dtype), v0) + times(b.astype(v1.dtype), v1),)
 
-    return Transform(apply, (Measure("sum", "tensor", _gram),))
+    return Transform(apply, (Measure("sum", "tensor", gram_terms),))
 
 
 def stock(
@@ -114,8 +114,8 @@ def stock(
     Raises:
       ValueError: unknown average or ratio; fewer than two models (one has no angle).
     """
-    _choose("average", average, ("cosines", "angles"))
-    _choose("ratio", ratio, ("clipped", "formula"))
+    check_choice("average", average, ("cosines", "angles"))
+    check_choice("ratio", ratio, ("clipped", "formula"))
 
     def shrink(gram: dict[tuple[int, int], Array], count: int) -> Array:
         if count < 2:
@@ -134,14 +134,14 @@ def stock(
     def apply(values: Values, leaf: Leaf, stats: tuple[Any, ...]) -> Values:
         count = len(values)
         if filter_wise:
-            terms = _gram(values, leaf, ())
+            terms = gram_terms(values, leaf, ())
             sums = [jnp.sum(x, axis=-1, keepdims=True) if x.ndim else x for x in terms]
-            gram = _indexed(sums, count)
+            gram = by_pair(sums, count)
         else:
-            gram = _indexed(stats[0], count)
+            gram = by_pair(stats[0], count)
         mean = times(1 / count, add_up(values))
         return (times(shrink(gram, count).astype(mean.dtype), mean),)
 
     if filter_wise:
         return Transform(apply, needs="row")
-    return Transform(apply, (Measure("sum", "tensor", _gram),))
+    return Transform(apply, (Measure("sum", "tensor", gram_terms),))

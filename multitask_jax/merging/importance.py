@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from multitask_jax.merging.arguments import check_share
 from multitask_jax.merging.core import (
     Array,
     Leaf,
@@ -17,14 +18,9 @@ from multitask_jax.merging.core import (
     Values,
     add_up,
     times,
+    unchanged,
 )
 from multitask_jax.merging.statistics import part_of
-
-
-def _share(name: str, value: float) -> float:
-    if not 0 < value <= 1:
-        raise ValueError(f"{name}: got {value}, expected a number in (0, 1]")
-    return float(value)
 
 
 def _variance(values: Values) -> Array:
@@ -38,7 +34,7 @@ def keep_varying(*, topk: float = 1.0) -> Transform:
     Per tensor, of the entries whose variance over models is not 0, the share `topk`
     (at least one) with the largest.
     """
-    _share("topk", topk)
+    check_share("topk", topk)
     if topk == 1:
         return Transform(lambda values, leaf, stats: values)
 
@@ -118,7 +114,7 @@ def balance_competition(
       density: share of each model's entries that counts (the paper's ratio).
       clamp_ratio: share of tails that are clipped at either end.
     """
-    _share("density", density)
+    check_share("density", density)
     if not 0 <= clamp_ratio < 0.5:
         raise ValueError(f"clamp_ratio: got {clamp_ratio}, expected [0, .5)")
 
@@ -177,7 +173,7 @@ def balance_competition(
     return Transform(
         apply,
         (
-            Measure("kth", "model", lambda v, leaf, stats: v, tails),
+            Measure("kth", "model", unchanged, tails),
             Measure("kth", "model", signed, cut),
         ),
     )

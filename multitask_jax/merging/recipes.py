@@ -5,15 +5,13 @@ arguments named as the command line's flags (density, scale, t, ...), and enter 
 METHODS; its docstring's first line is its `--help`. The contract tests pick it up.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal
 
 from multitask_jax.merging import geometry, recipes_average, recipes_sparse
 from multitask_jax.merging import transforms as tf
+from multitask_jax.merging.arguments import Shares
 from multitask_jax.merging.core import Method, Scope, chain
-from multitask_jax.merging.recipes_sparse import combine_agreeing
-
-Density = float | Sequence[float]
 
 
 def linear(*, normalise: bool = True) -> Method:
@@ -30,7 +28,7 @@ def task_arithmetic(*, scale: Any = 1.0, normalise: bool = False) -> Method:
 
 def ties(
     *,
-    density: Density = 0.2,
+    density: Shares = 0.2,
     scale: Any = 1.0,
     trim_scope: Scope = "model",
     election: tf.Election = "mass",
@@ -48,14 +46,14 @@ def ties(
     return chain(
         tf.trim(density=density, scope=trim_scope, rescale=rescale),
         tf.elect_sign(election=election, zero_sign=zero_sign),
-        combine_agreeing(combine, normalise),
+        tf.combine_agreeing(combine, normalise),
         tf.scale(scale),
     )
 
 
 def dare(
     *,
-    density: Density = 0.5,
+    density: Shares = 0.5,
     scale: Any = 1.0,
     rescale: Literal["density", "l1", "none"] = "density",
     normalise: bool = False,
@@ -71,7 +69,7 @@ def dare(
 
 def dare_ties(
     *,
-    density: Density = 0.5,
+    density: Shares = 0.5,
     scale: Any = 1.0,
     election: tf.Election = "mass",
     zero_sign: tf.ZeroSign = "majority",
@@ -84,14 +82,14 @@ def dare_ties(
     return chain(
         tf.drop(density=density, rescale=rescale, seed=seed),
         tf.elect_sign(election=election, zero_sign=zero_sign),
-        combine_agreeing(combine, normalise),
+        tf.combine_agreeing(combine, normalise),
         tf.scale(scale),
     )
 
 
 def magnitude_prune(
     *,
-    density: Density = 0.2,
+    density: Shares = 0.2,
     scale: Any = 1.0,
     trim_scope: Scope = "tensor",
     rescale: Literal["none", "l1"] = "none",
@@ -104,9 +102,7 @@ def magnitude_prune(
     )
 
 
-def slerp(
-    *, t: Any = 0.5, antiparallel: Literal["nearest", "lerp"] = "nearest"
-) -> Method:
+def slerp(*, t: Any = 0.5, antiparallel: geometry.Antiparallel = "nearest") -> Method:
     """SLERP: spherical interpolation of two models, --t of the way to the second."""
     return Method(
         (geometry.interpolate_spherically(t=t, antiparallel=antiparallel),),

@@ -5,12 +5,13 @@ from typing import Any
 
 from multitask_jax.merging import elementwise, spherical
 from multitask_jax.merging import transforms as tf
+from multitask_jax.merging.arguments import check_choice
 from multitask_jax.merging.core import Method, Space, Transform, chain
 from multitask_jax.merging.geometry import Antiparallel
 
 
 def _in_space(transform: Transform, space: Space) -> Method:
-    tf._choose("space", space, ("task_vectors", "parameters"))
+    check_choice("space", space, ("task_vectors", "parameters"))
     return Method((transform,), start=space, end=space)
 
 
@@ -61,7 +62,7 @@ def nearswap(*, t: Any = 0.001) -> Method:
 
 def magmax(*, scale: Any = 1.0) -> Method:
     """MagMax: of all models, the change of largest magnitude at every entry."""
-    return chain(elementwise.largest_change(), tf.scale(scale))
+    return chain(tf.max_magnitude(tie="last"), tf.scale(scale))
 
 
 def ram(*, epsilon: float = 1e-5, scale: Any = 1.0) -> Method:

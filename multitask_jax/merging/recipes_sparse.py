@@ -1,21 +1,12 @@
 """Recipes that keep part of each task vector, or of the merged one."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal
 
 from multitask_jax.merging import agreement, importance, sparsify
 from multitask_jax.merging import transforms as tf
+from multitask_jax.merging.arguments import Shares, check_choice
 from multitask_jax.merging.core import Method, chain
-
-Shares = float | Sequence[float]
-
-
-def combine_agreeing(combine: tf.Combine, normalise: tf.Normalise) -> tf.Transform:
-    """What follows an election of signs: the mean, sum or largest of what is left."""
-    tf._choose("combine", combine, ("mean", "sum", "max"))
-    if combine == "mean":
-        return tf.disjoint_mean(normalise=normalise)
-    return tf.weighted_sum() if combine == "sum" else tf.max_magnitude()
 
 
 def breadcrumbs(
@@ -47,7 +38,7 @@ def breadcrumbs_ties(
     return chain(
         sparsify.drop_extremes(density=density, gamma=gamma),
         tf.elect_sign(election=election, zero_sign=zero_sign),
-        combine_agreeing(combine, normalise),
+        tf.combine_agreeing(combine, normalise),
         tf.scale(scale),
     )
 
@@ -92,7 +83,7 @@ def della_ties(
             density=density, epsilon=epsilon, rescale=rescale, seed=seed
         ),
         tf.elect_sign(election=election, zero_sign=zero_sign),
-        combine_agreeing(combine, normalise),
+        tf.combine_agreeing(combine, normalise),
         tf.scale(scale),
     )
 
@@ -120,7 +111,7 @@ def arcee_fusion(*, iqr_factor: float = 1.5) -> Method:
 
 
 def _multi_task(multi_task: Literal["sum", "ties"], density: Shares) -> tf.Transform:
-    tf._choose("multi_task", multi_task, ("sum", "ties"))
+    check_choice("multi_task", multi_task, ("sum", "ties"))
     total = chain(tf.weighted_sum())
     if multi_task == "ties":
         total = chain(

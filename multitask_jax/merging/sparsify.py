@@ -3,13 +3,19 @@
 Legend: tau_t task vector of model t, n entries of a tensor, or of a row.
 """
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from multitask_jax.merging.arguments import (
+    Shares,
+    check_choice,
+    numbers,
+    per_model,
+    shares,
+)
 from multitask_jax.merging.core import (
     Array,
     Leaf,
@@ -21,18 +27,10 @@ from multitask_jax.merging.core import (
 )
 from multitask_jax.merging.random import path_seed, uniform
 from multitask_jax.merging.statistics import magnitude_bits
-from multitask_jax.merging.transforms import (
-    _choose,
-    _densities,
-    _l1_measure,
-    _per_model,
-    _rescale_l1,
-)
+from multitask_jax.merging.transforms import l1_measure, rescale_l1
 
 
-def drop_extremes(
-    *, density: float | Sequence[float] = 0.9, gamma: float | Sequence[float] = 0.01
-) -> Transform:
+def drop_extremes(*, density: Shares = 0.9, gamma: Shares = 0.01) -> Transform:
     """Drops the largest and the smallest |tau_t| of each tensor (Model Breadcrumbs).
 
     The int(gamma n) largest go, the next int(density n), at least one, stay. If that is
@@ -46,20 +44,20 @@ def drop_extremes(
     Raises:
       ValueError: density outside (0, 1] or gamma outside [0, 1).
     """
-    densities = _densities(density)
-    gammas = tuple(float(g) for g in np.atleast_1d(gamma))
+    densities = shares("density", density)
+    gammas = numbers(gamma)
     for g in gammas:
         if not 0 <= g < 1:
             raise ValueError(f"gamma: got {g}, expected a number in [0, 1)")
 
     def ranks(n: int, count: int, earlier: tuple[Any, ...]) -> list[int]:
         first, last = [], []
-        shares = zip(
-            _per_model(densities, count, "density"),
-            _per_model(gammas, count, "gamma"),
+        pairs = zip(
+            per_model(densities, count, "density"),
+            per_model(gammas, count, "gamma"),
             strict=True,
         )
-        for share, outliers in shares:
+        for share, outliers in pairs:
             kept = min(n, max(1, int(share * n)))
             dropped = min(int(outliers * n), n - kept)
             first.append(dropped + 1)
@@ -113,7 +111,7 @@ def _order(rows: Array) -> Array:
 
 def drop_by_rank(
     *,
-    density: float | Sequence[float] = 0.5,
+    density: Shares = 0.5,
     epsilon: float = 0.15,
     rescale: Literal["probability", "l1", "none"] = "probability",
     seed: int = 0,
@@ -130,8 +128,8 @@ def drop_by_rank(
     Raises:
       ValueError: density outside (0, 1], probabilities outside (0, 1], unknown rescale.
     """
-    _choose("rescale", rescale, ("probability", "l1", "none"))
-    densities = _densities(density)
+    check_choice("rescale", rescale, ("probability", "l1", "none"))
+    densities = shares("density", density)
     for d in densities:
         if epsilon < 0 or d - epsilon <= 0 or d + epsilon > 1:
             raise ValueError(
@@ -143,8 +141,8 @@ def drop_by_rank(
         values: Values, leaf: Leaf, stats: tuple[Any, ...], divide: bool = False
     ) -> Values:
         out = []
-        per_model = _per_model(densities, len(values), "density")
-        for t, (tau, share) in enumerate(zip(values, per_model, strict=True)):
+        keep = per_model(densities, len(values), "density")
+        for t, (tau, share) in enumerate(zip(values, keep, strict=True)):
             p = keep_probabilities(tau, share, epsilon)
             u = uniform(tau.shape, seed=leaf.setting, model=t, offset=leaf.offset)
             scaled = times(1 / p.astype(tau.dtype), tau) if divide else tau
@@ -153,11 +151,11 @@ def drop_by_rank(
 
     def apply(values: Values, leaf: Leaf, stats: tuple[Any, ...]) -> Values:
         out = masked(values, leaf, stats, divide=rescale == "probability")
-        return _rescale_l1(out, stats[0]) if rescale == "l1" else out
+        return rescale_l1(out, stats[0]) if rescale == "l1" else out
 
     return Transform(
         apply,
-        measures=(_l1_measure(masked),) if rescale == "l1" else (),
+        measures=(l1_measure(masked),) if rescale == "l1" else (),
         settings=lambda paths: {p: path_seed(p, seed) for p in paths},
         needs="row",
         trims=True,

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from multitask_jax.merging.arguments import check_choice
 from multitask_jax.merging.core import (
     Array,
     Leaf,
@@ -23,12 +24,11 @@ from multitask_jax.merging.core import (
 )
 from multitask_jax.merging.geometry import (
     Antiparallel,
-    _gram,
-    _indexed,
-    _norm,
+    by_pair,
+    gram_terms,
+    norm_of,
     slerp_factors,
 )
-from multitask_jax.merging.transforms import _choose
 
 # 1 - cos below which float32 tells no angle: parallel or antiparallel.
 _TINY = 1e-6
@@ -48,7 +48,7 @@ def interpolate_by_weights(
       row_wise: see `flatten`.
       antiparallel: see `interpolate_spherically`.
     """
-    _choose("antiparallel", antiparallel, ("nearest", "lerp"))
+    check_choice("antiparallel", antiparallel, ("nearest", "lerp"))
     if flatten and row_wise:
         raise ValueError("row_wise is about single vectors: pass flatten=False too")
 
@@ -57,7 +57,7 @@ def interpolate_by_weights(
         w0, w1 = leaf.weights
         total = w0 + w1
         time = w1 / jnp.where(jnp.abs(total) < 1e-8, 1, total)
-        gram = stats[0] if flatten else _gram(values, leaf, ())
+        gram = stats[0] if flatten else gram_terms(values, leaf, ())
         if not flatten and v0.ndim:
             axis = 0 if row_wise else -1
             gram = tuple(jnp.sum(x, axis=axis, keepdims=True) for x in gram)
@@ -65,7 +65,7 @@ def interpolate_by_weights(
         return (times(a.astype(v0.dtype), v0) + times(b.astype(v1.dtype), v1),)
 
     if flatten:
-        return Transform(apply, (Measure("sum", "tensor", _gram),))
+        return Transform(apply, (Measure("sum", "tensor", gram_terms),))
     return Transform(apply, needs="tensor" if row_wise else "row")
 
 
@@ -89,11 +89,11 @@ def spherical_mean(
       antiparallel: where the sum w_t u_t vanishes, m starts as the model of largest
         weight ("nearest"), or an opposite pair is summed linearly ("lerp", mergekit).
     """
-    _choose("antiparallel", antiparallel, ("nearest", "lerp"))
+    check_choice("antiparallel", antiparallel, ("nearest", "lerp"))
 
     def apply(values: Values, leaf: Leaf, stats: tuple[Any, ...]) -> Values:
         count = len(values)
-        entries = _indexed(stats[0], count)
+        entries = by_pair(stats[0], count)
         gram = jnp.stack(
             [
                 jnp.stack([entries[min(i, j), max(i, j)] for j in range(count)])
@@ -102,7 +102,7 @@ def spherical_mean(
         )
         weights = jnp.stack(leaf.weights).astype(gram.dtype)
         weights = _normalised(weights) if normalise else weights
-        norms = _norm(jnp.diagonal(gram))
+        norms = norm_of(jnp.diagonal(gram))
         some = norms > 1e-8
         inverse = jnp.where(some, 1 / jnp.where(some, norms, 1), 0)
         cosines = jnp.clip(gram * inverse[:, None] * inverse[None, :], -1, 1)
@@ -115,7 +115,7 @@ def spherical_mean(
         factors = factors.astype(values[0].dtype)
         return (add_up([times(factors[t], v) for t, v in enumerate(values)]),)
 
-    return Transform(apply, (Measure("sum", "tensor", _gram),))
+    return Transform(apply, (Measure("sum", "tensor", gram_terms),))
 
 
 def _normalised(weights: Array) -> Array:
@@ -132,7 +132,7 @@ def _mean_direction(
         return jnp.sum(a * jnp.sum(cosines * b[None, :], axis=1))
 
     def unit(c: Array) -> Array:
-        norm = _norm(dot(c, c))
+        norm = norm_of(dot(c, c))
         return c / jnp.where(norm > 0, norm, 1)
 
     total = jnp.sum(jnp.abs(weights))
@@ -148,7 +148,7 @@ def _mean_direction(
         stretch = jnp.where(tangled, jnp.where(cos > 0, 1, 0), angle / jnp.sin(angle))
         a = weights * stretch
         tangent = a - jnp.sum(a * cos) * c
-        length = _norm(dot(tangent, tangent))
+        length = norm_of(dot(tangent, tangent))
         # exp_m x = cos |x| m + sin |x| / |x| x
         sinc = jnp.where(
             length > 0, jnp.sin(length) / jnp.where(length > 0, length, 1), 1

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax.numpy as jnp
-import numpy as np
 
+from multitask_jax.merging.arguments import Shares, check_choice, per_model, shares
 from multitask_jax.merging.core import (
     Array,
     Leaf,
@@ -32,26 +32,7 @@ Combine = Literal["mean", "sum", "max"]
 Normalise = Literal["weights", "count"]
 
 
-def _choose(name: str, value: str, options: tuple[str, ...]) -> None:
-    if value not in options:
-        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(options)}")
-
-
-def _densities(density: float | Sequence[float]) -> tuple[float, ...]:
-    out = tuple(float(d) for d in density) if np.ndim(density) else (float(density),)
-    for d in out:
-        if not 0 < d <= 1:
-            raise ValueError(f"density: got {d}, expected a number in (0, 1]")
-    return out
-
-
-def _per_model(xs: tuple[Any, ...], count: int, name: str) -> tuple[Any, ...]:
-    if len(xs) not in (1, count):
-        raise ValueError(f"{name}: got {len(xs)} for {count} models; give 1 or {count}")
-    return xs * count if len(xs) == 1 else xs
-
-
-def _l1_measure(kept: Any) -> Measure:
+def l1_measure(kept: Any) -> Measure:
     """Per tensor: sum |tau_t| and sum |kept_t|, for rescaling to the old L1 norm."""
     return Measure(
         "sum",
@@ -62,7 +43,7 @@ def _l1_measure(kept: Any) -> Measure:
     )
 
 
-def _rescale_l1(kept: Values, sums: Sequence[Array]) -> Values:
+def rescale_l1(kept: Values, sums: Sequence[Array]) -> Values:
     """Scales kept entries to the L1 norm before (unchanged where all were zero)."""
     count = len(kept)
     return tuple(
@@ -73,7 +54,7 @@ def _rescale_l1(kept: Values, sums: Sequence[Array]) -> Values:
 
 def trim(
     *,
-    density: float | Sequence[float] = 0.2,
+    density: Shares = 0.2,
     scope: Scope = "model",
     rescale: Literal["none", "l1"] = "none",
 ) -> Transform:
@@ -92,8 +73,8 @@ def trim(
     Raises:
       ValueError: density outside (0, 1], unknown scope or rescale.
     """
-    _choose("trim scope", scope, ("model", "tensor"))
-    _choose("rescale", rescale, ("none", "l1"))
+    check_choice("trim scope", scope, ("model", "tensor"))
+    check_choice("rescale", rescale, ("none", "l1"))
 
     def rank(density: float) -> Any:
         if scope == "model":
@@ -108,21 +89,21 @@ def trim(
 
     def apply(values: Values, leaf: Leaf, stats: tuple[Any, ...]) -> Values:
         out = kept(values, leaf, stats)
-        return _rescale_l1(out, stats[1]) if rescale == "l1" else out
+        return rescale_l1(out, stats[1]) if rescale == "l1" else out
 
     threshold = Measure(
         "kth",
         scope,
         unchanged,
-        tuple(rank(d) for d in _densities(density)),
+        tuple(rank(d) for d in shares("density", density)),
     )
-    measures = (threshold, _l1_measure(kept)) if rescale == "l1" else (threshold,)
+    measures = (threshold, l1_measure(kept)) if rescale == "l1" else (threshold,)
     return Transform(apply, measures, trims=True)
 
 
 def drop(
     *,
-    density: float | Sequence[float] = 0.5,
+    density: Shares = 0.5,
     rescale: Literal["density", "l1", "none"] = "density",
     seed: int = 0,
 ) -> Transform:
@@ -137,11 +118,11 @@ def drop(
     Raises:
       ValueError: density outside (0, 1], unknown rescale.
     """
-    _choose("rescale", rescale, ("density", "l1", "none"))
-    densities = _densities(density)
+    check_choice("rescale", rescale, ("density", "l1", "none"))
+    densities = shares("density", density)
 
     def masked(values: Values, leaf: Leaf, stats: tuple[Any, ...]) -> Values:
-        keep = _per_model(densities, len(values), "density")
+        keep = per_model(densities, len(values), "density")
         return tuple(
             jnp.where(
                 uniform(tau.shape, seed=leaf.setting, model=t, offset=leaf.offset)
@@ -155,13 +136,13 @@ def drop(
     def apply(values: Values, leaf: Leaf, stats: tuple[Any, ...]) -> Values:
         out = masked(values, leaf, stats)
         if rescale == "density":
-            keep = _per_model(densities, len(values), "density")
+            keep = per_model(densities, len(values), "density")
             return tuple(times(1 / p, x) for x, p in zip(out, keep, strict=True))
-        return _rescale_l1(out, stats[0]) if rescale == "l1" else out
+        return rescale_l1(out, stats[0]) if rescale == "l1" else out
 
     return Transform(
         apply,
-        measures=(_l1_measure(masked),) if rescale == "l1" else (),
+        measures=(l1_measure(masked),) if rescale == "l1" else (),
         settings=lambda paths: {p: path_seed(p, seed) for p in paths},
         trims=True,
     )
@@ -184,12 +165,12 @@ def elect_sign(
     Raises:
       ValueError: unknown election or zero_sign.
     """
-    _choose("election", election, ("mass", "weighted_mass", "frequency"))
-    _choose("zero_sign", zero_sign, ("majority", "positive", "negative", "zero"))
+    check_choice("election", election, ("mass", "weighted_mass", "frequency"))
+    check_choice("zero_sign", zero_sign, ("majority", "positive", "negative", "zero"))
 
     def votes(values: Values, leaf: Leaf) -> Values:
         if election == "weighted_mass":
-            return tuple(times(w, v) for w, v in zip(leaf.weights, values, strict=True))
+            return _weigh(values, leaf)
         return values
 
     def sums(e: Values) -> Array:
@@ -204,11 +185,10 @@ def elect_sign(
         gamma = jnp.sign(sums(e))
         if zero_sign == "majority":
             positive, negative = stats[0]
-            other = jnp.where(at_least(negative, positive), -1.0, 1.0)
-            # An exact draw of the whole model: the sign of 0 + 0 is no sign at all.
-            other = jnp.where(
-                at_least(negative, positive) & at_least(positive, negative), 0.0, other
-            )
+            # In an exact draw of the whole model there is no sign: 1 - 1 = 0.
+            other = at_least(positive, negative).astype(jnp.float32) - at_least(
+                negative, positive
+            ).astype(jnp.float32)
         else:
             other = {"positive": 1.0, "negative": -1.0, "zero": 0.0}[zero_sign]
         gamma = jnp.where(gamma == 0, jnp.asarray(other, gamma.dtype), gamma)
@@ -227,7 +207,7 @@ def disjoint_mean(*, normalise: Normalise = "weights") -> Transform:
     sum_t w_t tau^_t / sum_t w_t [tau^_t != 0], 0 where no model is left; "count"
     divides by the number of such models instead (PEFT).
     """
-    _choose("normalise", normalise, ("weights", "count"))
+    check_choice("normalise", normalise, ("weights", "count"))
 
     def apply(values: Values, leaf: Leaf, stats: tuple[Any, ...]) -> Values:
         present = [v != 0 for v in values]
@@ -236,20 +216,20 @@ def disjoint_mean(*, normalise: Normalise = "weights") -> Transform:
             [jnp.where(p, w, 0.0) for p, w in zip(present, weights, strict=True)]
         )
         divisor = jnp.where(divisor == 0, 1, divisor)
-        return (_weighted(values, leaf.weights) / divisor.astype(values[0].dtype),)
+        return (add_up(_weigh(values, leaf)) / divisor.astype(values[0].dtype),)
 
     return Transform(apply)
 
 
-def _weighted(values: Values, weights: Sequence[Any]) -> Array:
-    return add_up([times(w, v) for w, v in zip(weights, values, strict=True)])
+def _weigh(values: Values, leaf: Leaf) -> Values:
+    return tuple(times(w, v) for w, v in zip(leaf.weights, values, strict=True))
 
 
 def weighted_sum(*, normalise: bool = False) -> Transform:
     """sum_t w_t tau_t, divided by sum_t w_t if `normalise` (guarding a zero sum)."""
 
     def apply(values: Values, leaf: Leaf, stats: tuple[Any, ...]) -> Values:
-        out = _weighted(values, leaf.weights)
+        out = add_up(_weigh(values, leaf))
         if not normalise:
             return (out,)
         divisor = add_up(leaf.weights)
@@ -259,15 +239,25 @@ def weighted_sum(*, normalise: bool = False) -> Transform:
     return Transform(apply)
 
 
-def max_magnitude() -> Transform:
-    """The entry w_t tau_t of largest magnitude; the first model wins a tie."""
+def max_magnitude(*, tie: Literal["first", "last"] = "first") -> Transform:
+    """The entry w_t tau_t of largest magnitude; the first or last model wins a tie."""
+    check_choice("tie", tie, ("first", "last"))
 
-    def apply(values: Values, leaf: Leaf, stats: tuple[Any, ...]) -> Values:
-        weighted = [times(w, v) for w, v in zip(leaf.weights, values, strict=True)]
-        larger = lambda a, b: jnp.where(jnp.abs(b) > jnp.abs(a), b, a)  # noqa: E731
-        return (functools.reduce(larger, weighted),)
+    def larger(a: Array, b: Array) -> Array:
+        wins = jnp.abs(b) >= jnp.abs(a) if tie == "last" else jnp.abs(b) > jnp.abs(a)
+        return jnp.where(wins, b, a)
 
-    return Transform(apply)
+    return Transform(
+        lambda values, leaf, stats: (functools.reduce(larger, _weigh(values, leaf)),)
+    )
+
+
+def combine_agreeing(combine: Combine, normalise: Normalise) -> Transform:
+    """What follows an election of signs: the mean, sum or largest of what is left."""
+    check_choice("combine", combine, ("mean", "sum", "max"))
+    if combine == "mean":
+        return disjoint_mean(normalise=normalise)
+    return weighted_sum() if combine == "sum" else max_magnitude()
 
 
 def scale(factor: Any) -> Transform:
