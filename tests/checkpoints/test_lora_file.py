@@ -213,7 +213,7 @@ def test_a_tied_head_is_the_embedding(tmp_path):
         f"{PREFIX}{n}.weight": numbers(9, 4, seed=i)
         for i, n in enumerate(["wte", "lm_head"], 40)
     }
-    with pytest.raises(CheckpointError, match="is tied to .* but differs from it"):
+    with pytest.raises(CheckpointError, match=r"is tied to .* but differs from it"):
         checkpoints.open(adapter(tmp_path / "two", differ), base)
 
 
@@ -319,7 +319,7 @@ def test_opening(tmp_path, base):
 def test_damaged_config(tmp_path, base, text):
     path = adapter(tmp_path / "lora", pair(Q, (2, 6), (4, 2)))
     (path / "adapter_config.json").write_text(text)
-    with pytest.raises(CheckpointError, match="adapter_config|twice"):
+    with pytest.raises(CheckpointError, match=r"adapter_config|twice"):
         checkpoints.open(path, checkpoints.open(base))
     (path / "adapter_config.json").write_text(" " * ((1 << 24) + 1))
     with pytest.raises(CheckpointError, match="more than 16777216 bytes"):
@@ -360,7 +360,7 @@ def test_merging_adapters_is_merging_their_models(tmp_path, base, method):
     got, want = load(tmp_path / "a"), load(tmp_path / "b")
     for name, x in want.items():
         np.testing.assert_array_equal(got[name], x)
-    with pytest.raises(CheckpointError, match="needs|--base"):
+    with pytest.raises(CheckpointError, match=r"needs|--base"):
         merging.merge_checkpoints(
             merging.linear(), None, [full[0], paths[1]], tmp_path / "c", progress=False
         )
