@@ -286,7 +286,10 @@ def modules_to_save(config: Config, names: Sequence[str]) -> list[str]:
     """The modules that hold a tensor which --modules_to_save finds."""
     if config.modules_to_save is None:
         return []
-    found = tree.select(names, include=config.modules_to_save)
+    try:
+        found = tree.select(names, include=config.modules_to_save)
+    except ValueError as e:
+        raise ValueError(f"--modules_to_save: {e}") from None
     modules = [
         n.rpartition(".")[0] for n, keep in zip(names, found, strict=True) if keep
     ]
