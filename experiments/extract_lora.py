@@ -1,4 +1,4 @@
-"""A LoRA adapter from a fine-tuned model: the truncated SVD of its task vector.
+r"""A LoRA adapter from a fine-tuned model: the truncated SVD of its task vector.
 
     python -m experiments.extract_lora --base=BASE --model=TUNED --rank=16 \
         --output=ADAPTER
