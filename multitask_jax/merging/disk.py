@@ -156,6 +156,9 @@ def merge_checkpoints(
             notes += [*plan.notes, *stream.run(writer)]
             checkpoints.copy_companions(readers[0].path, writer.directory)
             _set_config_dtype(writer.directory, stored)
+            if method.aside is not None:
+                names = report.unique_names(models)
+                notes += method.aside(writer.directory, plan, readers, names)
             if census is not None:
                 seconds = time.perf_counter() - started
                 facts = report.Facts(
