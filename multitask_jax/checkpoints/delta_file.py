@@ -98,7 +98,7 @@ def open_reader(path: Path, base: Reader) -> ChangedReader:
     if about.get("base") != fingerprint(base):
         raise CheckpointError(
             f"{path}: the delta was made for a base of other names, shapes, dtypes or"
-            f" values than {base.path} (then it was {about.get("base_name")}); pass"
+            f" values than {base.path} (then it was {about.get('base_name')}); pass"
             " that base"
         )
     changes = {}

@@ -17,7 +17,14 @@ from multitask_jax import checkpoints
 from multitask_jax.checkpoints import CheckpointError, Reader
 from multitask_jax.merging import core, delta, report
 from multitask_jax.merging.census import MOST_MODELS, Census
-from multitask_jax.merging.plan import Plan, describe, human, peak_memory, plan_merge
+from multitask_jax.merging.plan import (
+    Plan,
+    describe,
+    human,
+    peak_memory,
+    plan_merge,
+    threads_for,
+)
 from multitask_jax.merging.streaming import Stream
 
 PathLike = str | os.PathLike[str]
@@ -96,7 +103,7 @@ def merge_checkpoints(
     _check_weights(method, weights)
     if threads is not None and threads < 1:
         raise ValueError(f"threads: got {threads}, expected at least 1")
-    threads = threads or min(8, 2 * (os.cpu_count() or 1))
+    threads = threads_for(method, threads or min(8, 2 * (os.cpu_count() or 1)))
     compute, stored = _dtype("dtype", dtype), _dtype("out_dtype", out_dtype)
     notes = []
     given = base
@@ -128,7 +135,7 @@ def merge_checkpoints(
         if output_format == "delta":
             method, plan = delta.as_delta(method), delta.delta_plan(plan, stored)
             tensors = delta.written(plan)
-        memory = peak_memory(plan, readers, threads)
+        memory = peak_memory(plan, readers, threads, method)
         if max_memory is not None and memory > max_memory:
             raise CheckpointError(
                 f"the merge is expected to need {human(memory)}, more than max_memory"
