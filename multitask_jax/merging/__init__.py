@@ -32,6 +32,11 @@ from multitask_jax.merging.importance import (
 )
 from multitask_jax.merging.interference import analyse
 from multitask_jax.merging.lines import scale_by_depth, with_lines
+from multitask_jax.merging.lines_selection import (
+    SingleTask,
+    lines_single_task,
+    select_alpha,
+)
 from multitask_jax.merging.recipes import (
     METHODS,
     dare,
@@ -64,6 +69,7 @@ from multitask_jax.merging.recipes_sparse import (
     sce,
     tall_masks,
 )
+from multitask_jax.merging.soups import pareto_front, rewarded_soup, simplex_grid
 from multitask_jax.merging.sparsify import drop_by_rank, drop_extremes
 from multitask_jax.merging.spherical import interpolate_by_weights, spherical_mean
 from multitask_jax.merging.transforms import (
@@ -82,6 +88,7 @@ __all__ = [
     "Measure",
     "MergeResult",
     "Method",
+    "SingleTask",
     "Transform",
     "analyse",
     "arcee_fusion",
@@ -110,6 +117,7 @@ __all__ = [
     "keep_varying",
     "limit_step",
     "linear",
+    "lines_single_task",
     "localise",
     "magmax",
     "magnitude_prune",
@@ -121,13 +129,17 @@ __all__ = [
     "multislerp",
     "nearswap",
     "nuslerp",
+    "pareto_front",
     "passthrough",
     "pcb",
     "ram",
     "ramplus",
+    "rewarded_soup",
     "scale",
     "scale_by_depth",
     "sce",
+    "select_alpha",
+    "simplex_grid",
     "slerp",
     "spherical_mean",
     "stock",
