@@ -116,10 +116,14 @@ class Config:
     tol: float | None = _flag("karcher: a shorter step is the last (1e-5).")
     seed: int | None = _flag("Of random masks: same seed, same bytes (0).")
     # LiNeS, after any method.
-    lines_alpha: float | None = _flag(
-        "LiNeS: scale of the first block and of all outside the blocks."
+    lines_alpha: str | None = _flag(
+        "LiNeS: scale of the first block and of all outside the blocks; or 'norm', the"
+        " size of the average over that of the merged change (--lines_beta alone is"
+        " then to be tuned)."
     )
-    lines_beta: float | None = _flag("LiNeS: how much more the last block gets.")
+    lines_beta: float | None = _flag(
+        "LiNeS: how much more the last block gets (1 - lines_alpha)."
+    )
     block_pattern: str | None = _flag(
         "Finds a tensor's block where names are unusual: a regex with a group for the"
         r" number, like 'layers\.(\d+)\.', or a template 'layers.{i}.'."
@@ -239,16 +243,34 @@ def build_method(config: Config) -> merging.Method:
     if "space" in taken and "space" not in options and config.base is None:
         options["space"] = "parameters"
     method = recipe(**options)
-    alpha, beta = config.lines_alpha, config.lines_beta
+    alpha, beta = _lines_alpha(config.lines_alpha), config.lines_beta
     if alpha is None and beta is None:
         return method
     if alpha is None:
         raise ValueError("--lines_beta needs --lines_alpha too")
+    if alpha == "norm" and beta is None:
+        raise ValueError(
+            "--lines_alpha=norm needs --lines_beta too (papers tune it from .1 to 1.5)"
+        )
     return merging.with_lines(
         method,
         alpha=alpha,
         beta=1 - alpha if beta is None else beta,
         block_pattern=config.block_pattern,
+    )
+
+
+def _lines_alpha(value: Any) -> Any:
+    """A number, "norm" or None; numbers may be traced."""
+    if not isinstance(value, str) or value == "norm":
+        return value
+    try:
+        if math.isfinite(number := float(value)):
+            return number
+    except ValueError:
+        pass
+    raise ValueError(
+        f"--lines_alpha: got {value!r}, expected a number like 0.3, or norm"
     )
 
 

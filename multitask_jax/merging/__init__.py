@@ -4,25 +4,10 @@
 chains of task-vector transformations.
 """
 
-from multitask_jax.merging.agreement import (
-    beside,
-    choose,
-    keep_consensus,
-    localise,
-)
-from multitask_jax.merging.core import (
-    Leaf,
-    Measure,
-    Method,
-    Transform,
-    chain,
-    merge,
-)
+from multitask_jax.merging.agreement import beside, choose, keep_consensus, localise
+from multitask_jax.merging.core import Leaf, Measure, Method, Transform, chain, merge
 from multitask_jax.merging.disk import MergeResult, merge_checkpoints
-from multitask_jax.merging.elementwise import (
-    limit_step,
-    mean_of_active,
-)
+from multitask_jax.merging.elementwise import limit_step, mean_of_active
 from multitask_jax.merging.emr import EmrTask, emr_tasks, specialise
 from multitask_jax.merging.emr_files import load_task, specialise_checkpoint
 from multitask_jax.merging.geometry import interpolate_spherically, stock
@@ -35,6 +20,11 @@ from multitask_jax.merging.importance import (
 from multitask_jax.merging.interference import analyse
 from multitask_jax.merging.interference_free import minimise_interference
 from multitask_jax.merging.lines import scale_by_depth, with_lines
+from multitask_jax.merging.lines_selection import (
+    SingleTask,
+    lines_single_task,
+    select_alpha,
+)
 from multitask_jax.merging.recipes import (
     METHODS,
     dare,
@@ -69,6 +59,7 @@ from multitask_jax.merging.recipes_sparse import (
     tall_masks,
 )
 from multitask_jax.merging.recipes_subspace import iso_c, iso_cts, knots, tsv_m, wudi
+from multitask_jax.merging.soups import pareto_front, rewarded_soup, simplex_grid
 from multitask_jax.merging.sparsify import drop_by_rank, drop_extremes
 from multitask_jax.merging.spherical import interpolate_by_weights, spherical_mean
 from multitask_jax.merging.subspace import (
@@ -94,6 +85,7 @@ __all__ = [
     "Measure",
     "MergeResult",
     "Method",
+    "SingleTask",
     "Transform",
     "align",
     "analyse",
@@ -131,6 +123,7 @@ __all__ = [
     "knots",
     "limit_step",
     "linear",
+    "lines_single_task",
     "load_task",
     "localise",
     "magmax",
@@ -144,13 +137,17 @@ __all__ = [
     "multislerp",
     "nearswap",
     "nuslerp",
+    "pareto_front",
     "passthrough",
     "pcb",
     "ram",
     "ramplus",
+    "rewarded_soup",
     "scale",
     "scale_by_depth",
     "sce",
+    "select_alpha",
+    "simplex_grid",
     "slerp",
     "specialise",
     "specialise_checkpoint",

@@ -65,6 +65,7 @@ class Transform(NamedTuple):
     settings: Callable[[Sequence[str]], Mapping[str, Any]] | None = None
     needs: Literal["element", "row", "tensor"] = "element"
     trims: bool = False  # zeroes entries of single models (what the report counts)
+    scales: bool = False  # only multiplies, by a factor that no value has a part in
 
 
 class Method(NamedTuple):
@@ -110,6 +111,18 @@ def chain(*transforms: Transform | Method) -> Method:
                 " its transforms instead"
             )
     return method
+
+
+def split_scales(method: Method) -> tuple[Method, tuple[Transform, ...]]:
+    """A method without its last transforms that only scale (lambda), and these.
+
+    Before/after: trim, mean, scale, scale_by_depth -> (trim, mean), (scale, ..).
+    """
+    stop = len(method.transforms)
+    while stop and method.transforms[stop - 1].scales:
+        stop -= 1
+    head = method._replace(transforms=method.transforms[:stop])
+    return head, method.transforms[stop:]
 
 
 def check_models(

@@ -121,6 +121,15 @@ CASES = {
     ),
     "consensus ties": Case(merging.consensus(multi_task="ties", k=1)),
     "ties lines": Case(lines(merging.ties(density=0.3))),
+    "ties lines norm": Case(
+        merging.with_lines(merging.ties(density=0.3), alpha="norm", beta=0.7),
+        exact=False,
+    ),
+    "slerp lines norm": Case(
+        merging.with_lines(merging.slerp(), alpha="norm", beta=0.7),
+        models=2,
+        exact=False,
+    ),
     "linear lines": Case(lines(merging.linear()), leafwise=True),
     "slerp lines": Case(lines(merging.slerp()), models=2, exact=False),
 }
@@ -332,6 +341,9 @@ COEFFICIENTS = {
         merging.task_arithmetic(), alpha=x, beta=0.5
     ),
     "lines beta": lambda x: merging.with_lines(merging.ties(), alpha=0.5, beta=x),
+    "lines norm beta": lambda x: merging.with_lines(
+        merging.ties(scale=x), alpha="norm", beta=x
+    ),
 }
 
 
