@@ -32,6 +32,7 @@ from multitask_jax.merging.importance import (
 )
 from multitask_jax.merging.interference import analyse
 from multitask_jax.merging.lines import scale_by_depth, with_lines
+from multitask_jax.merging.mergekit import merge_mergekit
 from multitask_jax.merging.recipes import (
     METHODS,
     dare,
@@ -117,6 +118,7 @@ __all__ = [
     "mean_of_active",
     "merge",
     "merge_checkpoints",
+    "merge_mergekit",
     "model_stock",
     "multislerp",
     "nearswap",
