@@ -31,6 +31,7 @@ from multitask_jax.merging.importance import (
     keep_varying,
 )
 from multitask_jax.merging.interference import analyse
+from multitask_jax.merging.interference_free import minimise_interference
 from multitask_jax.merging.lines import scale_by_depth, with_lines
 from multitask_jax.merging.mergekit import merge_mergekit
 from multitask_jax.merging.recipes import (
@@ -65,8 +66,15 @@ from multitask_jax.merging.recipes_sparse import (
     sce,
     tall_masks,
 )
+from multitask_jax.merging.recipes_subspace import iso_c, iso_cts, knots, tsv_m, wudi
 from multitask_jax.merging.sparsify import drop_by_rank, drop_extremes
 from multitask_jax.merging.spherical import interpolate_by_weights, spherical_mean
+from multitask_jax.merging.subspace import (
+    align,
+    flatten_spectrum,
+    flatten_spectrum_by_task,
+    join_singular_vectors,
+)
 from multitask_jax.merging.transforms import (
     disjoint_mean,
     drop,
@@ -84,6 +92,7 @@ __all__ = [
     "MergeResult",
     "Method",
     "Transform",
+    "align",
     "analyse",
     "arcee_fusion",
     "balance_competition",
@@ -103,12 +112,18 @@ __all__ = [
     "drop_extremes",
     "elect_sign",
     "energy_mean",
+    "flatten_spectrum",
+    "flatten_spectrum_by_task",
     "interpolate_by_weights",
     "interpolate_spherically",
+    "iso_c",
+    "iso_cts",
+    "join_singular_vectors",
     "karcher",
     "keep_consensus",
     "keep_diverging",
     "keep_varying",
+    "knots",
     "limit_step",
     "linear",
     "localise",
@@ -119,6 +134,7 @@ __all__ = [
     "merge",
     "merge_checkpoints",
     "merge_mergekit",
+    "minimise_interference",
     "model_stock",
     "multislerp",
     "nearswap",
@@ -137,6 +153,8 @@ __all__ = [
     "task_arithmetic",
     "ties",
     "trim",
+    "tsv_m",
     "weighted_sum",
     "with_lines",
+    "wudi",
 ]

@@ -257,8 +257,7 @@ def merge(
         )
     for t, setting in zip(method.transforms, settings, strict=True):
         at = {p: leaves[p]._replace(setting=setting[p]) for p in paths}
-        stats = _measure(t, values, at)
-        values = {p: t.apply(values[p], at[p], stats[p]) for p in paths}
+        values = apply(t, values, at, measure(t, values, at))
     merged = dict(bases)
     for p in paths:
         theta = finish(method, values[p], leaves[p].base)
@@ -266,7 +265,37 @@ def merge(
     return tree.unflatten(base, merged)
 
 
-def _measure(
+def apply(
+    t: Transform,
+    values: Mapping[str, Values],
+    leaves: Mapping[str, Leaf],
+    stats: Mapping[str, tuple[Any, ...]],
+) -> dict[str, Values]:
+    """A transform of all leaves; whole tensors of one shape in one batch.
+
+    One SVD is then compiled a shape, not one a leaf.
+    """
+    inputs = {p: (values[p], leaves[p], stats[p]) for p in values}
+    if t.needs != "tensor":
+        return {p: t.apply(*x) for p, x in inputs.items()}
+    groups: dict[Any, list[str]] = {}
+    for p, x in inputs.items():
+        arrays, structure = jax.tree.flatten(x)
+        shapes = tuple((np.shape(a), jnp.result_type(a)) for a in arrays)
+        groups.setdefault((structure, shapes), []).append(p)
+    out: dict[str, Values] = {}
+    for paths in groups.values():
+        batch = [inputs[p] for p in paths]
+        if len(batch) == 1:
+            out[paths[0]] = t.apply(*batch[0])
+            continue
+        stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *batch)
+        results = jax.vmap(t.apply)(*stacked)
+        out |= {p: tuple(x[i] for x in results) for i, p in enumerate(paths)}
+    return {p: out[p] for p in values}
+
+
+def measure(
     t: Transform, values: Mapping[str, Values], leaves: Mapping[str, Leaf]
 ) -> dict[str, tuple[Any, ...]]:
     """All statistics of a transform, per leaf (a whole-model one is shared)."""

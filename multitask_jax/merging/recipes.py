@@ -8,7 +8,12 @@ METHODS; its docstring's first line is its `--help`. The contract tests pick it 
 from collections.abc import Callable
 from typing import Any, Literal
 
-from multitask_jax.merging import geometry, recipes_average, recipes_sparse
+from multitask_jax.merging import (
+    geometry,
+    recipes_average,
+    recipes_sparse,
+    recipes_subspace,
+)
 from multitask_jax.merging import transforms as tf
 from multitask_jax.merging.arguments import Shares
 from multitask_jax.merging.core import Method, Scope, chain
@@ -138,4 +143,5 @@ METHODS: dict[str, Callable[..., Method]] = {
     "model_stock": model_stock,
     **recipes_sparse.METHODS,
     **recipes_average.METHODS,
+    **recipes_subspace.METHODS,
 }
