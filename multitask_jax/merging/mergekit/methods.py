@@ -61,7 +61,9 @@ def choose(
     weights = tuple(map(float, per_model.get("weight", (1.0,) * count)))
     static = dict(per_tensor) | {k: tuple(v) for k, v in per_model.items()}
     static.pop("weight", None)
-    factor = float(static.pop("lambda", static.pop("scale", 1.0)))
+    factor = float(static.pop("lambda", 1.0))
+    if "scale" in static:  # passthrough's
+        (factor,) = map(float, static.pop("scale"))
     if spec.base == "first":  # SLERP: t as weights
         t = float(static.pop("t"))
         weights = (1 - t, t)
@@ -292,7 +294,7 @@ SPECS: dict[str, Spec] = {
     "passthrough": Spec(
         lambda o, _: recipes_average.passthrough(),
         "model",
-        per_tensor={"scale": 1.0},
+        {"scale": 1.0},
         count=1,
     ),
 }

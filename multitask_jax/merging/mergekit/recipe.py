@@ -228,7 +228,8 @@ def _recipe(content: Any, text: str) -> Recipe:
         notes.append(f"chat_template: {_IGNORED['chat_template']}.")
 
     def settings(x: Mapping[str, Any], where: str) -> Settings:
-        return _settings(x.get("parameters"), _join(where, "parameters"), method, notes)
+        at = _join(where, "parameters")
+        return _settings(x.get("parameters"), at, method, "model" in x, notes)
 
     if "models" in top:
         sources = []
@@ -321,18 +322,22 @@ def _tokenizer(top: Mapping[str, Any]) -> tuple[str | None, int | None]:
 # -- parameters ------------------------------------------------------------------------
 
 
-def _settings(x: Any, where: str, method: str, notes: list[str]) -> Settings:
+def _settings(
+    x: Any, where: str, method: str, of_model: bool, notes: list[str]
+) -> Settings:
     if x is None:
         return {}
+    spec = methods.SPECS[method]
     known = tuple(sorted(methods.ALL_PARAMETERS | {"int8_mask", "eps"}))
     out = {}
     for name, value in _mapping(x, where, known).items():
         at = f"{where}.{name}"
         if name in _IGNORED:
             notes.append(f"{name}: has no effect; {_IGNORED[name]}.")
-        elif name not in methods.SPECS[method].parameters:
+        elif name not in spec.parameters or (of_model and name in spec.per_tensor):
+            what = "one model in" if name in spec.parameters else "the method"
             notes.append(
-                f"{at}: not a parameter of {method}; no effect, as with mergekit."
+                f"{at}: not a parameter of {what} {method}; no effect, as in mergekit."
             )
         else:
             switch = name in methods.SWITCHES
