@@ -43,7 +43,7 @@ def resolve(model: str, folder: Path, where: str = "model") -> Path:
             f"{where}: got {model}: a LoRA on top of a model (model+lora) is not"
             " supported in recipes; merge it into the model first"
         )
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model):
         raise CheckpointError(
             f"{where}: {model} is not in {folder} or the working directory. If it is a"
             f" name on the Hugging Face hub, download it (`hf download {model}"
