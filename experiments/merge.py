@@ -1,6 +1,7 @@
 """Merges fine-tuned checkpoints from disk to disk, in bounded memory.
 
     python -m experiments.merge --base=BASE --models=A,B,C --method=ties --output=OUT
+    python -m experiments.merge --mergekit_config=recipe.yml --output=OUT
     python -m experiments.merge --flagfile=experiments/flagfiles/merge/ties.flags \
         --base=BASE --models=A,B,C --output=OUT
 
@@ -18,7 +19,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from experiments import flags
+from experiments import flags, merge_recipe
 from multitask_jax import merging
 
 
@@ -45,6 +46,11 @@ class Config:
     base: str | None = _flag(
         "Checkpoint that the models were fine-tuned from (linear, slerp and karcher go"
         " without; nuslerp and multislerp do either)."
+    )
+    mergekit_config: str | None = _flag(
+        "A mergekit recipe (YAML): models or slices of layers, parameters with"
+        " gradients and filters, tokenizer_source. Takes the place of --models, --base,"
+        " --method and its options; paths in it are relative to its folder."
     )
     method: str = _flag(f"How to merge:\n{_methods()}\n", "ties")
     # Options of methods.
@@ -172,11 +178,19 @@ def run(config: Config) -> merging.MergeResult:
       ValueError (CheckpointError among them): a flag, an input or the output is not as
         it should be; nothing was written.
     """
+    if not config.output and not config.dry_run:
+        raise ValueError("--output: got none; pass the directory to write")
+    _one_of("allow_missing", config.allow_missing, ("", "base"))
+    if config.mergekit_config is not None:
+        result = merge_recipe.merge(
+            config,
+            max_shard_size=_bytes("max_shard_size", config.max_shard_size),
+            max_memory=_bytes("max_memory", config.max_memory),
+        )
+        return _said(config, result, f"by {config.mergekit_config}")
     models = [m.strip() for m in config.models.split(",") if m.strip()]
     if not models:
         raise ValueError("--models: got none; pass --models=A,B,C")
-    if not config.output and not config.dry_run:
-        raise ValueError("--output: got none; pass the directory to write")
     result = merging.merge_checkpoints(
         build_method(config),
         config.base,
@@ -200,13 +214,20 @@ def run(config: Config) -> merging.MergeResult:
         progress=config.progress,
         threads=config.threads,
     )
+    return _said(config, result, f"{len(models)} models")
+
+
+def _said(
+    config: Config, result: merging.MergeResult, what: str
+) -> merging.MergeResult:
+    """Prints the plan of a dry run, or notes and what was done."""
     if config.dry_run:
         print(result.plan)
         return result
     for note in result.notes:
         print(f"note: {note}", file=sys.stderr)
     report = f"; see {result.output}/merge_report.md" if config.report else ""
-    print(f"merged {len(models)} models in {result.seconds:.1f} s{report}")
+    print(f"merged {what} in {result.seconds:.1f} s{report}")
     return result
 
 

@@ -25,6 +25,7 @@ from multitask_jax.merging.lines_selection import (
     lines_single_task,
     select_alpha,
 )
+from multitask_jax.merging.mergekit import merge_mergekit
 from multitask_jax.merging.recipes import (
     METHODS,
     dare,
@@ -132,6 +133,7 @@ __all__ = [
     "mean_of_active",
     "merge",
     "merge_checkpoints",
+    "merge_mergekit",
     "minimise_interference",
     "model_stock",
     "multislerp",

@@ -104,7 +104,8 @@ def merge_checkpoints(
     if threads is not None and threads < 1:
         raise ValueError(f"threads: got {threads}, expected at least 1")
     threads = threads_for(method, threads or min(8, 2 * (os.cpu_count() or 1)))
-    compute, stored = _dtype("dtype", dtype), _dtype("out_dtype", out_dtype)
+    compute = float_dtype("dtype", dtype, computing=True)
+    stored = float_dtype("out_dtype", out_dtype)
     notes = []
     given = base
     if base is None:
@@ -169,13 +170,13 @@ def merge_checkpoints(
         if output_format == "delta":
             target["base"] = readers[0]
         with (
-            _bar(plan, progress) as stream.advance,
+            progress_bar([plan], progress) as stream.advance,
             checkpoints.create(output, tensors, **target) as writer,
         ):
             notes += [*plan.notes, *stream.run(writer)]
             if output_format != "delta":  # it is no model without its base
                 checkpoints.copy_companions(readers[0].path, writer.directory)
-            _set_config_dtype(writer.directory, stored)
+            set_config_dtype(writer.directory, stored)
             if method.aside is not None:
                 names = report.unique_names(models)
                 notes += method.aside(writer.directory, plan, readers, names)
@@ -211,17 +212,20 @@ _DTYPES = {
 _SHORT = {"f64": "float64", "f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 
 
-def _dtype(name: str, value: str | None) -> np.dtype | None:
+def float_dtype(
+    name: str, value: str | None, *, computing: bool = False
+) -> np.dtype | None:
+    """The dtype of a name like "bfloat16" or "bf16"; `computing`: wide ones only."""
     if not value:
         return None
     value = _SHORT.get(value.replace("fp", "f"), value)
-    known = list(_DTYPES)[:2] if name == "dtype" else list(_DTYPES)
+    known = list(_DTYPES)[:2] if computing else list(_DTYPES)
     if value not in known:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(known)}")
     return np.dtype(_DTYPES[value])
 
 
-def _set_config_dtype(directory: Path, dtype: np.dtype | None) -> None:
+def set_config_dtype(directory: Path, dtype: np.dtype | None) -> None:
     """Hugging Face's config.json names the dtype that weights are loaded in."""
     path = directory / "config.json"
     if dtype is None or not path.exists():
@@ -234,15 +238,17 @@ def _set_config_dtype(directory: Path, dtype: np.dtype | None) -> None:
 
 
 @contextlib.contextmanager
-def _bar(plan: Plan, show: bool) -> Any:
+def progress_bar(plans: Sequence[Plan], show: bool) -> Any:
     """A progress bar over bytes with rate and time left."""
     if not show:
         yield lambda nbytes: None
         return
     from tqdm import tqdm
 
-    merged = sum(e.nbytes for e in plan.merged)
-    total = merged * len(plan.passes) + plan.read_bytes - merged
+    total = 0
+    for plan in plans:
+        merged = sum(e.nbytes for e in plan.merged)
+        total += merged * len(plan.passes) + plan.read_bytes - merged
     with tqdm(
         total=total, unit="B", unit_scale=True, desc="merging", mininterval=0.2
     ) as bar:

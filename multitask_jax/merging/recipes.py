@@ -110,13 +110,16 @@ def magnitude_prune(
 
 
 def slerp(*, t: Any = 0.5, antiparallel: geometry.Antiparallel = "nearest") -> Method:
-    """SLERP: spherical interpolation of two models, --t of the way to the second."""
+    """SLERP: spherical interpolation of two models, --t of the way to the second.
+
+    `t=None` (not a flag) takes it from the weights, which sum to 1: w_1.
+    """
     return Method(
         (geometry.interpolate_spherically(t=t, antiparallel=antiparallel),),
         start="parameters",
         end="parameters",
         models=2,
-        weighted=False,
+        weighted=t is None,
     )
 
 

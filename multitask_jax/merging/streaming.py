@@ -7,7 +7,7 @@ rather than arithmetic (thresholds, checks for NaN) is done by NumPy on the host
 import functools
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -57,16 +57,21 @@ class Stream:
         method: core.Method,
         plan: Plan,
         readers: Sequence[Reader],
-        weights: Sequence[float],
+        weights: Sequence[float] | Mapping[str, Sequence[float]],
         *,
+        programs: Callable[[Any], Any] | None = None,
         census: Census | None = None,
         allow_nonfinite: bool = False,
         advance: Callable[[int], None] = lambda nbytes: None,
         threads: int = 2,
     ):
-        """`readers`: the base, then the models. `advance` hears of bytes read."""
+        """`readers`: the base, then the models. `advance` hears of bytes read.
+
+        `weights`: T, or T by leaf path. `programs`: of a stream whose method differs in
+        ranks alone, so that nothing is compiled again.
+        """
         self.method, self.plan, self.readers = method, plan, tuple(readers)
-        self.weights = tuple(map(float, weights))
+        self.weights = weights
         self.census, self.advance, self.threads = census, advance, threads
         self._check = not allow_nonfinite
         needs = {t.needs for t in method.transforms}
@@ -78,7 +83,7 @@ class Stream:
         self._model: dict[tuple[int, int], Any] = {}
         self._tensor: dict[tuple[str, int, int], Any] = {}
         count = census is not None and census.exact
-        self._programs = functools.cache(
+        self.programs = programs or functools.cache(
             lambda stage: jax.jit(
                 functools.partial(_compute, method, stage, count),
                 static_argnames=("compute", "out", "check"),
@@ -267,10 +272,12 @@ class Stream:
         stats = [self._known(path, i) for i in range(len(self.method.transforms))]
         check = look and self._check and self.census is None and path in self._unseen
         scalar = functools.partial(_scalar, c.entry.compute)
+        by_path = isinstance(self.weights, Mapping)
+        weights = self.weights[path] if by_path else self.weights
         with jax.enable_x64(c.entry.compute == np.float64):
-            out, bad = self._programs(stage)(
+            out, bad = self.programs(stage)(
                 tuple(_pad(_for_jax(x), shape) for x in arrays),
-                tuple(map(scalar, self.weights)),
+                tuple(scalar(float(w)) for w in weights),
                 [jax.tree.map(scalar, s.get(path, ())) for s in self._settings],
                 stats,
                 (np.uint32(c.start >> 32), np.uint32(c.start & 0xFFFFFFFF)),
@@ -295,11 +302,12 @@ class Stream:
         for reader, x in zip(self.readers, arrays, strict=True):
             places = np.flatnonzero(~np.isfinite(to_compute(x, np.dtype(np.float64))))
             if len(places):
+                origin = getattr(reader, "origin", lambda _, r=reader: r.path)
                 raise CheckpointError(
-                    f"{reader.path}: tensor {c.entry.path!r} has {x[places[0]]} at flat"
-                    f" index {c.start + int(places[0])} (and maybe more): the"
-                    " fine-tuning diverged, or the file is damaged. Leave the model"
-                    " out, exclude the tensor, or pass allow_nonfinite"
+                    f"{origin(c.entry.path)}: tensor {c.entry.path!r} has"
+                    f" {x[places[0]]} at flat index {c.start + int(places[0])} (and"
+                    " maybe more): the fine-tuning diverged, or the file is damaged."
+                    " Leave the model out, exclude the tensor, or pass allow_nonfinite"
                 )
 
     def _copy(self, writer: Writer) -> list[str]:
