@@ -23,6 +23,13 @@ from multitask_jax.merging.elementwise import (
     limit_step,
     mean_of_active,
 )
+from multitask_jax.merging.fitted.fisher import (
+    average_by_fisher,
+    fisher,
+    fisher_diagonal,
+)
+from multitask_jax.merging.fitted.gram import dense_leaves, gram_matrices
+from multitask_jax.merging.fitted.regmean import regmean, regress
 from multitask_jax.merging.geometry import interpolate_spherically, stock
 from multitask_jax.merging.importance import (
     balance_competition,
@@ -66,6 +73,11 @@ from multitask_jax.merging.recipes_sparse import (
 )
 from multitask_jax.merging.sparsify import drop_by_rank, drop_extremes
 from multitask_jax.merging.spherical import interpolate_by_weights, spherical_mean
+from multitask_jax.merging.task_statistics import (
+    Gram,
+    load_statistics,
+    save_statistics,
+)
 from multitask_jax.merging.transforms import (
     disjoint_mean,
     drop,
@@ -78,6 +90,7 @@ from multitask_jax.merging.transforms import (
 
 __all__ = [
     "METHODS",
+    "Gram",
     "Leaf",
     "Measure",
     "MergeResult",
@@ -85,6 +98,7 @@ __all__ = [
     "Transform",
     "analyse",
     "arcee_fusion",
+    "average_by_fisher",
     "balance_competition",
     "beside",
     "breadcrumbs",
@@ -96,12 +110,16 @@ __all__ = [
     "dare_ties",
     "della",
     "della_ties",
+    "dense_leaves",
     "disjoint_mean",
     "drop",
     "drop_by_rank",
     "drop_extremes",
     "elect_sign",
     "energy_mean",
+    "fisher",
+    "fisher_diagonal",
+    "gram_matrices",
     "interpolate_by_weights",
     "interpolate_spherically",
     "karcher",
@@ -110,6 +128,7 @@ __all__ = [
     "keep_varying",
     "limit_step",
     "linear",
+    "load_statistics",
     "localise",
     "magmax",
     "magnitude_prune",
@@ -125,6 +144,9 @@ __all__ = [
     "pcb",
     "ram",
     "ramplus",
+    "regmean",
+    "regress",
+    "save_statistics",
     "scale",
     "scale_by_depth",
     "sce",

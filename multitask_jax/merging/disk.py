@@ -19,6 +19,7 @@ from multitask_jax.merging import core, report
 from multitask_jax.merging.census import MOST_MODELS, Census
 from multitask_jax.merging.plan import Plan, describe, human, peak_memory, plan_merge
 from multitask_jax.merging.streaming import Stream
+from multitask_jax.merging.task_statistics import StatisticsFile
 
 PathLike = str | os.PathLike[str]
 
@@ -39,6 +40,7 @@ def merge_checkpoints(
     output: PathLike,
     *,
     weights: Sequence[float] | None = None,
+    statistics: Sequence[PathLike] | None = None,
     include: str | None = None,
     exclude: str | None = None,
     dtype: str | None = None,
@@ -65,6 +67,7 @@ def merge_checkpoints(
       models: checkpoints of the fine-tuned models.
       output: directory that appears when all is done.
       weights: one a model.
+      statistics: files by `save_statistics`, one a model, for fisher and regmean.
       include, exclude: regexes on tensor names; the rest is copied from the base.
       dtype: of the computation, "float32" or "float64" (by default float32, and float64
         for float64 tensors).
@@ -108,6 +111,9 @@ def merge_checkpoints(
         for path in (base, *models):
             readers.append(checkpoints.open(path))
             stack.callback(readers[-1].close)
+        known = None if statistics is None else [*map(StatisticsFile, statistics)]
+        for file in known or ():
+            stack.callback(file.close)
         plan = plan_merge(
             method,
             readers[0],
@@ -117,6 +123,7 @@ def merge_checkpoints(
             dtype=compute,
             out_dtype=stored,
             allow_missing=allow_missing,
+            statistics=known,
         )
         memory = peak_memory(plan, readers, threads)
         if max_memory is not None and memory > max_memory:
@@ -133,6 +140,7 @@ def merge_checkpoints(
             plan,
             readers,
             weights,
+            statistics=known or (),
             census=census,
             allow_nonfinite=allow_nonfinite,
             threads=threads,

@@ -12,6 +12,7 @@ from multitask_jax.merging import geometry, recipes_average, recipes_sparse
 from multitask_jax.merging import transforms as tf
 from multitask_jax.merging.arguments import Shares
 from multitask_jax.merging.core import Method, Scope, chain
+from multitask_jax.merging.fitted import fisher, regmean
 
 
 def linear(*, normalise: bool = True) -> Method:
@@ -135,4 +136,6 @@ METHODS: dict[str, Callable[..., Method]] = {
     "model_stock": model_stock,
     **recipes_sparse.METHODS,
     **recipes_average.METHODS,
+    "fisher": fisher.fisher,
+    "regmean": regmean.regmean,
 }
