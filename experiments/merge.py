@@ -116,7 +116,7 @@ class Config:
     tol: float | None = _flag("karcher: a shorter step is the last (1e-5).")
     fisher_floor: float | None = _flag("fisher: added to each Fisher entry (1e-6).")
     off_diagonal: float | None = _flag(
-        "regmean: what entries of the Gram matrices off the diagonal are scaled by (.9)."
+        "regmean: factor of the Gram matrices' entries off the diagonal (.9)."
     )
     seed: int | None = _flag("Of random masks: same seed, same bytes (0).")
     # LiNeS, after any method.

@@ -43,6 +43,7 @@ def norm_of(square: Array) -> Array:
 
 
 def by_pair(stats: Any, count: int) -> dict[tuple[int, int], Array]:
+    """Statistics by (i, j), i <= j."""
     pairs = itertools.combinations_with_replacement(range(count), 2)
     return dict(zip(pairs, stats, strict=True))
 

@@ -194,7 +194,9 @@ def _step(eqn: Any, ins: list[Any], hooks: Hooks) -> Sequence[Any]:
 
 def bind(eqn: Any, ins: Sequence[Any]) -> Sequence[Any]:
     """Evaluates one equation on arrays."""
-    functions, params = eqn.primitive.get_bind_params(eqn.params)
+    found = eqn.primitive.get_bind_params(eqn.params)
+    # Up to jax 0.9 functions come apart from the parameters.
+    functions, params = found if isinstance(found, tuple) else ((), found)
     out = eqn.primitive.bind(*functions, *ins, **params)
     return out if eqn.primitive.multiple_results else [out]
 
