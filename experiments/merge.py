@@ -55,6 +55,10 @@ class Config:
     method: str = _flag(f"How to merge:\n{_methods()}\n", "ties")
     # Options of methods.
     weights: str | None = _flag("One number a model, comma-separated (1 each).")
+    statistics: str | None = _flag(
+        "fisher, regmean: what merging.save_statistics wrote of each model's data,"
+        " comma-separated: A/fisher.safetensors,B/fisher.safetensors."
+    )
     density: str | None = _flag(
         "Share of parameters to keep, in (0, 1]: one number, or one a model."
     )
@@ -77,7 +81,8 @@ class Config:
     combine: str | None = _flag("Entries that agree: their 'mean', 'sum' or 'max'.")
     normalise: str | None = _flag(
         "linear, task_arithmetic, dare: 'true' divides by the sum of weights. ties: the"
-        " mean divides by 'weights' or, as PEFT, by the 'count' of models."
+        " mean divides by 'weights' or, as PEFT, by the 'count' of models. fisher: each"
+        " model's Fisher by its norm."
     )
     rescale: str | None = _flag(
         "After dropping or trimming: 'density' divides by it (DARE paper),"
@@ -120,6 +125,10 @@ class Config:
     )
     max_iter: int | None = _flag("karcher: steps at most (10).")
     tol: float | None = _flag("karcher: a shorter step is the last (1e-5).")
+    fisher_floor: float | None = _flag("fisher: added to each Fisher entry (1e-6).")
+    off_diagonal: float | None = _flag(
+        "regmean: factor of the Gram matrices' entries off the diagonal (.9)."
+    )
     seed: int | None = _flag("Of random masks: same seed, same bytes (0).")
     # LiNeS, after any method.
     lines_alpha: str | None = _flag(
@@ -188,7 +197,7 @@ def run(config: Config) -> merging.MergeResult:
             max_memory=_bytes("max_memory", config.max_memory),
         )
         return _said(config, result, f"by {config.mergekit_config}")
-    models = [m.strip() for m in config.models.split(",") if m.strip()]
+    models = _paths(config.models)
     if not models:
         raise ValueError("--models: got none; pass --models=A,B,C")
     result = merging.merge_checkpoints(
@@ -197,6 +206,7 @@ def run(config: Config) -> merging.MergeResult:
         models,
         config.output,
         weights=_numbers("weights", config.weights),
+        statistics=_paths(config.statistics),
         include=config.include,
         exclude=config.exclude,
         dtype=config.dtype,
@@ -329,6 +339,12 @@ def _numbers(name: str, text: str | None) -> list[float] | None:
         raise ValueError(
             f"--{name}: got {text!r}, expected numbers like 0.5,0.3"
         ) from None
+
+
+def _paths(text: str | None) -> list[str] | None:
+    if text is None:
+        return None
+    return [p.strip() for p in text.split(",") if p.strip()]
 
 
 def _one_of(name: str, value: str, options: tuple[str, ...]) -> Any:

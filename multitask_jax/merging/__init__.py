@@ -10,6 +10,13 @@ from multitask_jax.merging.disk import MergeResult, merge_checkpoints
 from multitask_jax.merging.elementwise import limit_step, mean_of_active
 from multitask_jax.merging.emr import EmrTask, emr_tasks, specialise
 from multitask_jax.merging.emr_files import load_task, specialise_checkpoint
+from multitask_jax.merging.fitted.fisher import (
+    average_by_fisher,
+    fisher,
+    fisher_diagonal,
+)
+from multitask_jax.merging.fitted.gram import dense_leaves, gram_matrices
+from multitask_jax.merging.fitted.regmean import regmean, regress
 from multitask_jax.merging.geometry import interpolate_spherically, stock
 from multitask_jax.merging.importance import (
     balance_competition,
@@ -69,6 +76,7 @@ from multitask_jax.merging.subspace import (
     flatten_spectrum_by_task,
     join_singular_vectors,
 )
+from multitask_jax.merging.task_statistics import Gram, load_statistics, save_statistics
 from multitask_jax.merging.transforms import (
     disjoint_mean,
     drop,
@@ -82,6 +90,7 @@ from multitask_jax.merging.transforms import (
 __all__ = [
     "METHODS",
     "EmrTask",
+    "Gram",
     "Leaf",
     "Measure",
     "MergeResult",
@@ -91,6 +100,7 @@ __all__ = [
     "align",
     "analyse",
     "arcee_fusion",
+    "average_by_fisher",
     "balance_competition",
     "beside",
     "breadcrumbs",
@@ -102,6 +112,7 @@ __all__ = [
     "dare_ties",
     "della",
     "della_ties",
+    "dense_leaves",
     "disjoint_mean",
     "drop",
     "drop_by_rank",
@@ -110,8 +121,11 @@ __all__ = [
     "emr",
     "emr_tasks",
     "energy_mean",
+    "fisher",
+    "fisher_diagonal",
     "flatten_spectrum",
     "flatten_spectrum_by_task",
+    "gram_matrices",
     "interpolate_by_weights",
     "interpolate_spherically",
     "iso_c",
@@ -125,6 +139,7 @@ __all__ = [
     "limit_step",
     "linear",
     "lines_single_task",
+    "load_statistics",
     "load_task",
     "localise",
     "magmax",
@@ -144,7 +159,10 @@ __all__ = [
     "pcb",
     "ram",
     "ramplus",
+    "regmean",
+    "regress",
     "rewarded_soup",
+    "save_statistics",
     "scale",
     "scale_by_depth",
     "sce",
