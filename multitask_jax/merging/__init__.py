@@ -31,7 +31,7 @@ from multitask_jax.merging.importance import (
     keep_varying,
 )
 from multitask_jax.merging.interference import analyse
-from multitask_jax.merging.lines import scale_by_depth, with_lines
+from multitask_jax.merging.lines import norm_rule, scale_by_depth, with_lines
 from multitask_jax.merging.lines_selection import (
     SingleTask,
     lines_single_task,
@@ -128,6 +128,7 @@ __all__ = [
     "model_stock",
     "multislerp",
     "nearswap",
+    "norm_rule",
     "nuslerp",
     "pareto_front",
     "passthrough",
