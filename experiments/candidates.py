@@ -246,8 +246,9 @@ class Candidates:
     ) -> Program:
         config, (base, models, include, *_) = self._config, self._inputs
 
-        def method(traced: Coefficients) -> merging.Method:
-            return merge.build_method(config_at(config, dict(fixed) | traced))
+        def method(traced: Coefficients, **instead: Any) -> merging.Method:
+            at = config_at(config, dict(fixed) | traced)
+            return merge.build_method(dataclasses.replace(at, **instead))
 
         def merged(method: Any, base: Any, models: Any, traced: Coefficients) -> Any:
             weights = weights_at(config, traced, len(models))
@@ -256,14 +257,25 @@ class Candidates:
         def whole(traced: Coefficients, base: Any, models: Any) -> Any:
             return merged(method(traced), base, models, traced)
 
-        def head(traced: Coefficients, base: Any, models: Any) -> Any:
-            """tau in float32, before what only scales it."""
-            first = split_scales(method(traced))[0]._replace(end="parameters")
-            wide = {k: jnp.asarray(x).astype(jnp.float32) for k, x in base.items()}
-            return merged(first, wide, models, traced)
+        # The norm rule's alpha is a number once tau is known.
+        norm = config.lines_alpha == "norm"
 
-        def tail(traced: Coefficients, base: Any, tau: Any) -> Any:
-            scales = split_scales(method(traced))[1]
+        def head(traced: Coefficients, base: Any, models: Any) -> tuple[Any, Any]:
+            """tau in float32, before what only scales it, and alpha of LiNeS."""
+            instead = {"lines_alpha": 0.0} if norm else {}
+            first, _ = split_scales(method(traced, **instead))
+            wide = {k: jnp.asarray(x).astype(jnp.float32) for k, x in base.items()}
+            tau = merged(first._replace(end="parameters"), wide, models, traced)
+            if not norm:
+                return tau, {}
+            add = merging.Method((merging.weighted_sum(),), end="parameters")
+            total = merging.merge(add, wide, models, include=include)
+            pair = [{k: t[k] for k in t if re.search(include, k)} for t in (total, tau)]
+            return tau, {"lines_alpha": merging.norm_rule(*pair, len(models))}
+
+        def tail(traced: Coefficients, base: Any, known: tuple[Any, Any]) -> Any:
+            tau, instead = known
+            _, scales = split_scales(method(traced, **instead))
             last = merging.Method(scales, start="parameters")
             return merging.merge(last, base, [tau], include=include)
 

@@ -26,7 +26,7 @@ from multitask_jax.merging.importance import (
 )
 from multitask_jax.merging.interference import analyse
 from multitask_jax.merging.interference_free import minimise_interference
-from multitask_jax.merging.lines import scale_by_depth, with_lines
+from multitask_jax.merging.lines import norm_rule, scale_by_depth, with_lines
 from multitask_jax.merging.lines_selection import (
     SingleTask,
     lines_single_task,
@@ -153,6 +153,7 @@ __all__ = [
     "model_stock",
     "multislerp",
     "nearswap",
+    "norm_rule",
     "nuslerp",
     "pareto_front",
     "passthrough",

@@ -8,9 +8,11 @@ which are general, move less.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from multitask_jax import tree
+from multitask_jax.merging import statistics
 from multitask_jax.merging.agreement import inputs_beside
 from multitask_jax.merging.core import (
     SUBTRACT_BASE,
@@ -72,6 +74,28 @@ def scale_by_depth(
     )
 
 
+def norm_rule(total: Any, merged: Any, models: int) -> Array:
+    """The paper's alpha for many tasks: (|sum_t tau_t|_1 / |tau|_1) / T.
+
+    Args:
+      total: the sum of the task vectors as they are, a pytree.
+      merged: the merged task vector tau before its scale lambda, alike.
+      models: T.
+
+    Returns:
+      A scalar; 0 where tau is 0, which any alpha leaves so.
+    """
+    sums = (
+        statistics.total([jnp.abs(x) for x in jax.tree.leaves(t)])
+        for t in (total, merged)
+    )
+    return _ratio(*sums, models)
+
+
+def _ratio(total: Array, size: Array, models: int) -> Array:
+    return jnp.where(size > 0, total / jnp.where(size > 0, size, 1), 0) / models
+
+
 def _scale_by_depth_and_norm(
     *, beta: Any, start: Space, block_pattern: str | None
 ) -> Transform:
@@ -85,9 +109,8 @@ def _scale_by_depth_and_norm(
 
     def apply(values: Values, leaf: Leaf, stats: tuple[Any, ...]) -> Values:
         *taus, merged = values
-        total, size = (jnp.asarray(x, merged.dtype) for x in stats[0])
-        # alpha = (|sum_t tau_t|_1 / |tau|_1) / T; for tau = 0 any will do.
-        alpha = jnp.where(size > 0, total / jnp.where(size > 0, size, 1), 0) / len(taus)
+        sums = (jnp.asarray(x, merged.dtype) for x in stats[0])
+        alpha = _ratio(*sums, len(taus))  # `norm_rule`
         return (times(_factor(alpha, beta, leaf), merged),)
 
     return Transform(
@@ -105,10 +128,10 @@ def with_lines(
     Args:
       method: a chain or recipe.
       alpha: a number, which may be traced; or "norm", the paper's rule for multi-task
-        merging: alpha = (|sum_t tau_t|_1 / |tau|_1) / T, with the task vectors as they
-        are (untrimmed, without weights) and the merged tau before its scale lambda. It
-        brings the merged vector to the size of the average, and leaves beta alone to be
-        tuned (the paper: .1 to 1, for TIES to 1.5).
+        merging (`norm_rule`), with the task vectors as they are (untrimmed, without
+        weights) and the merged one before its scale lambda. It brings that to the size
+        of the average, and leaves beta alone to be tuned (the paper: .1 to 1, for TIES
+        to 1.5).
       beta: how much more the last block gets; may be traced.
       block_pattern: as for `scale_by_depth`.
 

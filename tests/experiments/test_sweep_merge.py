@@ -275,7 +275,14 @@ MERGES = {
     "slerp": ({"t": 0.3, "lines_alpha": 0.5}, {}),
     "passthrough": ({"scale": 0.5}, {"models": "m0"}),
     "consensus": ({"k": 1.0, "scale": 0.5}, {"exclude": "layers_2"}),
-    "task_arithmetic": ({"lines_beta": 0.5}, {"lines_alpha": "norm"}),
+    "task_arithmetic": (
+        {"lines_beta": 0.5, "weights[0]": 0.3},
+        {"lines_alpha": "norm"},
+    ),
+    "sce": (
+        {"lines_beta": 0.5, "scale": 2.0},
+        {"lines_alpha": "norm", "include": "layers"},
+    ),
 }
 
 
@@ -304,14 +311,15 @@ def test_candidates_are_what_merge_makes(inputs, method):
             ms,
             weights=candidates.weights_at(given, coefficients, count),
             exclude=fields.get("exclude"),
+            include=fields.get("include"),
         )
     )(base, models[:count])
     close = jax.tree.map(lambda a, b: np.allclose(a, b, atol=1e-6), kept[0], want)
     assert jax.tree.all(close)
-    # ties and consensus are trimmed and elected once for all scales.
+    # What comes before the scales is done once, where nothing traced has a part in it.
     program, _ = found._at(coefficients)
-    split = isinstance(program.arguments[1], dict)
-    assert split is (method in ("ties", "consensus"))
+    split = isinstance(program.arguments[1], tuple)
+    assert split is (method in ("ties", "consensus", "sce"))
 
 
 def test_one_program_serves_all_traced_candidates(inputs):

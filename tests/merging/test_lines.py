@@ -32,6 +32,9 @@ def test_norm_rule_as_the_reference(shared, tmp_path, name):
             for k, delta in f["expected_delta"].items():
                 want = base[k] + scale * delta
                 np.testing.assert_allclose(out[k], want, atol=1e-6, rtol=1e-5)
+    total = {k: np.sum(v, 0) - 3 * base[k] for k, v in f["models"].items()}
+    alpha = merging.norm_rule(total, f["expected_multi_task_delta"], 3)
+    np.testing.assert_allclose(alpha, f["expected_alpha"], rtol=1e-5)
     # The first block's factor is alpha itself.
     kernel = "layers.0.kernel"
     np.testing.assert_allclose(
