@@ -6,8 +6,9 @@
         --base=BASE --models=A,B,C --output=OUT
 
 BASE, A, ... are safetensors files, Hugging Face directories, Orbax or flax msgpack
-checkpoints. OUT is a directory that appears when everything is done; merge_report.md in
-it tells how much the models got in each other's way. --dry_run prints the plan.
+checkpoints; A, ... may be PEFT LoRA adapters of BASE too, or deltas. OUT is a directory
+that appears when everything is done; merge_report.md in it tells how much the models
+got in each other's way. --dry_run prints the plan.
 """
 
 import dataclasses
@@ -36,7 +37,11 @@ def _methods() -> str:
 class Config:
     """What to merge, how, and where to. None means: as the method has it."""
 
-    models: str = _flag("Fine-tuned checkpoints, comma-separated.", "")
+    models: str = _flag(
+        "Fine-tuned checkpoints, comma-separated; with --base also PEFT LoRA adapters"
+        " and deltas.",
+        "",
+    )
     output: str = _flag("Directory to write; it must not exist.", "")
     base: str | None = _flag(
         "Checkpoint that the models were fine-tuned from (linear, slerp and karcher go"
@@ -136,7 +141,11 @@ class Config:
         "Compute in float32 or float64 (float32, but float64 tensors in float64)."
     )
     out_dtype: str | None = _flag("Store as, e.g. bfloat16 (as in the base).")
-    output_format: str = _flag("safetensors, orbax or msgpack.", "safetensors")
+    output_format: str = _flag(
+        "safetensors, orbax or msgpack; or delta: the merged task vector alone, sparse"
+        " where that is smaller, to be merged again with the same --base.",
+        "safetensors",
+    )
     max_shard_size: str | None = _flag("Largest file, like 5GB (one file).")
     overwrite: bool = _flag("Replace a checkpoint at --output.", False)
     # Around the merge.

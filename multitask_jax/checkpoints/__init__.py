@@ -1,6 +1,7 @@
 """Checkpoints as lazy tensors: `open(path)` reads slices, `create(path)` writes them.
 
-Formats: safetensors (file, shards, Hugging Face directories), Orbax, flax msgpack.
+Formats: safetensors (file, shards, Hugging Face directories), Orbax, flax msgpack; with
+`open(path, base=...)` also PEFT LoRA adapters and deltas, which change a base.
 Nothing here unpickles anything.
 """
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from multitask_jax.checkpoints import safetensors_file
+from multitask_jax.checkpoints import delta_file, lora_file, safetensors_file
 from multitask_jax.checkpoints.types import (
     CheckpointError,
     FormatWriter,
@@ -19,7 +19,7 @@ from multitask_jax.checkpoints.types import (
     TensorInfo,
 )
 
-FORMATS = ("safetensors", "orbax", "msgpack")
+FORMATS = ("safetensors", "orbax", "msgpack", "delta")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 # What Hugging Face tools keep beside the weights. The card is written anew.
 _COMPANIONS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py", ".md")
@@ -38,6 +38,8 @@ def _module(name: str) -> ModuleType:
         from multitask_jax.checkpoints import msgpack_file
 
         return msgpack_file
+    if name == "delta":
+        return delta_file
     raise ValueError(f"got format {name!r}, expected one of {', '.join(FORMATS)}")
 
 
@@ -50,16 +52,35 @@ def _looks_like_orbax(path: Path) -> bool:
     )
 
 
-def open(path: str | os.PathLike[str]) -> Reader:
+# Changes of a base, which are models with it alone.
+_CHANGES = {"a LoRA adapter": lora_file, "a delta": delta_file}
+
+
+def open(path: str | os.PathLike[str], base: Reader | None = None) -> Reader:
     """Opens a checkpoint for lazy reading; the format is told from the files.
 
+    Args:
+      path: file or directory. A PEFT LoRA adapter or a delta (format="delta") is a
+        model too, with the base that it changes.
+      base: what an adapter or a delta is added to, as it is read; it must stay open.
+        Other checkpoints are whole without.
+
     Raises:
-      CheckpointError: missing, not a checkpoint, damaged, or pickle-based.
+      CheckpointError: missing, not a checkpoint, damaged, or pickle-based; an adapter
+        or a delta without its base, or with another one.
     """
     path = Path(path).expanduser()
     if not path.exists():
         near = _similar(path)
         raise CheckpointError(f"{path}: no such file or directory{near}")
+    for kind, module in _CHANGES.items():
+        if module.is_format(path):
+            if base is None:
+                raise CheckpointError(
+                    f"{path}: {kind} changes a base and is no model without: give the"
+                    " base it was made for (--base=BASE; in Python base=open(BASE))"
+                )
+            return module.open_reader(path, base)
     if safetensors_file.is_format(path):
         return safetensors_file.open_reader(path)
     if _looks_like_orbax(path):
@@ -203,6 +224,8 @@ def check_output(
         _refuse_existing(path)
     elif path.is_symlink() or (path.exists() and not path.is_dir()):
         raise CheckpointError(f"{path} is not a directory: not overwritten")
+    elif any(module.is_format(path) for module in _CHANGES.values()):
+        pass
     elif path.is_dir() and any(path.iterdir()):
         try:
             open(path).close()
@@ -257,10 +280,11 @@ def create(
     Args:
       path: the directory that appears on success.
       tensors: names, shapes and dtypes, in the order of writing.
-      format: safetensors, orbax or msgpack.
+      format: safetensors, orbax, msgpack or delta (the tensors are a task vector).
       overwrite: replace a checkpoint at `path`.
       inputs: paths that the output must not touch.
-      **options: of the format (safetensors: max_shard_size, metadata).
+      **options: of the format (safetensors: max_shard_size, metadata, stem; delta:
+        max_shard_size and `base`, the open base that it will be added to).
 
     Raises:
       CheckpointError: the path is taken or overlaps an input; the disk is too small.

@@ -36,6 +36,7 @@ DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+FLOATS = frozenset(dtype for name, dtype in DTYPES.items() if "F" in name)
 
 
 def is_format(path: Path) -> bool:
@@ -54,7 +55,8 @@ def _unique_keys(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     return out
 
 
-def _json(text: bytes, where: Path) -> dict[str, Any]:
+def parse_json(text: bytes, where: Path) -> dict[str, Any]:
+    """A JSON object without repeated keys; anything else is a CheckpointError."""
     try:
         out = json.loads(text, object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as e:
@@ -119,7 +121,7 @@ class _File:
                 f" (limit {MAX_HEADER_BYTES}): truncated, or not a safetensors file"
             )
         self._data = self._map[8 + header :]
-        content = _json(self._map[8 : 8 + header].tobytes(), path)
+        content = parse_json(self._map[8 : 8 + header].tobytes(), path)
         self.metadata = content.pop("__metadata__", None) or {}
         found = [_entry(k, v, len(self._data), path) for k, v in content.items()]
         found.sort(key=lambda item: (item[1], item[1] + item[0].nbytes))
@@ -195,7 +197,7 @@ class SafetensorsReader:
         config = self.path / "config.json"
         if not config.exists():
             return {}
-        settings = _json(config.read_bytes(), config)
+        settings = parse_json(config.read_bytes(), config)
         text = settings.get("text_config")
         tied = settings.get("tie_word_embeddings")
         if tied is None and isinstance(text, dict):
@@ -248,7 +250,7 @@ def _files(path: Path) -> tuple[list[Path], dict[str, Any]]:
     index = indices[0] if len(indices) == 1 else path / INDEX_NAME
     if index not in indices:
         raise CheckpointError(f"{path}: several index files, none is {INDEX_NAME}")
-    weights = _json(index.read_bytes(), index).get("weight_map")
+    weights = parse_json(index.read_bytes(), index).get("weight_map")
     if not isinstance(weights, dict) or not weights:
         raise CheckpointError(f"{index}: expected a non-empty weight_map")
     out = []
@@ -271,7 +273,10 @@ def open_reader(path: Path) -> SafetensorsReader:
 def create_writer(
     staging: Path, tensors: Sequence[TensorInfo], **options: Any
 ) -> FormatWriter:
-    """A writer into `staging`; options: `max_shard_size` (bytes), `metadata`."""
+    """A writer into `staging`; options: `max_shard_size` (bytes), `metadata`, `stem`.
+
+    The file is STEM.safetensors ("model" by default).
+    """
     from multitask_jax.checkpoints.safetensors_writer import SafetensorsWriter
 
     return SafetensorsWriter(staging, tensors, **options)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from multitask_jax.checkpoints.safetensors_file import INDEX_NAME, NAMES
+from multitask_jax.checkpoints.safetensors_file import NAMES
 from multitask_jax.checkpoints.types import TensorInfo
 from multitask_jax.checkpoints.writing import Due, reserve, write_all
 
@@ -41,6 +41,7 @@ class SafetensorsWriter:
         *,
         max_shard_size: int | None = None,
         metadata: Mapping[str, str] | None = None,
+        stem: str = "model",
     ):
         self._where: dict[str, tuple[int, int, TensorInfo]] = {}
         self._files: list[int] = []
@@ -51,9 +52,9 @@ class SafetensorsWriter:
         for k, shard in enumerate(shards):
             # Wide dtypes first keep every tensor aligned, whatever came before it.
             shard = sorted(shard, key=lambda t: -np.dtype(t.dtype).itemsize)
-            file_name = "model.safetensors"
+            file_name = f"{stem}.safetensors"
             if len(shards) > 1:
-                file_name = f"model-{k + 1:05d}-of-{len(shards):05d}.safetensors"
+                file_name = f"{stem}-{k + 1:05d}-of-{len(shards):05d}.safetensors"
             weight_map |= {t.name: file_name for t in shard}
             self._open(staging / file_name, shard, metadata)
         if len(shards) > 1:
@@ -61,7 +62,8 @@ class SafetensorsWriter:
                 "metadata": {"total_size": sum(t.nbytes for t in tensors)},
                 "weight_map": {t.name: weight_map[t.name] for t in tensors},
             }
-            (staging / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+            name = f"{stem}.safetensors.index.json"
+            (staging / name).write_text(json.dumps(index, indent=2) + "\n")
 
     def _open(
         self, path: Path, shard: Sequence[TensorInfo], metadata: Mapping[str, str]

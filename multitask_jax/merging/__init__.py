@@ -23,6 +23,8 @@ from multitask_jax.merging.elementwise import (
     limit_step,
     mean_of_active,
 )
+from multitask_jax.merging.emr import EmrTask, emr_tasks, specialise
+from multitask_jax.merging.emr_files import load_task, specialise_checkpoint
 from multitask_jax.merging.geometry import interpolate_spherically, stock
 from multitask_jax.merging.importance import (
     balance_competition,
@@ -38,6 +40,7 @@ from multitask_jax.merging.recipes import (
     METHODS,
     dare,
     dare_ties,
+    emr,
     linear,
     magnitude_prune,
     model_stock,
@@ -87,6 +90,7 @@ from multitask_jax.merging.transforms import (
 
 __all__ = [
     "METHODS",
+    "EmrTask",
     "Leaf",
     "Measure",
     "MergeResult",
@@ -111,6 +115,8 @@ __all__ = [
     "drop_by_rank",
     "drop_extremes",
     "elect_sign",
+    "emr",
+    "emr_tasks",
     "energy_mean",
     "flatten_spectrum",
     "flatten_spectrum_by_task",
@@ -126,6 +132,7 @@ __all__ = [
     "knots",
     "limit_step",
     "linear",
+    "load_task",
     "localise",
     "magmax",
     "magnitude_prune",
@@ -147,6 +154,8 @@ __all__ = [
     "scale_by_depth",
     "sce",
     "slerp",
+    "specialise",
+    "specialise_checkpoint",
     "spherical_mean",
     "stock",
     "tall_masks",

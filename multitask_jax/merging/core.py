@@ -75,6 +75,9 @@ class Method(NamedTuple):
     end: Space = "task_vectors"
     models: int | None = None  # the exact number of models, if it matters
     weighted: bool = True  # whether weights count
+    # What a merge from disk writes beside its result: (directory in the making, plan,
+    # readers of base and models, the models' names) -> notes.
+    aside: Callable[..., list[str]] | None = None
 
 
 # theta - theta_0: from merged parameters back to a task vector.

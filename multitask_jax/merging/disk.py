@@ -15,9 +15,16 @@ import numpy as np
 
 from multitask_jax import checkpoints
 from multitask_jax.checkpoints import CheckpointError, Reader
-from multitask_jax.merging import core, report
+from multitask_jax.merging import core, delta, report
 from multitask_jax.merging.census import MOST_MODELS, Census
-from multitask_jax.merging.plan import Plan, describe, human, peak_memory, plan_merge
+from multitask_jax.merging.plan import (
+    Plan,
+    describe,
+    human,
+    peak_memory,
+    plan_merge,
+    threads_for,
+)
 from multitask_jax.merging.streaming import Stream
 
 PathLike = str | os.PathLike[str]
@@ -62,14 +69,17 @@ def merge_checkpoints(
       method: a chain or recipe, as for `merge`.
       base: checkpoint of theta_0; None for methods on parameters alone (linear, slerp),
         where the first model then gives names, dtypes and companion files.
-      models: checkpoints of the fine-tuned models.
+      models: checkpoints of the fine-tuned models; with a base also PEFT LoRA
+        adapters of it, and deltas.
       output: directory that appears when all is done.
       weights: one a model.
       include, exclude: regexes on tensor names; the rest is copied from the base.
       dtype: of the computation, "float32" or "float64" (by default float32, and float64
         for float64 tensors).
       out_dtype: of merged tensors, by name ("bfloat16"); the base's by default.
-      output_format: "safetensors", "orbax" or "msgpack".
+      output_format: "safetensors", "orbax" or "msgpack"; "delta" writes the merged
+        task vector alone (float32 unless out_dtype says otherwise), sparse where that
+        is smaller. It is a model again, given the same base.
       max_shard_size: bytes of a file at most (safetensors).
       block_pattern: how the report finds blocks in unusual names.
       allow_missing: "base" copies tensors that a model lacks from the base.
@@ -93,7 +103,7 @@ def merge_checkpoints(
     _check_weights(method, weights)
     if threads is not None and threads < 1:
         raise ValueError(f"threads: got {threads}, expected at least 1")
-    threads = threads or min(8, 2 * (os.cpu_count() or 1))
+    threads = threads_for(method, threads or min(8, 2 * (os.cpu_count() or 1)))
     compute = float_dtype("dtype", dtype, computing=True)
     stored = float_dtype("out_dtype", out_dtype)
     notes = []
@@ -101,13 +111,16 @@ def merge_checkpoints(
     if base is None:
         if (method.start, method.end) != ("parameters", "parameters"):
             raise ValueError("this method needs a base: pass the models' common origin")
+        if output_format == "delta":
+            raise ValueError("output_format='delta' needs a base to be a change of")
         base = models[0]
         notes.append(f"No base: names, dtypes and other files are {base.name}'s.")
     base = Path(base).expanduser()
     with contextlib.ExitStack() as stack:
         readers: list[Reader] = []
         for path in (base, *models):
-            readers.append(checkpoints.open(path))
+            origin = readers[0] if readers and given is not None else None
+            readers.append(checkpoints.open(path, origin))
             stack.callback(readers[-1].close)
         plan = plan_merge(
             method,
@@ -119,7 +132,11 @@ def merge_checkpoints(
             out_dtype=stored,
             allow_missing=allow_missing,
         )
-        memory = peak_memory(plan, readers, threads)
+        tensors: Sequence[checkpoints.TensorInfo] = plan.outputs
+        if output_format == "delta":
+            method, plan = delta.as_delta(method), delta.delta_plan(plan, stored)
+            tensors = delta.written(plan)
+        memory = peak_memory(plan, readers, threads, method)
         if max_memory is not None and memory > max_memory:
             raise CheckpointError(
                 f"the merge is expected to need {human(memory)}, more than max_memory"
@@ -150,13 +167,19 @@ def merge_checkpoints(
             return MergeResult(None, text, (*notes, *plan.notes), 0.0)
         if max_shard_size is not None:
             target["max_shard_size"] = max_shard_size
+        if output_format == "delta":
+            target["base"] = readers[0]
         with (
             progress_bar([plan], progress) as stream.advance,
-            checkpoints.create(output, plan.outputs, **target) as writer,
+            checkpoints.create(output, tensors, **target) as writer,
         ):
             notes += [*plan.notes, *stream.run(writer)]
-            checkpoints.copy_companions(readers[0].path, writer.directory)
+            if output_format != "delta":  # it is no model without its base
+                checkpoints.copy_companions(readers[0].path, writer.directory)
             set_config_dtype(writer.directory, stored)
+            if method.aside is not None:
+                names = report.unique_names(models)
+                notes += method.aside(writer.directory, plan, readers, names)
             if census is not None:
                 seconds = time.perf_counter() - started
                 facts = report.Facts(

@@ -211,10 +211,24 @@ def _listed(names: Sequence[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + rest
 
 
-def peak_memory(plan: Plan, readers: Sequence[Reader], threads: int) -> int:
+def threads_for(method: Method, threads: int) -> int:
+    """Whole tensors one after another: LAPACK and XLA use all cores for each."""
+    return 1 if any(t.needs == "tensor" for t in method.transforms) else threads
+
+
+def peak_memory(
+    plan: Plan, readers: Sequence[Reader], threads: int, method: Method
+) -> int:
     """Estimate of anonymous memory in bytes, the interpreter and JAX included."""
     models = len(readers) - 1
-    chunk = min(CHUNK, max(e.size for e in plan.merged))
+    needs = {t.needs for t in method.transforms}
+    largest = max(e.size for e in plan.merged)
+    rows = max((e.shape[-1] for e in plan.merged if e.shape), default=1)
+    chunk = min(CHUNK, largest)
+    if "tensor" in needs:
+        chunk = largest
+    elif "row" in needs:
+        chunk = max(chunk, rows)
     chunks = threads * 4 * (models + 1) * chunk * 4
     kept = 3 * models * min(1 << 22, sum(e.size for e in plan.merged)) * 4
     ranked = any(p.tensor or p.model for p in plan.passes)

@@ -17,6 +17,8 @@ from multitask_jax.merging import (
 from multitask_jax.merging import transforms as tf
 from multitask_jax.merging.arguments import Shares
 from multitask_jax.merging.core import Method, Scope, chain
+from multitask_jax.merging.emr import unify
+from multitask_jax.merging.emr_files import write_tasks
 
 
 def linear(*, normalise: bool = True) -> Method:
@@ -132,6 +134,14 @@ def model_stock(
     return chain(stock)._replace(weighted=False)
 
 
+def emr() -> Method:
+    """EMR: one unified task vector; OUT/tasks/ has a mask and a factor for each task.
+
+    In memory `emr_tasks` makes these and `specialise` applies them.
+    """
+    return unify()._replace(aside=write_tasks)
+
+
 METHODS: dict[str, Callable[..., Method]] = {
     "linear": linear,
     "task_arithmetic": task_arithmetic,
@@ -141,6 +151,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "magnitude_prune": magnitude_prune,
     "slerp": slerp,
     "model_stock": model_stock,
+    "emr": emr,
     **recipes_sparse.METHODS,
     **recipes_average.METHODS,
     **recipes_subspace.METHODS,

@@ -90,6 +90,7 @@ CASES = {
     "tsv_m": Case(merging.tsv_m(), exact=False, spectral=True, devices=2),
     "knots": Case(merging.knots(density=0.5), exact=False, spectral=True, devices=2),
     "wudi": Case(merging.wudi(iterations=5), exact=False, gain=3.0),
+    "emr": Case(merging.emr(), leafwise=True),
     # Variants.
     "ties mergekit": Case(ties_mergekit),
     "ties peft": Case(
