@@ -5,7 +5,7 @@ arguments named as the command line's flags (density, scale, t, ...), and enter 
 METHODS; its docstring's first line is its `--help`. The contract tests pick it up.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from multitask_jax.merging import (
@@ -61,7 +61,7 @@ def ties(
 
 def dare(
     *,
-    density: Shares = 0.5,
+    density: Shares | Mapping[str, Shares] = 0.5,
     scale: Any = 1.0,
     rescale: Literal["density", "l1", "none"] = "density",
     normalise: bool = False,
@@ -77,7 +77,7 @@ def dare(
 
 def dare_ties(
     *,
-    density: Shares = 0.5,
+    density: Shares | Mapping[str, Shares] = 0.5,
     scale: Any = 1.0,
     election: tf.Election = "mass",
     zero_sign: tf.ZeroSign = "majority",

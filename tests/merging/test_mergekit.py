@@ -417,7 +417,7 @@ def test_models_that_differ(folder, tmp_path):
     ("name", "message"),
     [
         ("mistralai/Mistral-7B-v0.1", "models\\[0\\]: mistralai/.* hub, download it"),
-        ("m1+lora", r"models\[0\]: got m1\+lora: .* not supported"),
+        ("m1+lora", r"models\[0\]: m1: no such file or directory"),
         ("./nowhere", r"models\[0\]: ./nowhere: no such file or directory"),
     ],
 )
@@ -463,6 +463,58 @@ def test_other_formats(folder, tmp_path):
     assert_same_bits(*outs)
 
 
+def adapter(folder, base, name, seed):
+    """A PEFT LoRA of rank 2 on one matrix, and the model that it makes of the base."""
+    rng = np.random.default_rng(seed)
+    rows, columns = base[name].shape
+    a, b = rng.standard_normal((2, columns)), rng.standard_normal((rows, 2))
+    module = f"base_model.model.{name.removesuffix('.weight')}"
+    a, b = (x.astype(np.float32) for x in (a, b))
+    save(folder / "files", {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b})
+    (folder / "files" / "model.safetensors").rename(
+        folder / "adapter_model.safetensors"
+    )
+    (folder / "files").rmdir()
+    config = {
+        "peft_type": "LORA",
+        "r": 2,
+        "lora_alpha": 4,
+        "target_modules": [name.split(".")[-2]],
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return base | {name: base[name] + 2 * b @ a}
+
+
+def test_adapters_are_models(folder, tmp_path):
+    base = load(folder / "base")
+    name = "layers.1.attn.q.weight"
+    (tmp_path / "lora").mkdir()
+    changed = adapter(tmp_path / "lora", base, name, 4)
+    m1 = load(folder / "m1")
+    # model+adapter needs no base_model; the model may be no other's base.
+    got, _ = run(
+        tmp_path,
+        tmp_path / "1",
+        "linear",
+        plain(f"{folder}/base+{tmp_path}/lora", str(folder / "m1"), weight=1),
+    )
+    for k, v in changed.items():
+        np.testing.assert_allclose(got[k], (v + m1[k]) / 2, rtol=1e-5, atol=1e-6)
+    # An adapter alone is one of base_model.
+    got, _ = run(
+        tmp_path,
+        tmp_path / "2",
+        "task_arithmetic",
+        plain("lora", str(folder / "m1"), weight=0.5),
+        base=str(folder / "base"),
+    )
+    for k, v in base.items():
+        want = v + 0.5 * (changed[k] - v) + 0.5 * (m1[k] - v)
+        np.testing.assert_allclose(got[k], want, rtol=1e-5, atol=1e-6)
+    with pytest.raises(CheckpointError, match=r"a LoRA adapter changes a base"):
+        run(tmp_path, tmp_path / "3", "linear", plain("lora", weight=1))
+
+
 def test_the_output_may_not_overlap(folder, tmp_path):
     content = {
         "merge_method": "linear",
@@ -475,3 +527,5 @@ def test_the_output_may_not_overlap(folder, tmp_path):
         merging.merge_mergekit(content, tmp_path / "out", max_memory=1)
     with pytest.raises(ValueError, match="threads: got 0"):
         merging.merge_mergekit(content, tmp_path / "out", threads=0)
+    with pytest.raises(ValueError, match="a recipe makes a whole model"):
+        merging.merge_mergekit(content, tmp_path / "out", output_format="delta")

@@ -56,10 +56,15 @@ class Alignment(NamedTuple):
         return info._replace(shape=shape), Rows(own, donors)
 
 
-def embeddings_of(reader: Reader) -> frozenset[str]:
-    """Tensors with a row a token: outside the layers, of vocab_size rows."""
+def embeddings_of(reader: Reader, like: frozenset[str] = frozenset()) -> frozenset[str]:
+    """Tensors with a row a token: outside the layers, of vocab_size rows.
+
+    `like`: names of another model's, which hold where config.json tells no vocab_size.
+    """
     size = companions.vocabulary_size(_config(reader))
     paths = list(reader.tensors)
+    if size is None and like:
+        return like.intersection(paths)
     try:
         outside = [p for p, d in tree.block_depths(paths).items() if d is None]
     except ValueError:
@@ -123,7 +128,8 @@ def align(
       CheckpointError: a tokenizer can't be read.
     """
     notes: list[str] = []
-    found = {r.path: embeddings_of(r) for r in readers}
+    of_base = embeddings_of(base)
+    found = {r.path: embeddings_of(r, of_base) for r in readers} | {base.path: of_base}
     if not any(found.values()):
         raise CheckpointError(
             f"tokenizer_source: {base.path} has no tensor with a row a token; leave"
@@ -173,10 +179,10 @@ def align(
     }
     donors = dict(own_rows)
     if base_given:
-        of_base = own_rows[base.path]
+        has = own_rows[base.path] >= 0
         for path, x in own_rows.items():
             if path != base.path:
-                donors[path] = np.where(of_base >= 0, -1, x)
+                donors[path] = np.where(has, -1, x)
     nobody = sum(all(x[i] < 0 for x in own_rows.values()) for i in output.ids.values())
     if nobody:
         notes.append(f"{nobody} tokens of the tokenizer are in no model: rows of 0.")

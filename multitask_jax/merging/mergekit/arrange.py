@@ -136,7 +136,7 @@ def choose(
     """
     spec = methods.SPECS[roles.method]
     if roles.method != recipe.method:  # a slice of one source
-        return Choice((), (1.0,), 1.0)
+        return Choice((), (1.0,), 1.0, {})
     above = (part.parameters, recipe.parameters)
 
     def find(name: str, default: Any, source: Source | None, tensor: str) -> Any:
@@ -292,9 +292,7 @@ def _family(
     for name, choice in choices.items():
         groups.setdefault(choice.static, []).append(name)
     made = {
-        static: _method(
-            spec, choices[names[0]], {n: choices[n].factor for n in names}, with_origin
-        )
+        static: _method(spec, {n: choices[n] for n in names}, with_origin)
         for static, names in groups.items()
     }
     whole = plan_merge(
@@ -324,16 +322,16 @@ def _family(
         )
         weights = {n: choices[n].weights for n in names}
         shared = tuple((k, v) for k, v in static if k not in spec.ranks)
-        scaled = len(method.transforms) > len(spec.build(dict(static), with_origin)[0])
+        scaled = any(choices[n].factor != 1 for n in names)
         program = (id(spec), with_origin, len(views), shared, scaled)
         jobs.append(Job(method, plan, views, weights, program))
     return jobs, list(whole.notes)
 
 
 def _method(
-    spec: Spec, choice: Choice, factors: Mapping[str, float], with_origin: bool
+    spec: Spec, choices: Mapping[str, Choice], with_origin: bool
 ) -> core.Method:
     try:
-        return methods.method_of(spec, choice, factors, with_origin)
+        return methods.method_of(spec, choices, with_origin)
     except ValueError as e:
-        raise ValueError(f"parameters: {e} (for {next(iter(factors))})") from None
+        raise ValueError(f"parameters: {e} (for {next(iter(choices))})") from None

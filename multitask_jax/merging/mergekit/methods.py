@@ -1,7 +1,8 @@
 """mergekit's methods, by its names, parameters and defaults, in terms of ours.
 
-Legend: T models; "static" options are compiled into a method, weights and factors
-(lambda, scale) are traced, so that gradients over depth share a program.
+Legend: T models; "static" options are compiled into a method; weights, factors (lambda,
+scale) and what a method lists as `traced` are not, so that gradients over depth share a
+program.
 """
 
 import dataclasses
@@ -25,8 +26,8 @@ class Spec:
     """A method of mergekit.
 
     `build(options, with_base)` makes ours from the static options, each a value or,
-    of `per_model`, a tuple of T. `ranks` are options that only choose thresholds:
-    programs do not depend on them.
+    of `per_model`, a tuple of T. `traced` options it takes by tensor. `ranks` are those
+    that only choose thresholds: programs do not depend on them.
     """
 
     build: Callable[[dict[str, Any], bool], Method]
@@ -35,6 +36,7 @@ class Spec:
     per_tensor: Options = dataclasses.field(default_factory=dict)
     count: int | None = None  # of models besides an origin
     ranks: frozenset[str] = frozenset()
+    traced: frozenset[str] = frozenset()
 
     @property
     def parameters(self) -> set[str]:
@@ -48,6 +50,7 @@ class Choice(NamedTuple):
     static: tuple[tuple[str, Any], ...]
     weights: tuple[float, ...]
     factor: float
+    traced: Options
 
 
 def choose(
@@ -75,21 +78,24 @@ def choose(
             f"weight: got {weights}, which add up to 0: no average has such weights;"
             " change them, or set normalize: false"
         )
-    return Choice(tuple(sorted(static.items())), weights, factor)
+    traced = {name: static.pop(name) for name in spec.traced}
+    return Choice(tuple(sorted(static.items())), weights, factor, traced)
 
 
-def method_of(
-    spec: Spec, choice: Choice, factors: Mapping[str, float], with_base: bool
-) -> Method:
-    """Our method for tensors of these static options.
+def method_of(spec: Spec, choices: Mapping[str, Choice], with_base: bool) -> Method:
+    """Our method for tensors whose static options are the same.
 
     Args:
       spec: mergekit's method.
-      choice: the options of one of them (all have the same static ones).
-      factors: lambda (or scale) by path.
+      choices: what was chosen, by path.
       with_base: whether the models have an origin.
     """
-    method = spec.build(dict(choice.static), with_base)
+    (static,) = {c.static for c in choices.values()}
+    options: dict[str, Any] = dict(static)
+    for name in spec.traced:
+        options[name] = {path: c.traced[name] for path, c in choices.items()}
+    method = spec.build(options, with_base)
+    factors = {path: c.factor for path, c in choices.items()}
     if all(f == 1 for f in factors.values()):
         return method
     return method._replace(transforms=(*method.transforms, _scale_by_leaf(factors)))
@@ -260,9 +266,17 @@ SPECS: dict[str, Spec] = {
         _ties, per_model=_SPARSE, per_tensor=_summed(True, False), ranks=_DENSITY
     ),
     "dare_linear": Spec(
-        _dare_linear, per_model=_SPARSE, per_tensor=_summed(False, True)
+        _dare_linear,
+        per_model=_SPARSE,
+        per_tensor=_summed(False, True),
+        traced=_DENSITY,
     ),
-    "dare_ties": Spec(_dare_ties, per_model=_SPARSE, per_tensor=_summed(False, True)),
+    "dare_ties": Spec(
+        _dare_ties,
+        per_model=_SPARSE,
+        per_tensor=_summed(False, True),
+        traced=_DENSITY,
+    ),
     "della": Spec(_della, per_model=_DELLA, per_tensor=_summed(True, True)),
     "della_linear": Spec(
         _della_linear, per_model=_DELLA, per_tensor=_summed(False, True)

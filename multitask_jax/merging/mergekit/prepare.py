@@ -22,14 +22,16 @@ class Prepared(NamedTuple):
     recipe: Recipe
     inputs: arrange.Inputs
     jobs: list[arrange.Job]
-    base: Reader  # whose config.json and other files the output gets
+    base: Reader  # base_model, or the first model
+    home: Path  # whose config.json and other files the output gets
     models: list[Path]  # one a source; empty if slices differ in theirs
     layers: tuple[int, list[int]] | None  # of slices: old count, origin of each layer
     notes: list[str]
+    read: list[Path]  # all inputs, which an output must not touch
 
 
 def resolve(model: str, folder: Path, where: str = "model") -> Path:
-    """The checkpoint of a recipe: relative to its folder, else the working directory.
+    """A recipe's checkpoint: relative to its folder, else to the working directory.
 
     Raises:
       CheckpointError: there is none; a name on the hub has to be downloaded first.
@@ -38,11 +40,6 @@ def resolve(model: str, folder: Path, where: str = "model") -> Path:
     for path in (folder / given, Path.cwd() / given):
         if path.exists():
             return path.resolve()
-    if "+" in model:
-        raise CheckpointError(
-            f"{where}: got {model}: a LoRA on top of a model (model+lora) is not"
-            " supported in recipes; merge it into the model first"
-        )
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model):
         raise CheckpointError(
             f"{where}: {model} is not in {folder} or the working directory. If it is a"
@@ -53,6 +50,40 @@ def resolve(model: str, folder: Path, where: str = "model") -> Path:
         f"{where}: {model}: no such file or directory, neither in {folder} nor in the"
         " working directory"
     )
+
+
+class _Opened:
+    """The checkpoints of a recipe, each opened once."""
+
+    def __init__(self, folder: Path, stack: contextlib.ExitStack):
+        self._folder, self._stack = folder, stack
+        self.paths: dict[str, Path] = {}  # by the recipe's text; tells models apart
+        self.readers: dict[Path, Reader] = {}
+        self.homes: dict[Path, Path] = {}  # where config.json is
+
+    def open(self, model: str, where: str, base: str | None) -> Path:
+        """Opens a model: a checkpoint, "model+adapter", or an adapter of the base."""
+        if model in self.paths:
+            return self.paths[model]
+        try:
+            home = path = resolve(model, self._folder, where)
+        except CheckpointError:
+            whole, plus, adapter = model.rpartition("+")
+            if not plus:
+                raise
+            home = self.open(whole, where, base)
+            base, model_path = whole, resolve(adapter, self._folder, where)
+            path = Path(f"{home}+{model_path}")
+        else:
+            model_path = path
+        if path not in self.readers:
+            below = None if base is None else self.readers[self.paths[base]]
+            reader = checkpoints.open(model_path, below)
+            self._stack.callback(reader.close)
+            self.readers[path] = reader
+            self.homes[path] = self.homes.get(home, home)
+        self.paths[model] = path
+        return path
 
 
 def prepare(
@@ -73,16 +104,17 @@ def prepare(
     named |= {p.base_model: p.where for p in recipe.slices if p.base_model}
     if recipe.base_model:
         named |= {recipe.base_model: "base_model"}
-    paths = {model: resolve(model, folder, where) for model, where in named.items()}
-    opened: dict[Path, Reader] = {}
-    for path in paths.values():
-        if path not in opened:
-            opened[path] = checkpoints.open(path)
-            stack.callback(opened[path].close)
+    opened = _Opened(folder, stack)
+    if recipe.base_model:
+        opened.open(recipe.base_model, "base_model", None)
+    for model, where in named.items():
+        opened.open(model, where, recipe.base_model)
+    paths, readers_of = opened.paths, opened.readers
     slices = [arrange.with_base(part, recipe, paths) for part in recipe.slices]
     roles = [arrange.roles_of(part, recipe, paths) for part in slices]
-    readers = [[opened[paths[s.model]] for s in part.sources] for part in slices]
-    base = opened[paths[recipe.base_model]] if recipe.base_model else readers[0][0]
+    readers = [[readers_of[paths[s.model]] for s in part.sources] for part in slices]
+    first_model = recipe.base_model or slices[0].sources[0].model
+    base = readers_of[paths[first_model]]
     notes = list(recipe.notes)
     layers = None
     if recipe.whole:
@@ -101,12 +133,14 @@ def prepare(
                 " norm and the head too, as in mergekit."
             )
     else:
-        known = {r.path: layout.find_layers(r, block_pattern) for r in opened.values()}
-        counted = [[known[r.path] for r in row] for row in readers]
+        known = {
+            id(r): layout.find_layers(r, block_pattern) for r in readers_of.values()
+        }
+        counted = [[known[id(r)] for r in row] for row in readers]
         targets = layout.slices_of_layers(slices, readers, counted)
         aliases = [a for row in readers for r in row for a in r.aliases]
         origins = [i for part in slices for i in range(*(part.sources[0].layers or ()))]
-        layers = (known[base.path].count, origins)
+        layers = (known[id(base)].count, origins)
     check_filters(recipe.settings, [t.name for t in targets] + aliases)
     if any(roles[0].method == m for m in ("linear", "karcher")) and (
         recipe.whole and len(slices[0].sources) > len(recipe.slices[0].sources)
@@ -115,7 +149,7 @@ def prepare(
             f"base_model: one of the models that {recipe.method} averages, as in"
             " mergekit; leave it out if it is not to count."
         )
-    alignment = _alignment(recipe, folder, list(opened.values()), base, notes)
+    alignment = _alignment(recipe, folder, list(readers_of.values()), base, notes)
     cast = disk.float_dtype("dtype", recipe.dtype)
     out = disk.float_dtype("out_dtype", recipe.out_dtype) or cast
     inputs = arrange.Inputs(
@@ -123,7 +157,13 @@ def prepare(
     )
     jobs, said = arrange.jobs_of(inputs, allow_missing=allow_missing, seed=seed)
     models = _models(inputs)
-    return Prepared(recipe, inputs, jobs, base, models, layers, [*notes, *said])
+    home = opened.homes[paths[first_model]]
+    read = [*opened.homes.values(), *(r.path for r in readers_of.values())]
+    if alignment is not None:
+        read.append(alignment.source)
+    return Prepared(
+        recipe, inputs, jobs, base, home, models, layers, [*notes, *said], read
+    )
 
 
 def _alignment(
@@ -158,15 +198,6 @@ def _models(inputs: arrange.Inputs) -> list[Path]:
         for s, roles in enumerate(inputs.roles)
     }
     return list(rows.pop()) if len(rows) == 1 else []
-
-
-def paths_read(prepared: Prepared) -> list[Path]:
-    """All inputs, which an output must not touch."""
-    rows = prepared.inputs.readers
-    paths = [prepared.base.path, *(r.path for row in rows for r in row)]
-    if prepared.inputs.alignment is not None:
-        paths.append(prepared.inputs.alignment.source)
-    return list(dict.fromkeys(paths))
 
 
 def whole_plan(prepared: Prepared) -> Plan:

@@ -16,12 +16,11 @@ from multitask_jax.merging.mergekit import report as slice_report
 from multitask_jax.merging.mergekit.prepare import (
     Prepared,
     describe_recipe,
-    paths_read,
     prepare,
     whole_plan,
 )
 from multitask_jax.merging.mergekit.recipe import load
-from multitask_jax.merging.plan import human, peak_memory
+from multitask_jax.merging.plan import human, peak_memory, threads_for
 from multitask_jax.merging.streaming import Stream
 
 PathLike = str | os.PathLike[str]
@@ -49,7 +48,8 @@ def merge_mergekit(
 
     Args:
       recipe: path of the YAML file, or its content as a mapping. Paths of models in it
-        are relative to the file's directory, then to the working directory.
+        are relative to the file's directory, then to the working directory; a PEFT
+        LoRA adapter is a model as "model+adapter", or alone if there is a base_model.
       output: directory that appears when all is done.
       flags: what the report says of how to make the merge again, besides the recipe.
       seed: of random masks (DARE, DELLA).
@@ -72,6 +72,11 @@ def merge_mergekit(
     folder = Path(recipe).expanduser().parent if is_path else Path.cwd()
     if threads is not None and threads < 1:
         raise ValueError(f"threads: got {threads}, expected at least 1")
+    if output_format == "delta":
+        raise ValueError(
+            "output_format: got delta, but a recipe makes a whole model; choose"
+            " safetensors, orbax or msgpack"
+        )
     threads = threads or min(8, 2 * (os.cpu_count() or 1))
     with contextlib.ExitStack() as stack:
         prepared = prepare(
@@ -79,9 +84,13 @@ def merge_mergekit(
         )
         jobs, notes = prepared.jobs, list(prepared.notes)
         whole = whole_plan(prepared)
-        busy = [j for j in jobs if j.plan.merged]
         memory = max(
-            [peak_memory(j.plan, j.readers, threads, j.method) for j in busy], default=0
+            (
+                peak_memory(j.plan, j.readers, threads_for(j.method, threads), j.method)
+                for j in jobs
+                if j.plan.merged
+            ),
+            default=0,
         )
         if max_memory is not None and memory > max_memory:
             raise CheckpointError(
@@ -91,7 +100,7 @@ def merge_mergekit(
         target: dict[str, Any] = {
             "format": output_format,
             "overwrite": overwrite,
-            "inputs": paths_read(prepared),
+            "inputs": prepared.read,
         }
         if output or not dry_run:
             checkpoints.check_output(output, **target)
@@ -116,7 +125,7 @@ def merge_mergekit(
                     census=census,
                     allow_nonfinite=allow_nonfinite,
                     advance=advance,
-                    threads=threads,
+                    threads=threads_for(job.method, threads),
                 )
                 programs[job.program] = stream.programs
                 notes += stream.run(writer)
@@ -124,7 +133,7 @@ def merge_mergekit(
             if report_files:
                 origin = prepared.inputs.roles[0].origin is not None
                 facts = report.Facts(
-                    prepared.base.path if origin else None,
+                    prepared.home if origin else None,
                     prepared.models,
                     _weights(jobs, len(prepared.models)),
                     {**(flags or {}), "method": f"mergekit {parsed.method}"},
@@ -167,7 +176,7 @@ def _weights(jobs: Sequence[arrange.Job], count: int) -> list[float | None]:
 
 def _write_companions(prepared: Prepared, directory: Path) -> list[str]:
     """config.json, tokenizer and what else the base keeps beside its weights."""
-    checkpoints.copy_companions(prepared.base.path, directory)
+    checkpoints.copy_companions(prepared.home, directory)
     alignment, notes = prepared.inputs.alignment, []
     disk.set_config_dtype(directory, prepared.inputs.out)
     config = companions.read_config(directory)
@@ -178,7 +187,7 @@ def _write_companions(prepared: Prepared, directory: Path) -> list[str]:
                 notes.append(f"No config.json: the output has {len(origins)} layers.")
         elif not companions.set_layers(config, old, origins) and len(origins) != old:
             raise CheckpointError(
-                f"{prepared.base.path / 'config.json'}: no key like num_hidden_layers"
+                f"{prepared.home / 'config.json'}: no key like num_hidden_layers"
                 f" has the value {old}, so the output's {len(origins)} layers can't be"
                 " told there; correct the file first"
             )

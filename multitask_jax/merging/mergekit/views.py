@@ -4,7 +4,7 @@ A merge then sees checkpoints whose names, dtypes and shapes agree, and needs to
 nothing of slices of layers or of vocabularies.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,11 +65,6 @@ class View:
     def origin(self, name: str) -> Path:
         """Where a tensor comes from, for errors."""
         return self.parts[name].reader.path
-
-    def only(self, names: Iterable[str]) -> "View":
-        """The same with these tensors alone (those of them that it has)."""
-        parts = {n: self.parts[n] for n in names if n in self.parts}
-        return View(parts, self.path)
 
     def close(self) -> None:
         """Nothing: the readers belong to others."""
