@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import merge
+from experiments import merge, parsing
 from multitask_jax import checkpoints, merging
 from multitask_jax.merging.core import check_models, is_float, split_scales
 from multitask_jax.merging.plan import plan_merge
@@ -45,7 +45,7 @@ class Inputs(NamedTuple):
 
 def takes(method: str) -> list[str]:
     """Names of the coefficients that can be searched for a method."""
-    recipe = merge._method(method)
+    recipe = merge.recipe_named(method)
     options = [p for p in inspect.signature(recipe).parameters if p in _MERGE_FIELDS]
     weights = ["weights", "weights[0], ..."] if recipe().weighted else []
     return [*options, "lines_alpha", "lines_beta", *weights]
@@ -72,7 +72,7 @@ def is_traced(name: str, method: str) -> bool:
     """Whether a coefficient may be a JAX value: recipes annotate these with Any."""
     if name in ("lines_alpha", "lines_beta") or _WEIGHT.fullmatch(name):
         return True
-    return typing.get_type_hints(merge._method(method)).get(name) is Any
+    return typing.get_type_hints(merge.recipe_named(method)).get(name) is Any
 
 
 def config_at(config: merge.Config, coefficients: Coefficients) -> merge.Config:
@@ -106,7 +106,7 @@ def weights_at(
     config: merge.Config, coefficients: Coefficients, models: int
 ) -> list[Any] | None:
     """Given weights (1 each by default) with searched ones in place; None for none."""
-    given: list[Any] | None = merge._numbers("weights", config.weights)
+    given: list[Any] | None = parsing.numbers("weights", config.weights)
     for name, value in coefficients.items():
         if found := _WEIGHT.fullmatch(name):
             given = given or [1.0] * models
@@ -122,14 +122,15 @@ def read_inputs(config: merge.Config, method: merging.Method) -> Inputs:
         refuse, or float64 without --dtype=float32.
     """
     models = [m.strip() for m in config.models.split(",")]
-    weights = merge._numbers("weights", config.weights)
+    weights = parsing.numbers("weights", config.weights)
     check_models(method, len(models), weights)
     if config.base is None and (method.start, method.end) != ("parameters",) * 2:
         raise ValueError("this method needs a base: pass the models' common origin")
     with contextlib.ExitStack() as stack:
         readers = []
         for path in (config.base or models[0], *models):
-            readers.append(checkpoints.open(path))
+            origin = readers[0] if readers and config.base is not None else None
+            readers.append(checkpoints.open(path, origin))
             stack.callback(readers[-1].close)
         plan = plan_merge(
             method,
@@ -137,7 +138,7 @@ def read_inputs(config: merge.Config, method: merging.Method) -> Inputs:
             readers[1:],
             include=config.include,
             exclude=config.exclude,
-            allow_missing=merge._one_of(
+            allow_missing=parsing.one_of(
                 "allow_missing", config.allow_missing, ("", "base")
             ),
         )

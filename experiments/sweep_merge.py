@@ -47,31 +47,28 @@ from tqdm import tqdm
 
 from experiments import candidates, flags, merge, search, sweep_log
 from experiments.candidates import Candidates
+from experiments.flags import flag
 from multitask_jax import checkpoints
-
-
-def _flag(text: str, default: Any) -> Any:
-    return dataclasses.field(default=default, metadata={"help": text})
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(merge.Config):
     """What to search, how, and what is fixed: all of experiments.merge's flags."""
 
-    score: str = _flag("module:function, from parameters to a number.", "")
-    search: Literal["grid", "cmaes", "gradient"] = _flag("How to search.", "grid")
-    ranges: str = _flag(
+    score: str = flag("module:function, from parameters to a number.", "")
+    search: Literal["grid", "cmaes", "gradient"] = flag("How to search.", "grid")
+    ranges: str = flag(
         "Coefficients, comma-separated: scale=0.2:2:10 or density=0.1|0.2 (grid),"
         " scale=0.2:2 (cmaes, gradient).",
         "",
     )
-    budget: int | None = _flag(
+    budget: int | None = flag(
         "Candidates at most (grid: all; cmaes, gradient: 100).", None
     )
-    search_seed: int = _flag("Of cmaes.", 0)
-    learning_rate: float = _flag("Of gradient: Adam's, as a share of the range.", 0.05)
-    minimise: bool = _flag("Lower scores are better.", False)
-    workdir: str = _flag("Where the log and the report go.", ".cache/sweep_merge")
+    search_seed: int = flag("Of cmaes.", 0)
+    learning_rate: float = flag("Of gradient: Adam's, as a share of the range.", 0.05)
+    minimise: bool = flag("Lower scores are better.", False)
+    workdir: str = flag("Where the log and the report go.", ".cache/sweep_merge")
 
 
 # What may change between two runs of one sweep: nothing that scores depend on.
