@@ -1,13 +1,16 @@
 """Time and memory of merging a 502 M parameter Llama layout, against mergekit.
 
-    make benchmark                                            # about 15 minutes
-    python -m experiments.benchmark_merge --mergekit=false    # without mergekit
+    make benchmark                                      # about half an hour
+    python -m experiments.benchmark_merge --nomergekit  # without mergekit
+    python -m experiments.benchmark_merge --only=dare,della --repeats=1
 
-Makes a *synthetic* base and three fine-tunes in bfloat16 (4.0 GB; the time of a merge
-depends on sizes, not on what the weights mean), then runs in turn, as whole processes:
-the floor (read every input byte, write the output's bytes), our command line with its
-default flags, and `mergekit-yaml` of mergekit 0.1.5 on CPU torch from an environment of
-its own. Memory is RssAnon, sampled (mapped input files do not count).
+For every method the report is on (the default) and off (--noreport); mergekit computes
+in float32 and stores bfloat16, as we do. Makes a *synthetic* base and three fine-tunes
+in bfloat16 (4.0 GB; the time of a merge depends on sizes, not on what the weights
+mean), then runs in turn, as whole processes: the floor (read every input byte, write
+the output's bytes), our command line, and `mergekit-yaml` of mergekit 0.1.5 on CPU
+torch from an environment of its own. Memory is RssAnon, sampled (mapped input files do
+not count).
 """
 
 import dataclasses
@@ -19,35 +22,79 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from experiments import flags
+from experiments.flags import flag
 from multitask_jax import checkpoints
 from multitask_jax.checkpoints import TensorInfo
 
 _MERGEKIT = ("torch==2.13.0", "mergekit==0.1.5")
 
 
-def _flag(text: str, default: Any) -> Any:
-    return dataclasses.field(default=default, metadata={"help": text})
+FLOOR = "floor: read inputs, write output"
+
+
+class Row(NamedTuple):
+    """A method on either side; the same mathematics, as the golden files check."""
+
+    ours: tuple[str, ...]  # flags
+    theirs: str  # merge_method
+    parameters: str = ""  # of theirs, in YAML
+    models: int = 3
+    base: bool = True
+
+
+ROWS = {
+    "ties over the model": Row(("--method=ties",), "ties", "density: 0.2"),
+    "ties per tensor": Row(
+        ("--method=ties", "--trim_scope=tensor"), "ties", "density: 0.2"
+    ),
+    "task_arithmetic": Row(("--method=task_arithmetic",), "task_arithmetic"),
+    "breadcrumbs": Row(
+        ("--method=breadcrumbs", "--density=0.9", "--gamma=0.01"),
+        "breadcrumbs",
+        "density: 0.9, gamma: 0.01",
+    ),
+    "della": Row(
+        (
+            *("--method=della_ties", "--density=0.5", "--epsilon=0.15"),
+            *("--rescale=l1", "--election=weighted_mass", "--zero_sign=positive"),
+        ),
+        "della",
+        "density: 0.5, epsilon: 0.15",
+    ),
+    "dare": Row(
+        ("--method=dare", "--density=0.5", "--rescale=l1"),
+        "dare_linear",
+        "density: 0.5",
+    ),
+    "sce": Row(("--method=sce", "--topk=0.5"), "sce", "select_topk: 0.5"),
+    "slerp": Row(("--method=slerp", "--t=0.5"), "slerp", "t: 0.5", 2, False),
+    "nuslerp": Row(("--method=nuslerp",), "nuslerp", models=2),
+    "karcher": Row(("--method=karcher",), "karcher", base=False),
+    "model_stock": Row(("--method=model_stock",), "model_stock"),
+}
+# Ours alone: whole matrices, one after another (`--only=svd` runs these).
+SVD = ("iso_c", "tsv_m")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Sizes and repeats."""
 
-    workdir: str = _flag("Folder for models and results.", ".cache/benchmark_merge")
-    layers: int = _flag("Blocks; 34 give 502 M parameters, 148 about 4 times that.", 34)
-    width: int = _flag("Width.", 1024)
-    vocabulary: int = _flag("Rows of the embedding.", 32000)
-    repeats: int = _flag("Runs of ours and of the floor; the median counts.", 3)
-    mergekit_repeats: int = _flag("Runs of mergekit.", 1)
-    mergekit: bool = _flag("Run mergekit as well (installs it on first use).", True)
-    mergekit_venv: str = _flag("Its environment; made under --workdir if empty.", "")
-    only: str = _flag("Run only these of ours, comma-separated names.", "")
+    workdir: str = flag("Folder for models and results.", ".cache/benchmark_merge")
+    layers: int = flag("Blocks; 34 give 502 M parameters, 148 about 4 times that.", 34)
+    width: int = flag("Width.", 1024)
+    vocabulary: int = flag("Rows of the embedding.", 32000)
+    repeats: int = flag("Runs of ours and of the floor; the median counts.", 3)
+    mergekit_repeats: int = flag("Runs of mergekit.", 1)
+    mergekit: bool = flag("Run mergekit as well (installs it on first use).", True)
+    mergekit_venv: str = flag("Its environment; made under --workdir if empty.", "")
+    only: str = flag("Run only these of ours, comma-separated names.", "")
 
 
 def llama_layout(config: Config) -> list[TensorInfo]:
@@ -122,35 +169,51 @@ with open({str(out)!r}, "wb", buffering=0) as h:
     return [sys.executable, "-c", code]
 
 
-def ours(paths: list[Path], out: Path, *options: str) -> list[str]:
-    """Our command line with default flags."""
+def ours(paths: list[Path], out: Path, row: Row, *options: str) -> list[str]:
+    """Our command line."""
     base, *models = map(str, paths)
+    inputs = [f"--models={','.join(models[: row.models])}", f"--output={out}"]
+    if row.base:
+        inputs.append(f"--base={base}")
     return [
-        *(sys.executable, "-m", "experiments.merge"),
-        *(f"--base={base}", f"--models={','.join(models)}", f"--output={out}"),
-        *("--overwrite", "--noprogress", *options),
+        *(sys.executable, "-m", "experiments.merge", *inputs),
+        *("--overwrite", "--noprogress", *row.ours, *options),
     ]
 
 
-def mergekit(config: Config, paths: list[Path], out: Path, method: str) -> list[str]:
-    """mergekit-yaml, installed into an environment of its own if need be."""
-    workdir = Path(config.workdir)
-    venv = Path(config.mergekit_venv or workdir / "mergekit-venv").absolute()
+def install_mergekit(config: Config) -> Path:
+    """mergekit-yaml in an environment of its own, made if need be."""
+    venv = Path(config.mergekit_venv or Path(config.workdir) / "mergekit-venv")
+    venv = venv.absolute()
     if not (venv / "bin" / "mergekit-yaml").exists():
         print(f"installing {' '.join(_MERGEKIT)} into {venv}", flush=True)
         subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
         for package in _MERGEKIT:  # torch first: mergekit's own choice has CUDA
             pip = [str(venv / "bin" / "pip"), "install", "-q", package]
             subprocess.run(pip, check=True)
+    return venv / "bin" / "mergekit-yaml"
+
+
+def mergekit(
+    program: Path, workdir: Path, paths: list[Path], out: Path, row: Row
+) -> list[str]:
+    """mergekit-yaml with a recipe of a row; weights are 1."""
     base, *models = [str(p.absolute()) for p in paths]
-    lines = [f"merge_method: {method}", f"base_model: {base}", "models:"]
+    models = models[: row.models]
+    lines = [f"merge_method: {row.theirs}", "models:"]
+    weight = row.theirs not in ("slerp", "sce", "karcher", "model_stock")
     for model in models:
-        lines += [f"- model: {model}", "  parameters:", "    weight: 1.0"]
-        lines += ["    density: 0.2"] if method == "ties" else []
+        lines.append(f"- model: {model}")
+        if weight:
+            lines += ["  parameters:", "    weight: 1.0"]
+    if row.base or row.theirs == "slerp":
+        lines.append(f"base_model: {base if row.base else models[0]}")
+    if row.parameters:
+        lines.append(f"parameters: {{{row.parameters}}}")
     lines += ["dtype: float32", "out_dtype: bfloat16"]
-    recipe = workdir / f"mergekit-{method}.yml"
+    recipe = workdir / f"mergekit-{row.theirs}.yml"
     recipe.write_text("\n".join(lines) + "\n")
-    return [str(venv / "bin" / "mergekit-yaml"), str(recipe), str(out)]
+    return [str(program), str(recipe), str(out)]
 
 
 def measure(command: list[str]) -> tuple[float, float]:
@@ -196,21 +259,24 @@ def run(config: Config) -> list[dict[str, Any]]:
     workdir.mkdir(parents=True, exist_ok=True)
     paths = make_models(config, workdir)
     out = workdir / "out"
-    commands = {
-        "floor: read inputs, write output": floor(paths, workdir / "floor.bin"),
-        "ties over the model": ours(paths, out, "--method=ties"),
-        "ties per tensor": ours(paths, out, "--method=ties", "--trim_scope=tensor"),
-        "task_arithmetic": ours(paths, out, "--method=task_arithmetic"),
-        "task_arithmetic --noreport": ours(
-            paths, out, "--method=task_arithmetic", "--noreport"
-        ),
-    }
     chosen = [name.strip() for name in config.only.split(",") if name.strip()]
-    commands = {k: c for k, c in commands.items() if not chosen or k in chosen}
-    if config.mergekit:
-        for method in ("ties", "task_arithmetic"):
-            name = f"mergekit 0.1.5 {method}"
-            commands[name] = mergekit(config, paths, workdir / "out-mergekit", method)
+    if chosen == ["svd"]:
+        rows = {name: Row((f"--method={name}",), "") for name in SVD}
+    else:
+        unknown = [name for name in chosen if name not in ROWS]
+        if unknown:
+            raise ValueError(f"--only: got {unknown}, expected some of {list(ROWS)}")
+        rows = {k: r for k, r in ROWS.items() if not chosen or k in chosen}
+    commands = {FLOOR: floor(paths, workdir / "floor.bin")}
+    program = install_mergekit(config) if config.mergekit else None
+    for name, row in rows.items():
+        commands[name] = ours(paths, out, row)
+        commands[f"{name} --noreport"] = ours(paths, out, row, "--noreport")
+        theirs = f"mergekit {row.theirs}"
+        if program is not None and row.theirs and theirs not in commands:
+            commands[theirs] = mergekit(
+                program, workdir, paths, workdir / "out-mergekit", row
+            )
     runs: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
     for repeat in range(max(config.repeats, config.mergekit_repeats)):
         for name, command in commands.items():
@@ -220,39 +286,41 @@ def run(config: Config) -> list[dict[str, Any]]:
                 runs[name].append(measure(command))
                 seconds, memory = runs[name][-1]
                 print(f"{name}: {seconds:.1f} s, {memory:.0f} MB", flush=True)
-    rows = summarise(runs)
-    (workdir / "results.json").write_text(json.dumps(rows, indent=2) + "\n")
-    table = as_table(rows)
+    results = summarise(runs, rows)
+    (workdir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     size = sum(t.size for t in llama_layout(config))
     load = os.getloadavg()[0]
-    text = f"{size / 1e6:.0f} M parameters, base + 3 models; load {load:.1f}\n\n{table}"
+    text = (
+        f"{size / 1e6:.0f} M parameters, base + 3 models (slerp, nuslerp: 2);"
+        f" load {load:.1f}\n\n{as_table(results)}"
+    )
     (workdir / "report.md").write_text(text)
     print(text)
-    return rows
+    return results
 
 
-def summarise(runs: dict[str, list[tuple[float, float]]]) -> list[dict[str, Any]]:
+def summarise(
+    runs: dict[str, list[tuple[float, float]]], rows: dict[str, Row]
+) -> list[dict[str, Any]]:
     """Medians, and ratios to the floor and to mergekit's same method."""
     median = {k: statistics.median(s for s, _ in r) for k, r in runs.items() if r}
-    rows = []
+    out = []
     for name, results in runs.items():
         seconds = [s for s, _ in results]
-        method = "ties" if name.startswith("ties") else "task_arithmetic"
-        theirs = median.get(f"mergekit 0.1.5 {method}")
-        is_ours = name.startswith(("ties", "task"))
-        base = next((v for k, v in median.items() if k.startswith("floor")), None)
-        rows.append(
+        row = rows.get(name.removesuffix(" --noreport"))
+        theirs = median.get(f"mergekit {row.theirs}") if row else None
+        out.append(
             {
                 "name": name,
                 "seconds": median[name],
                 "fastest": min(seconds),
                 "slowest": max(seconds),
                 "memory_mb": max(m for _, m in results),
-                "times_floor": median[name] / base if base else None,
-                "times_faster": theirs / median[name] if theirs and is_ours else None,
+                "times_floor": median[name] / median[FLOOR],
+                "times_faster": theirs / median[name] if theirs else None,
             }
         )
-    return rows
+    return out
 
 
 def as_table(rows: list[dict[str, Any]]) -> str:

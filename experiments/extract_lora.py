@@ -36,6 +36,7 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from experiments import flags
+from experiments.flags import flag
 from multitask_jax import checkpoints, tree
 from multitask_jax.checkpoints import CheckpointError, Reader, TensorInfo
 from multitask_jax.merging import task_arithmetic
@@ -54,51 +55,47 @@ _EMBEDDING = re.compile(
 )
 
 
-def _flag(default: Any, text: str) -> Any:
-    return dataclasses.field(default=default, metadata={"help": text})
-
-
 @dataclasses.dataclass(frozen=True)
 class Config:
     """What to extract, and where to."""
 
-    base: str = _flag("", "Checkpoint that TUNED was fine-tuned from.")
-    model: str = _flag("", "The fine-tuned checkpoint, TUNED.")
-    output: str = _flag("", "Directory to write; it must not exist.")
-    rank: int | None = _flag(
-        None, "Rank of every matrix (16); with --energy the most that one gets."
+    base: str = flag("Checkpoint that TUNED was fine-tuned from.", "")
+    model: str = flag("The fine-tuned checkpoint, TUNED.", "")
+    output: str = flag("Directory to write; it must not exist.", "")
+    rank: int | None = flag(
+        "Rank of every matrix (16); with --energy the most that one gets.", None
     )
-    energy: float | None = _flag(
-        None, "Of each matrix the least rank that keeps this share of |tau|^2, (0, 1]."
+    energy: float | None = flag(
+        "Of each matrix the least rank that keeps this share of |tau|^2, (0, 1].", None
     )
-    alpha: float | None = _flag(
-        None, "lora_alpha to store (the rank, so that alpha / r is 1)."
+    alpha: float | None = flag(
+        "lora_alpha to store (the rank, so that alpha / r is 1).", None
     )
-    include: str | None = _flag(None, "Regex: only these tensors get factors.")
-    exclude: str | None = _flag(None, "Regex: these get none.")
-    embeddings: bool = _flag(
-        False,
+    include: str | None = flag("Regex: only these tensors get factors.", None)
+    exclude: str | None = flag("Regex: these get none.", None)
+    embeddings: bool = flag(
         "Factors for embeddings too (lora_embedding_A and _B). Beware of tied heads:"
         " PEFT changes them only in merge_and_unload.",
+        False,
     )
-    modules_to_save: str | None = _flag(
-        None, "Regex: modules with such a tensor are stored whole (norms, heads)."
+    modules_to_save: str | None = flag(
+        "Regex: modules with such a tensor are stored whole (norms, heads).", None
     )
-    fan_in_fan_out: bool | None = _flag(
-        None,
+    fan_in_fan_out: bool | None = flag(
         "Layers store their weights as [in, out] (GPT-2's Conv1D). None: as the shapes"
         " of biases say, else not.",
+        None,
     )
-    dtype: str = _flag("float32", f"Of the factors: {', '.join(DTYPES)}.")
-    base_name: str | None = _flag(
-        None, "base_model_name_or_path in adapter_config.json (--base)."
+    dtype: str = flag(f"Of the factors: {', '.join(DTYPES)}.", "float32")
+    base_name: str | None = flag(
+        "base_model_name_or_path in adapter_config.json (--base).", None
     )
-    block_pattern: str | None = _flag(
-        None, "Finds a tensor's block for the figure where names are unusual."
+    block_pattern: str | None = flag(
+        "Finds a tensor's block for the figure where names are unusual.", None
     )
-    threads: int | None = _flag(None, "Tensors at a time (one a core, 8 at most).")
-    overwrite: bool = _flag(False, "Replace a checkpoint at --output.")
-    progress: bool = _flag(True, "Show a progress bar.")
+    threads: int | None = flag("Tensors at a time (one a core, 8 at most).", None)
+    overwrite: bool = flag("Replace a checkpoint at --output.", False)
+    progress: bool = flag("Show a progress bar.", True)
 
 
 class Row(NamedTuple):

@@ -17,8 +17,16 @@ from multitask_jax import checkpoints
 from multitask_jax.checkpoints import CheckpointError, Reader
 from multitask_jax.merging import core, delta, report
 from multitask_jax.merging.census import MOST_MODELS, Census
-from multitask_jax.merging.plan import Plan, describe, human, peak_memory, plan_merge
+from multitask_jax.merging.plan import (
+    Plan,
+    describe,
+    human,
+    peak_memory,
+    plan_merge,
+    threads_for,
+)
 from multitask_jax.merging.streaming import Stream
+from multitask_jax.merging.task_statistics import StatisticsFile
 
 PathLike = str | os.PathLike[str]
 
@@ -39,6 +47,7 @@ def merge_checkpoints(
     output: PathLike,
     *,
     weights: Sequence[float] | None = None,
+    statistics: Sequence[PathLike] | None = None,
     include: str | None = None,
     exclude: str | None = None,
     dtype: str | None = None,
@@ -66,6 +75,7 @@ def merge_checkpoints(
         adapters of it, and deltas.
       output: directory that appears when all is done.
       weights: one a model.
+      statistics: files by `save_statistics`, one a model, for fisher and regmean.
       include, exclude: regexes on tensor names; the rest is copied from the base.
       dtype: of the computation, "float32" or "float64" (by default float32, and float64
         for float64 tensors).
@@ -96,8 +106,9 @@ def merge_checkpoints(
     _check_weights(method, weights)
     if threads is not None and threads < 1:
         raise ValueError(f"threads: got {threads}, expected at least 1")
-    threads = threads or min(8, 2 * (os.cpu_count() or 1))
-    compute, stored = _dtype("dtype", dtype), _dtype("out_dtype", out_dtype)
+    threads = threads_for(method, threads or min(8, 2 * (os.cpu_count() or 1)))
+    compute = float_dtype("dtype", dtype, computing=True)
+    stored = float_dtype("out_dtype", out_dtype)
     notes = []
     given = base
     if base is None:
@@ -114,6 +125,9 @@ def merge_checkpoints(
             origin = readers[0] if readers and given is not None else None
             readers.append(checkpoints.open(path, origin))
             stack.callback(readers[-1].close)
+        known = None if statistics is None else [*map(StatisticsFile, statistics)]
+        for file in known or ():
+            stack.callback(file.close)
         plan = plan_merge(
             method,
             readers[0],
@@ -123,12 +137,13 @@ def merge_checkpoints(
             dtype=compute,
             out_dtype=stored,
             allow_missing=allow_missing,
+            statistics=known,
         )
         tensors: Sequence[checkpoints.TensorInfo] = plan.outputs
         if output_format == "delta":
             method, plan = delta.as_delta(method), delta.delta_plan(plan, stored)
             tensors = delta.written(plan)
-        memory = peak_memory(plan, readers, threads)
+        memory = peak_memory(plan, readers, threads, method)
         if max_memory is not None and memory > max_memory:
             raise CheckpointError(
                 f"the merge is expected to need {human(memory)}, more than max_memory"
@@ -143,6 +158,7 @@ def merge_checkpoints(
             plan,
             readers,
             weights,
+            statistics=known or (),
             census=census,
             allow_nonfinite=allow_nonfinite,
             threads=threads,
@@ -162,13 +178,16 @@ def merge_checkpoints(
         if output_format == "delta":
             target["base"] = readers[0]
         with (
-            _bar(plan, progress) as stream.advance,
+            progress_bar([plan], progress) as stream.advance,
             checkpoints.create(output, tensors, **target) as writer,
         ):
             notes += [*plan.notes, *stream.run(writer)]
             if output_format != "delta":  # it is no model without its base
                 checkpoints.copy_companions(readers[0].path, writer.directory)
-            _set_config_dtype(writer.directory, stored)
+            set_config_dtype(writer.directory, stored)
+            if method.aside is not None:
+                names = report.unique_names(models)
+                notes += method.aside(writer.directory, plan, readers, names)
             if census is not None:
                 seconds = time.perf_counter() - started
                 facts = report.Facts(
@@ -201,17 +220,20 @@ _DTYPES = {
 _SHORT = {"f64": "float64", "f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 
 
-def _dtype(name: str, value: str | None) -> np.dtype | None:
+def float_dtype(
+    name: str, value: str | None, *, computing: bool = False
+) -> np.dtype | None:
+    """The dtype of a name like "bfloat16" or "bf16"; `computing`: wide ones only."""
     if not value:
         return None
     value = _SHORT.get(value.replace("fp", "f"), value)
-    known = list(_DTYPES)[:2] if name == "dtype" else list(_DTYPES)
+    known = list(_DTYPES)[:2] if computing else list(_DTYPES)
     if value not in known:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(known)}")
     return np.dtype(_DTYPES[value])
 
 
-def _set_config_dtype(directory: Path, dtype: np.dtype | None) -> None:
+def set_config_dtype(directory: Path, dtype: np.dtype | None) -> None:
     """Hugging Face's config.json names the dtype that weights are loaded in."""
     path = directory / "config.json"
     if dtype is None or not path.exists():
@@ -224,15 +246,17 @@ def _set_config_dtype(directory: Path, dtype: np.dtype | None) -> None:
 
 
 @contextlib.contextmanager
-def _bar(plan: Plan, show: bool) -> Any:
+def progress_bar(plans: Sequence[Plan], show: bool) -> Any:
     """A progress bar over bytes with rate and time left."""
     if not show:
         yield lambda nbytes: None
         return
     from tqdm import tqdm
 
-    merged = sum(e.nbytes for e in plan.merged)
-    total = merged * len(plan.passes) + plan.read_bytes - merged
+    total = 0
+    for plan in plans:
+        merged = sum(e.nbytes for e in plan.merged)
+        total += merged * len(plan.passes) + plan.read_bytes - merged
     with tqdm(
         total=total, unit="B", unit_scale=True, desc="merging", mininterval=0.2
     ) as bar:

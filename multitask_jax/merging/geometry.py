@@ -43,6 +43,7 @@ def norm_of(square: Array) -> Array:
 
 
 def by_pair(stats: Any, count: int) -> dict[tuple[int, int], Array]:
+    """Statistics of `gram_terms`, by (i, j)."""
     pairs = itertools.combinations_with_replacement(range(count), 2)
     return dict(zip(pairs, stats, strict=True))
 
@@ -82,13 +83,14 @@ def interpolate_spherically(
     a is the angle of the flat tensors. Near-parallel ones are interpolated linearly.
     Antiparallel ones have no shortest arc: "nearest" keeps the direction of the nearer
     end with the interpolated norm (a linear path would pass through zeros), "lerp" is
-    what mergekit does.
+    what mergekit does. `t=None` takes it from the weights: w_1 / (w_0 + w_1).
     """
     check_choice("antiparallel", antiparallel, ("nearest", "lerp"))
 
     def apply(values: Values, leaf: Leaf, stats: tuple[Any, ...]) -> Values:
         v0, v1 = values
-        time = jnp.asarray(t, stats[0][0].dtype)
+        w0, w1 = leaf.weights
+        time = jnp.asarray(w1 / (w0 + w1) if t is None else t, stats[0][0].dtype)
         a, b = slerp_factors(stats[0], time, parallel_cosine, antiparallel)
         return (times(a.astype(v0.dtype), v0) + times(b.astype(v1.dtype), v1),)
 

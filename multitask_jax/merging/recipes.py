@@ -5,13 +5,21 @@ arguments named as the command line's flags (density, scale, t, ...), and enter 
 METHODS; its docstring's first line is its `--help`. The contract tests pick it up.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from multitask_jax.merging import geometry, recipes_average, recipes_sparse
+from multitask_jax.merging import (
+    geometry,
+    recipes_average,
+    recipes_sparse,
+    recipes_subspace,
+)
 from multitask_jax.merging import transforms as tf
 from multitask_jax.merging.arguments import Shares
 from multitask_jax.merging.core import Method, Scope, chain
+from multitask_jax.merging.emr import unify
+from multitask_jax.merging.emr_files import write_tasks
+from multitask_jax.merging.fitted import fisher, regmean
 
 
 def linear(*, normalise: bool = True) -> Method:
@@ -53,7 +61,7 @@ def ties(
 
 def dare(
     *,
-    density: Shares = 0.5,
+    density: Shares | Mapping[str, Shares] = 0.5,
     scale: Any = 1.0,
     rescale: Literal["density", "l1", "none"] = "density",
     normalise: bool = False,
@@ -69,7 +77,7 @@ def dare(
 
 def dare_ties(
     *,
-    density: Shares = 0.5,
+    density: Shares | Mapping[str, Shares] = 0.5,
     scale: Any = 1.0,
     election: tf.Election = "mass",
     zero_sign: tf.ZeroSign = "majority",
@@ -103,13 +111,16 @@ def magnitude_prune(
 
 
 def slerp(*, t: Any = 0.5, antiparallel: geometry.Antiparallel = "nearest") -> Method:
-    """SLERP: spherical interpolation of two models, --t of the way to the second."""
+    """SLERP: spherical interpolation of two models, --t of the way to the second.
+
+    `t=None` (not a flag) takes it from the weights, which sum to 1: w_1.
+    """
     return Method(
         (geometry.interpolate_spherically(t=t, antiparallel=antiparallel),),
         start="parameters",
         end="parameters",
         models=2,
-        weighted=False,
+        weighted=t is None,
     )
 
 
@@ -124,6 +135,14 @@ def model_stock(
     return chain(stock)._replace(weighted=False)
 
 
+def emr() -> Method:
+    """EMR: one unified task vector; OUT/tasks/ has a mask and a factor for each task.
+
+    In memory `emr_tasks` makes these and `specialise` applies them.
+    """
+    return unify()._replace(aside=write_tasks)
+
+
 METHODS: dict[str, Callable[..., Method]] = {
     "linear": linear,
     "task_arithmetic": task_arithmetic,
@@ -133,6 +152,10 @@ METHODS: dict[str, Callable[..., Method]] = {
     "magnitude_prune": magnitude_prune,
     "slerp": slerp,
     "model_stock": model_stock,
+    "emr": emr,
     **recipes_sparse.METHODS,
     **recipes_average.METHODS,
+    **recipes_subspace.METHODS,
+    "fisher": fisher.fisher,
+    "regmean": regmean.regmean,
 }

@@ -46,7 +46,7 @@ def breadcrumbs_ties(
 def della(
     *,
     density: Shares = 0.5,
-    epsilon: float = 0.15,
+    epsilon: Shares = 0.15,
     scale: Any = 1.0,
     rescale: Literal["probability", "l1", "none"] = "probability",
     normalise: bool = False,
@@ -65,7 +65,7 @@ def della(
 def della_ties(
     *,
     density: Shares = 0.5,
-    epsilon: float = 0.15,
+    epsilon: Shares = 0.15,
     scale: Any = 1.0,
     election: tf.Election = "mass",
     zero_sign: tf.ZeroSign = "majority",

@@ -23,11 +23,12 @@ class Facts(NamedTuple):
 
     base: Path | None  # None: the first model stands for it
     models: Sequence[Path]
-    weights: Sequence[float]
+    weights: Sequence[float | None]  # None: differs between tensors
     recipe: Mapping[str, Any]
     plan: Plan
     notes: Sequence[str]
     seconds: float
+    yaml: str = ""  # of a mergekit recipe
 
 
 def write(
@@ -47,10 +48,10 @@ def write(
     (directory / "merge_report.md").write_text(text)
     data = {
         "version": multitask_jax.__version__,
-        "recipe": dict(facts.recipe),
+        "recipe": dict(facts.recipe) | ({"yaml": facts.yaml} if facts.yaml else {}),
         "base": facts.base and str(facts.base),
         "models": [str(m) for m in facts.models],
-        "weights": [float(w) for w in facts.weights],
+        "weights": [w if w is None else float(w) for w in facts.weights],
         "warnings": warnings,
         "notes": list(facts.notes),
         "sampled": not census.exact,
@@ -61,7 +62,7 @@ def write(
     }
     (directory / "merge_report.json").write_text(json.dumps(data, indent=1) + "\n")
     _figures(directory, names, total, depths, sampled=not census.exact)
-    (directory / "README.md").write_text(_card(facts, warnings))
+    (directory / "README.md").write_text(card(facts, warnings))
     return warnings
 
 
@@ -95,7 +96,8 @@ def _number(x: float) -> str:
     return "-" if np.isnan(x) else f"{x:.3g}"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -103,6 +105,8 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _command(facts: Facts) -> str:
     """The flags that make this merge again."""
     flags = {k: v for k, v in facts.recipe.items() if v not in (None, "")}
+    if facts.yaml:
+        flags.pop("method")  # the recipe has it
     if not flags:
         return "(merged from Python with a chain of its own)"
     lines = ["python -m experiments.merge"]
@@ -110,6 +114,16 @@ def _command(facts: Facts) -> str:
         flag = f"--{'' if v else 'no'}{k}" if isinstance(v, bool) else f"--{k}={v}"
         lines.append(shlex.quote(flag))
     return " \\\n  ".join(lines)
+
+
+def commands(facts: Facts) -> str:
+    """The command, and the mergekit recipe if there is one, as Markdown."""
+    recipe = f"\n\n```yaml\n{facts.yaml.rstrip()}\n```" if facts.yaml else ""
+    return f"```\n{_command(facts)}\n```{recipe}"
+
+
+def _weight(w: float | None) -> str:
+    return "varies" if w is None else f"{float(w):.3g}"
 
 
 def _markdown(
@@ -129,7 +143,7 @@ def _markdown(
     rows = [
         [
             name,
-            _number(float(facts.weights[t])),
+            _weight(facts.weights[t]),
             _number(total.norms[t]),
             _number(total.relative_norms[t]),
             f"{total.base_cosines[t]:.4f}",
@@ -139,13 +153,13 @@ def _markdown(
         for t, name in enumerate(names)
     ]
     header = ["model", "weight", "norm of tau", "relative", "cosine to base"]
-    tasks = _table([*header, "redundant", "trimmed mass"], rows)
-    cosines = _table(
+    tasks = table([*header, "redundant", "trimmed mass"], rows)
+    cosines = table(
         ["", *names],
         [[n, *map(_number, total.cosines[t])] for t, n in enumerate(names)],
     )
     each = " / ".join
-    by_depth = _table(
+    by_depth = table(
         ["depth", "parameters", "sign conflicts", "redundant", "trimmed mass", "norm"],
         [
             [
@@ -167,9 +181,7 @@ def _markdown(
 
 {len(names)} models on the base `{facts.base or "(none)"}`. To make it again:
 
-```
-{_command(facts)}
-```
+{commands(facts)}
 
 ## Warnings
 
@@ -251,7 +263,7 @@ def _figures(
     FigureCanvasAgg(figure).print_png(directory / _COSINE_FIGURE)
 
 
-def _card(facts: Facts, warnings: Sequence[str]) -> str:
+def card(facts: Facts, warnings: Sequence[str] = ()) -> str:
     """A model card with the metadata that Hugging Face tools read."""
     sources = ([facts.base] if facts.base else []) + list(facts.models)
     parents = dict.fromkeys(map(_hub_name, sources))
@@ -259,7 +271,7 @@ def _card(facts: Facts, warnings: Sequence[str]) -> str:
     said = "\n".join(f"- {w}" for w in warnings) or "None."
     method = facts.recipe.get("method", "a chain of its own")
     models = "\n".join(
-        f"- `{m}`, weight {float(w):g}"
+        f"- `{m}`, weight {_weight(w)}"
         for m, w in zip(facts.models, facts.weights, strict=True)
     )
     return f"""---
@@ -278,9 +290,7 @@ Base: `{facts.base or "none"}`. Models:
 
 {models}
 
-```
-{_command(facts)}
-```
+{commands(facts)}
 
 Warnings:
 

@@ -112,7 +112,7 @@ def _order(rows: Array) -> Array:
 def drop_by_rank(
     *,
     density: Shares = 0.5,
-    epsilon: float = 0.15,
+    epsilon: Shares = 0.15,
     rescale: Literal["probability", "l1", "none"] = "probability",
     seed: int = 0,
 ) -> Transform:
@@ -120,7 +120,8 @@ def drop_by_rank(
 
     Args:
       density: mean probability to keep, one for all or one per model.
-      epsilon: the probability goes from density - epsilon to density + epsilon.
+      epsilon: the probability goes from density - epsilon to density + epsilon; one for
+        all or one per model.
       rescale: "probability" divides each kept entry by its probability (the paper),
         "l1" scales a tensor to the L1 norm before (mergekit), "none" leaves as is.
       seed: same seed, same mask, whatever the sharding or the order of tensors.
@@ -129,11 +130,16 @@ def drop_by_rank(
       ValueError: density outside (0, 1], probabilities outside (0, 1], unknown rescale.
     """
     check_choice("rescale", rescale, ("probability", "l1", "none"))
-    densities = shares("density", density)
-    for d in densities:
-        if epsilon < 0 or d - epsilon <= 0 or d + epsilon > 1:
+    densities, epsilons = shares("density", density), numbers(epsilon)
+    most = max(len(densities), len(epsilons))
+    for d, e in zip(
+        per_model(densities, most, "density"),
+        per_model(epsilons, most, "epsilon"),
+        strict=True,
+    ):
+        if e < 0 or d - e <= 0 or d + e > 1:
             raise ValueError(
-                f"epsilon: got {epsilon} with density {d}, expected 0 <= epsilon <"
+                f"epsilon: got {e} with density {d}, expected 0 <= epsilon <"
                 " density and density + epsilon <= 1: both ends are probabilities"
             )
 
@@ -142,8 +148,9 @@ def drop_by_rank(
     ) -> Values:
         out = []
         keep = per_model(densities, len(values), "density")
-        for t, (tau, share) in enumerate(zip(values, keep, strict=True)):
-            p = keep_probabilities(tau, share, epsilon)
+        spread = per_model(epsilons, len(values), "epsilon")
+        for t, (tau, share, e) in enumerate(zip(values, keep, spread, strict=True)):
+            p = keep_probabilities(tau, share, e)
             u = uniform(tau.shape, seed=leaf.setting, model=t, offset=leaf.offset)
             scaled = times(1 / p.astype(tau.dtype), tau) if divide else tau
             out.append(jnp.where(u < p, scaled, 0))

@@ -7,7 +7,7 @@ rather than arithmetic (thresholds, checks for NaN) is done by NumPy on the host
 import functools
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ from multitask_jax.merging.selection import (
     keys_of,
 )
 from multitask_jax.merging.statistics import chunk_sum
+from multitask_jax.merging.task_statistics import StatisticsFile
 from multitask_jax.merging.totals import KthTotal, SumTotal
 
 _SMALL = 1 << 20  # tensors up to this size keep all keys; larger ones sample a bracket
@@ -57,16 +58,23 @@ class Stream:
         method: core.Method,
         plan: Plan,
         readers: Sequence[Reader],
-        weights: Sequence[float],
+        weights: Sequence[float] | Mapping[str, Sequence[float]],
         *,
+        programs: Callable[[Any], Any] | None = None,
+        statistics: Sequence[StatisticsFile] = (),
         census: Census | None = None,
         allow_nonfinite: bool = False,
         advance: Callable[[int], None] = lambda nbytes: None,
         threads: int = 2,
     ):
-        """`readers`: the base, then the models. `advance` hears of bytes read."""
+        """`readers`: the base, then the models. `advance` hears of bytes read.
+
+        `weights`: T, or T by leaf path. `programs`: of a stream whose method differs in
+        ranks alone, so that nothing is compiled again.
+        """
         self.method, self.plan, self.readers = method, plan, tuple(readers)
-        self.weights = tuple(map(float, weights))
+        self.statistics = tuple(statistics)
+        self.weights = weights
         self.census, self.advance, self.threads = census, advance, threads
         self._check = not allow_nonfinite
         needs = {t.needs for t in method.transforms}
@@ -78,7 +86,7 @@ class Stream:
         self._model: dict[tuple[int, int], Any] = {}
         self._tensor: dict[tuple[str, int, int], Any] = {}
         count = census is not None and census.exact
-        self._programs = functools.cache(
+        self.programs = programs or functools.cache(
             lambda stage: jax.jit(
                 functools.partial(_compute, method, stage, count),
                 static_argnames=("compute", "out", "check"),
@@ -247,6 +255,11 @@ class Stream:
                 f"{c.entry.path}: the merged values do not fit {c.entry.out}; choose a"
                 " wider out_dtype (bfloat16, float32), or pass allow_nonfinite"
             )
+        if self._check and self.statistics and not np.isfinite(flat).all():
+            raise CheckpointError(
+                f"{c.entry.path}: the merged values are not finite; statistics and"
+                " weights must not be negative"
+            )
         writer.write(c.entry.path, c.start, flat)
         if counted is not None and self.census is not None:
             self.census.trimmed(c.entry.path, size, *counted)
@@ -267,14 +280,17 @@ class Stream:
         stats = [self._known(path, i) for i in range(len(self.method.transforms))]
         check = look and self._check and self.census is None and path in self._unseen
         scalar = functools.partial(_scalar, c.entry.compute)
+        by_path = isinstance(self.weights, Mapping)
+        weights = self.weights[path] if by_path else self.weights
         with jax.enable_x64(c.entry.compute == np.float64):
-            out, bad = self._programs(stage)(
+            out, bad = self.programs(stage)(
                 tuple(_pad(_for_jax(x), shape) for x in arrays),
-                tuple(map(scalar, self.weights)),
+                tuple(scalar(float(w)) for w in weights),
                 [jax.tree.map(scalar, s.get(path, ())) for s in self._settings],
                 stats,
                 (np.uint32(c.start >> 32), np.uint32(c.start & 0xFFFFFFFF)),
                 scalar(float(c.entry.size)),
+                self._statistics(c, shape),
                 compute=c.entry.compute.name,
                 out=_from_jax(c.entry).name,
                 check=check,
@@ -282,6 +298,15 @@ class Stream:
         if check and bad:
             self._refuse_nonfinite(c, arrays)
         return out
+
+    def _statistics(self, c: Chunk, shape: tuple[int, ...]) -> tuple[Any, ...]:
+        """What the models' data say of a chunk, padded as the parameters are."""
+        files = [s for s in self.statistics if c.entry.path in s.specs]
+        self.advance(sum(s.nbytes(c.entry.path) for s in files) * (c.start == 0))
+        return tuple(
+            s.read(c.entry.path, c.start, c.stop, lambda x: _pad(x, shape))
+            for s in files
+        )
 
     def _known(self, path: str, i: int) -> tuple[Any, ...]:
         """Statistics of transform i so far; None is unknown yet."""
@@ -295,11 +320,12 @@ class Stream:
         for reader, x in zip(self.readers, arrays, strict=True):
             places = np.flatnonzero(~np.isfinite(to_compute(x, np.dtype(np.float64))))
             if len(places):
+                origin = getattr(reader, "origin", lambda _, r=reader: r.path)
                 raise CheckpointError(
-                    f"{reader.path}: tensor {c.entry.path!r} has {x[places[0]]} at flat"
-                    f" index {c.start + int(places[0])} (and maybe more): the"
-                    " fine-tuning diverged, or the file is damaged. Leave the model"
-                    " out, exclude the tensor, or pass allow_nonfinite"
+                    f"{origin(c.entry.path)}: tensor {c.entry.path!r} has"
+                    f" {x[places[0]]} at flat index {c.start + int(places[0])} (and"
+                    " maybe more): the fine-tuning diverged, or the file is damaged."
+                    " Leave the model out, exclude the tensor, or pass allow_nonfinite"
                 )
 
     def _copy(self, writer: Writer) -> list[str]:
@@ -339,6 +365,7 @@ def _compute(
     stats: Sequence[Any],
     offset: tuple[Any, Any],
     size: Any,
+    statistics: tuple[Any, ...],
     *,
     compute: str,
     out: str,
@@ -350,7 +377,9 @@ def _compute(
     number of entries that are not finite (if `check`).
     """
     base, *models = [x.astype(compute) for x in arrays]
-    leaf = core.Leaf(base, tuple(w.astype(compute) for w in weights), (), offset, size)
+    known = jax.tree.map(lambda x: x.astype(compute), statistics)
+    scaled = tuple(w.astype(compute) for w in weights)
+    leaf = core.Leaf(base, scaled, (), offset, size, known)
     before = after = values = core.start_values(method, base, tuple(models))
     total = base + core.add_up(values)
     bad = chunk_sum((~jnp.isfinite(total)).astype(jnp.int32)) if check else None

@@ -6,7 +6,7 @@ tensor give the same bits.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -103,14 +103,14 @@ def trim(
 
 def drop(
     *,
-    density: Shares = 0.5,
+    density: Shares | Mapping[str, Shares] = 0.5,
     rescale: Literal["density", "l1", "none"] = "density",
     seed: int = 0,
 ) -> Transform:
     """Keeps each entry with probability `density` (DARE).
 
     Args:
-      density: probability to keep, one for all or one per model.
+      density: probability to keep, one for all or one per model; or such by leaf path.
       rescale: "density" divides by it (the paper), "l1" scales to the L1 norm before
         (mergekit), "none" leaves as is.
       seed: same seed, same mask, whatever the sharding or the order of tensors.
@@ -119,14 +119,21 @@ def drop(
       ValueError: density outside (0, 1], unknown rescale.
     """
     check_choice("rescale", rescale, ("density", "l1", "none"))
-    densities = shares("density", density)
+    by_path = density if isinstance(density, Mapping) else {}
+    densities = {p: shares("density", d) for p, d in by_path.items()}
+    common = () if by_path else shares("density", density)
+
+    def setting(path: str) -> Any:
+        keep = densities[path] if by_path else common
+        return path_seed(path, seed), keep, tuple(1 / p for p in keep)
 
     def masked(values: Values, leaf: Leaf, stats: tuple[Any, ...]) -> Values:
+        salt, densities, _ = leaf.setting
         keep = per_model(densities, len(values), "density")
         return tuple(
             jnp.where(
-                uniform(tau.shape, seed=leaf.setting, model=t, offset=leaf.offset)
-                < keep[t],
+                uniform(tau.shape, seed=salt, model=t, offset=leaf.offset)
+                < jnp.asarray(keep[t], jnp.float32),
                 tau,
                 0,
             )
@@ -136,14 +143,17 @@ def drop(
     def apply(values: Values, leaf: Leaf, stats: tuple[Any, ...]) -> Values:
         out = masked(values, leaf, stats)
         if rescale == "density":
-            keep = per_model(densities, len(values), "density")
-            return tuple(times(1 / p, x) for x, p in zip(out, keep, strict=True))
+            inverse = per_model(leaf.setting[2], len(values), "density")
+            return tuple(
+                times(jnp.asarray(p, x.dtype), x)
+                for x, p in zip(out, inverse, strict=True)
+            )
         return rescale_l1(out, stats[0]) if rescale == "l1" else out
 
     return Transform(
         apply,
         measures=(l1_measure(masked),) if rescale == "l1" else (),
-        settings=lambda paths: {p: path_seed(p, seed) for p in paths},
+        settings=lambda paths: {p: setting(p) for p in paths},
         trims=True,
     )
 
@@ -265,5 +275,6 @@ def scale(factor: Any) -> Transform:
     return Transform(
         lambda values, leaf, stats: tuple(
             times(jnp.asarray(factor, v.dtype), v) for v in values
-        )
+        ),
+        scales=True,
     )

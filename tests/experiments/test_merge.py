@@ -65,18 +65,37 @@ def test_flags_reach_the_method(tmp_path, inputs):
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
 
 
+@pytest.mark.parametrize(("flag", "alpha"), [("0.25", 0.25), ("norm", "norm")])
+def test_lines_alpha_is_a_number_or_norm(tmp_path, inputs, flag, alpha):
+    config, base, models = inputs
+    _, got = run(tmp_path, config, method="ties", lines_alpha=flag, lines_beta=0.5)
+    method = merging.with_lines(merging.ties(), alpha=alpha, beta=0.5)
+    for k, v in flat(merging.merge(method, base, models)).items():
+        np.testing.assert_allclose(got[k], v, atol=1e-6)
+
+
 def flat(params):
     from multitask_jax import tree
 
     return {k: np.asarray(v) for k, v in tree.flatten(params).items()}
 
 
-def test_every_method_runs_with_its_defaults(tmp_path, inputs):
-    config, _, _ = inputs
-    one, _ = config["models"].split(",")
-    for name, recipe in merging.METHODS.items():
-        models = one if recipe().models == 1 else config["models"]
-        run(tmp_path, config | {"models": models}, method=name, overwrite=True)
+@pytest.mark.parametrize("name", sorted(merging.METHODS))
+def test_every_method_runs_with_its_defaults(tmp_path, name):
+    base, models = make_models(2, rows=16, blocks=2)
+    paths = [save(tmp_path / n, m) for n, m in zip("xab", (base, *models), strict=True)]
+    options = {}
+    if name in ("fisher", "regmean"):
+        squares = {"scale": np.float32(1)}
+        gram = {"embed": merging.Gram(np.eye(16, dtype=np.float32), (0,))}
+        known = squares if name == "fisher" else gram
+        files = [merging.save_statistics(p / "known.safetensors", known) for p in paths]
+        options = {"statistics": ",".join(map(str, files[1:]))}
+    chosen = paths[1:2] if merging.METHODS[name]().models == 1 else paths[1:]
+    config = {"base": str(paths[0]), "models": ",".join(map(str, chosen))}
+    _, got = run(tmp_path, config, method=name, **options)
+    assert got.keys() == flat(base).keys()
+    assert any(not np.array_equal(got[k], x) for k, x in flat(base).items())
 
 
 def test_without_a_base_spheres_are_of_parameters(tmp_path, inputs):
@@ -104,6 +123,9 @@ def test_without_a_base_spheres_are_of_parameters(tmp_path, inputs):
         ({"max_shard_size": "big"}, "expected a size like 5GB"),
         ({"allow_missing": "all"}, "--allow_missing: got 'all'"),
         ({"output_format": "gguf"}, "got format 'gguf'"),
+        ({"lines_alpha": "norm"}, "--lines_alpha=norm needs --lines_beta"),
+        ({"lines_alpha": "auto"}, "--lines_alpha: got 'auto', expected a number"),
+        ({"lines_alpha": "nan"}, "--lines_alpha: got 'nan', expected a number"),
         ({"lines_alpha": 0.5, "block_pattern": "x(y)"}, "can't tell the blocks"),
     ],
 )

@@ -1,0 +1,71 @@
+"""Reading YAML that strangers wrote: bounded, no objects, no key lost."""
+
+from typing import Any
+
+MAX_BYTES = 1_000_000
+MAX_NODES = 100_000  # after aliases are expanded
+
+
+def read_yaml(text: str, where: str) -> Any:
+    """The content of a text, of plain YAML types.
+
+    Args:
+      text: YAML.
+      where: what errors begin with, followed by the line.
+
+    Raises:
+      ValueError: not YAML, a key that occurs twice, too large, or aliases that expand
+        to too much (or contain themselves).
+    """
+    import yaml
+
+    if len(text) > MAX_BYTES:
+        raise ValueError(
+            f"{where}: got {len(text):,} characters, at most {MAX_BYTES:,}"
+        )
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        _check_node(node, {}, where)
+        return yaml.safe_load(text)
+    except yaml.MarkedYAMLError as e:
+        mark = e.problem_mark
+        line = f"{where}:{mark.line + 1}" if mark else where
+        hint = "; indent with spaces, not tabs" if "'\\t'" in str(e.problem) else ""
+        raise ValueError(f"{line}: not valid YAML: {e.problem}{hint}") from None
+    except yaml.YAMLError as e:
+        raise ValueError(f"{where}: not valid YAML: {e}") from None
+    except RecursionError:
+        raise ValueError(f"{where}: nested too deeply for a recipe") from None
+
+
+def _check_node(node: Any, sizes: dict[int, int | None], where: str) -> int:
+    """The number of nodes with aliases expanded; refuses bombs and repeated keys."""
+    if node is None:
+        return 0
+    if id(node) in sizes:
+        size = sizes[id(node)]
+        if size is None:
+            raise ValueError(f"{where}:{node.start_mark.line + 1}: contains itself")
+        return size
+    sizes[id(node)] = None
+    children: list[Any] = []
+    if node.id == "mapping":
+        seen: set[str] = set()
+        for key, value in node.value:
+            name = key.value if key.id == "scalar" else None
+            if name in seen and name != "<<":
+                raise ValueError(
+                    f"{where}:{key.start_mark.line + 1}: the key {name!r} occurs twice"
+                )
+            seen.add(str(name))
+            children += [key, value]
+    elif node.id == "sequence":
+        children = node.value
+    size = 1 + sum(_check_node(c, sizes, where) for c in children)
+    if size > MAX_NODES:
+        raise ValueError(
+            f"{where}:{node.start_mark.line + 1}: expands to more than {MAX_NODES:,}"
+            " values: too large for a recipe"
+        )
+    sizes[id(node)] = size
+    return size

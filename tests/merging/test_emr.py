@@ -1,0 +1,148 @@
+"""EMR: the unified vector, masks and factors; in memory and on disk."""
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+from experiments import specialise as script
+from multitask_jax import checkpoints, merging, tree
+from tests.merging.common import assert_same_bits, load, make_models, save
+from tests.merging.test_golden import cases
+
+
+def test_golden(shared):
+    for case, f in cases(shared, "emr").items():
+        base, models = f["base"], f["models"]
+        trees = [
+            {k: v[t] for k, v in models.items()}
+            for t in range(len(f["expected_rescalers"]))
+        ]
+        merged = merging.merge(merging.emr(), base, trees)
+        for k, want in f["expected_unified"].items():
+            np.testing.assert_allclose(merged[k] - base[k], want, atol=1e-6)
+        tasks = merging.emr_tasks(base, trees)
+        for t, task in enumerate(tasks):
+            np.testing.assert_allclose(
+                task.rescale, f["expected_rescalers"][t], rtol=1e-5, err_msg=case
+            )
+            out = merging.specialise(merged, task, base=base)
+            for k in base:
+                np.testing.assert_array_equal(task.mask[k], f["expected_masks"][k][t])
+                np.testing.assert_allclose(out[k], f["expected"][k][t], atol=2e-6)
+
+
+def test_one_model_comes_back():
+    base, models = make_models(1, rows=8, blocks=1)
+    merged = merging.merge(merging.emr(), base, models)
+    (task,) = merging.emr_tasks(base, models)
+    np.testing.assert_allclose(task.rescale, 1, rtol=1e-5)
+    out = merging.specialise(merged, task, base=base)
+    for a, b in zip(jax.tree.leaves(out), jax.tree.leaves(models[0]), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_of_the_unified_vector_alone_under_jit():
+    base, models = make_models(3, rows=8, blocks=1)
+    merged = merging.merge(merging.emr(), base, models)
+    unified = jax.tree.map(lambda a, b: a - b, merged, base)
+    task = merging.emr_tasks(base, models)[1]
+    tau = jax.jit(merging.specialise)(unified, task)
+    whole = jax.jit(lambda m, t, b: merging.specialise(m, t, base=b))(
+        merged, task, base
+    )
+    for t, w, b in zip(*map(jax.tree.leaves, (tau, whole, base)), strict=True):
+        np.testing.assert_allclose(b + t, w, atol=1e-6)
+
+
+def test_masks_of_another_model_are_refused():
+    base, models = make_models(2, rows=8, blocks=1)
+    task = merging.emr_tasks(base, models)[0]
+    with pytest.raises(ValueError, match="embed: the task's mask has shape"):
+        merging.specialise({**base, "embed": np.zeros(3)}, task, base=base)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_on_disk_as_in_memory(tmp_path, dtype):
+    base, models = make_models(3, dtype, rows=1100, blocks=1)  # more than one chunk
+    paths = [
+        save(tmp_path / n, m) for n, m in zip("xabc", (base, *models), strict=True)
+    ]
+    merging.merge_checkpoints(
+        merging.emr(), paths[0], paths[1:], tmp_path / "out", progress=False
+    )
+    merged = merging.merge(merging.emr(), base, models)
+    out = tmp_path / "out"
+    assert_same_bits(load(out), tree.flatten(merged))
+    files = sorted(p.name for p in (out / "tasks").iterdir())
+    assert files == ["a.safetensors", "b.safetensors", "c.safetensors"]
+    size = sum(x.size for x in jax.tree.leaves(base))
+    assert (out / "tasks" / "a.safetensors").stat().st_size < size / 8 + 1500
+    opened = checkpoints.open(out)
+    for t, task in enumerate(merging.emr_tasks(base, models)):
+        path = out / "tasks" / files[t]
+        stored = merging.load_task(path, opened.tensors)
+        np.testing.assert_allclose(stored.rescale, task.rescale, rtol=1e-5)
+        for p, mask in task.mask.items():
+            np.testing.assert_array_equal(stored.mask[p], mask)
+        script.run(
+            script.Config(
+                base=str(paths[0]),
+                merged=str(out),
+                task=str(path),
+                output=str(tmp_path / f"task{t}"),
+                progress=False,
+            )
+        )
+        want = merging.specialise(merged, stored, base=base)
+        for p, x in load(tmp_path / f"task{t}").items():
+            y = np.asarray(tree.flatten(want)[p])
+            assert x.dtype == y.dtype
+            np.testing.assert_allclose(
+                x.astype(np.float32), y.astype(np.float32), rtol=1e-2, atol=1e-6
+            )
+
+
+def test_files_that_do_not_belong_together(tmp_path):
+    base, models = make_models(2, rows=8, blocks=1)
+    other, _ = make_models(0, rows=16, blocks=1)
+    paths = [save(tmp_path / n, m) for n, m in zip("xab", (base, *models), strict=True)]
+    merging.merge_checkpoints(
+        merging.emr(), paths[0], paths[1:], tmp_path / "out", progress=False
+    )
+    task = tmp_path / "out" / "tasks" / "a.safetensors"
+    wrong = save(tmp_path / "wrong", other)
+    with pytest.raises(ValueError, match=r"the mask of 'embed' does not fit"):
+        merging.specialise_checkpoint(
+            wrong, wrong, task, tmp_path / "no", progress=False
+        )
+    with pytest.raises(ValueError, match="not a task file of an EMR merge"):
+        merging.specialise_checkpoint(
+            paths[0], tmp_path / "out", paths[1], tmp_path / "no", progress=False
+        )
+    with pytest.raises(ValueError, match="--task: got none"):
+        script.run(script.Config(base="x", merged="y", output="z"))
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("format", ["orbax", "msgpack"])
+def test_beside_other_formats(tmp_path, format):
+    base, models = make_models(2, rows=8, blocks=1)
+    paths = [save(tmp_path / n, m) for n, m in zip("xab", (base, *models), strict=True)]
+    merging.merge_checkpoints(
+        merging.emr(),
+        paths[0],
+        paths[1:],
+        tmp_path / "out",
+        output_format=format,
+        progress=False,
+    )
+    merged = merging.merge(merging.emr(), base, models)
+    assert_same_bits(load(tmp_path / "out"), tree.flatten(merged))
+    task = tmp_path / "out" / "tasks" / "b.safetensors"
+    merging.specialise_checkpoint(
+        paths[0], tmp_path / "out", task, tmp_path / "b-again", progress=False
+    )
+    want = merging.specialise(merged, merging.emr_tasks(base, models)[1], base=base)
+    for p, x in load(tmp_path / "b-again").items():
+        np.testing.assert_allclose(x, tree.flatten(want)[p], rtol=1e-5, atol=1e-6)
