@@ -23,6 +23,11 @@ from multitask_jax.merging.elementwise import (
     limit_step,
     mean_of_active,
 )
+from multitask_jax.merging.fitted.adamerging import (
+    AdaMerging,
+    adamerging,
+    adamerging_plus_plus,
+)
 from multitask_jax.merging.fitted.fisher import (
     average_by_fisher,
     fisher,
@@ -90,12 +95,15 @@ from multitask_jax.merging.transforms import (
 
 __all__ = [
     "METHODS",
+    "AdaMerging",
     "Gram",
     "Leaf",
     "Measure",
     "MergeResult",
     "Method",
     "Transform",
+    "adamerging",
+    "adamerging_plus_plus",
     "analyse",
     "arcee_fusion",
     "average_by_fisher",

@@ -9,7 +9,14 @@ import pytest
 
 from experiments import merge
 from multitask_jax import merging
-from tests.merging.common import assert_same_bits, load, make_models, save
+from multitask_jax.merging.core import statistics_kind
+from tests.merging.common import (
+    assert_same_bits,
+    load,
+    make_models,
+    random_statistics,
+    save,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -72,11 +79,20 @@ def flat(params):
 
 
 def test_every_method_runs_with_its_defaults(tmp_path, inputs):
-    config, _, _ = inputs
+    config, base, _ = inputs
     one, _ = config["models"].split(",")
     for name, recipe in merging.METHODS.items():
         models = one if recipe().models == 1 else config["models"]
-        run(tmp_path, config | {"models": models}, method=name, overwrite=True)
+        options = {"method": name, "overwrite": True, "statistics": None}
+        kind = statistics_kind(recipe())
+        if kind is not None:
+            data = random_statistics(kind, base, 2)
+            files = [
+                merging.save_statistics(tmp_path / f"{name}{t}.safetensors", s)
+                for t, s in enumerate(data)
+            ]
+            options["statistics"] = ",".join(map(str, files))
+        run(tmp_path, config | {"models": models}, **options)
 
 
 def test_without_a_base_spheres_are_of_parameters(tmp_path, inputs):
