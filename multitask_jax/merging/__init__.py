@@ -35,6 +35,14 @@ from multitask_jax.merging.fitted.fisher import (
 )
 from multitask_jax.merging.fitted.gram import dense_leaves, gram_matrices
 from multitask_jax.merging.fitted.regmean import regmean, regress
+from multitask_jax.merging.fitted.regmean_plus_plus import regmean_plus_plus
+from multitask_jax.merging.fitted.wemoe import (
+    Wemoe,
+    wemoe_apply,
+    wemoe_fit,
+    wemoe_init,
+    wemoe_routing,
+)
 from multitask_jax.merging.geometry import interpolate_spherically, stock
 from multitask_jax.merging.importance import (
     balance_competition,
@@ -102,6 +110,7 @@ __all__ = [
     "MergeResult",
     "Method",
     "Transform",
+    "Wemoe",
     "adamerging",
     "adamerging_plus_plus",
     "analyse",
@@ -153,6 +162,7 @@ __all__ = [
     "ram",
     "ramplus",
     "regmean",
+    "regmean_plus_plus",
     "regress",
     "save_statistics",
     "scale",
@@ -166,5 +176,9 @@ __all__ = [
     "ties",
     "trim",
     "weighted_sum",
+    "wemoe_apply",
+    "wemoe_fit",
+    "wemoe_init",
+    "wemoe_routing",
     "with_lines",
 ]

@@ -6,11 +6,10 @@ sure of its predictions: min_lambda sum_t mean_x H(f_t(theta, x)). l is the whol
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from multitask_jax import tree
 from multitask_jax.merging import core
@@ -19,6 +18,9 @@ from multitask_jax.merging.arguments import check_choice
 from multitask_jax.merging.core import Array, Method, add_up, is_float
 from multitask_jax.merging.fitted.entropy import Progress, minimise_entropy, one_each
 from multitask_jax.merging.transforms import elect_sign, trim
+
+if TYPE_CHECKING:  # imported on use: merging without data does without it
+    import optax
 
 ApplyFns = Callable[[Any, Any], Array] | Sequence[Callable[[Any, Any], Array]]
 Level = Literal["task", "leaf", "block"]
@@ -43,7 +45,7 @@ def adamerging(
     level: Level = "leaf",
     init: float = 0.3,
     steps: int = 500,
-    optimiser: optax.GradientTransformation | None = None,
+    optimiser: "optax.GradientTransformation | None" = None,
     clip: tuple[float, float] | None = (0.0, 1.0),
     block_pattern: str | None = None,
     prepare: Method = _AS_THEY_ARE,
@@ -95,7 +97,8 @@ def adamerging(
         (base, taus),
         batches,
         steps=steps,
-        optimiser=optimiser or optax.adam(1e-3),
+        learning_rate=1e-3,
+        optimiser=optimiser,
         project=project,
         progress=progress,
     )

@@ -5,15 +5,17 @@ predicts on each task's inputs; no labels are needed.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from multitask_jax.merging.core import add_up
 from multitask_jax.merging.fitted.batching import padded
+
+if TYPE_CHECKING:  # imported on use: merging without data does without it
+    import optax
 
 Progress = Callable[[int, jax.Array], None]
 
@@ -44,7 +46,8 @@ def minimise_entropy(
     batches: Sequence[Iterable[Any]],
     *,
     steps: int,
-    optimiser: optax.GradientTransformation,
+    learning_rate: float,
+    optimiser: "optax.GradientTransformation | None" = None,
     project: Callable[[Any], Any] = lambda v: v,
     progress: Progress | None = None,
 ) -> tuple[Any, jax.Array]:
@@ -57,13 +60,18 @@ def minimise_entropy(
       batches: for each task something to iterate over, again and again; the last batch
         of a round may be smaller.
       steps: optimiser steps, on one batch of each task.
-      optimiser: of optax.
+      learning_rate: of Adam.
+      optimiser: of optax, in the place of Adam.
       project: applied to the variables after each step.
       progress: called with the step's number and its entropy (still on the device).
 
     Returns:
       The variables and the entropy before each step, [steps].
     """
+
+    import optax
+
+    optimiser = optimiser or optax.adam(learning_rate)
 
     def loss(variables: Any, constants: Any, data: Sequence[Any]) -> jax.Array:
         terms = []
