@@ -39,7 +39,7 @@ def requirement_name(requirement: str) -> str:
         ("multitask_jax.tree", ("flax", "orbax", "matplotlib", "tensorflow")),
         (
             "multitask_jax.merging",
-            ("flax", "orbax", "matplotlib", "sklearn", "tensorflow"),
+            ("flax", "optax", "orbax", "matplotlib", "sklearn", "tensorflow"),
         ),
         (
             "multitask_jax.checkpoints",

@@ -10,6 +10,11 @@ from multitask_jax.merging.disk import MergeResult, merge_checkpoints
 from multitask_jax.merging.elementwise import limit_step, mean_of_active
 from multitask_jax.merging.emr import EmrTask, emr_tasks, specialise
 from multitask_jax.merging.emr_files import load_task, specialise_checkpoint
+from multitask_jax.merging.fitted.adamerging import (
+    AdaMerging,
+    adamerging,
+    adamerging_plus_plus,
+)
 from multitask_jax.merging.fitted.fisher import (
     average_by_fisher,
     fisher,
@@ -17,6 +22,14 @@ from multitask_jax.merging.fitted.fisher import (
 )
 from multitask_jax.merging.fitted.gram import dense_leaves, gram_matrices
 from multitask_jax.merging.fitted.regmean import regmean, regress
+from multitask_jax.merging.fitted.regmean_plus_plus import regmean_plus_plus
+from multitask_jax.merging.fitted.wemoe import (
+    Wemoe,
+    wemoe_apply,
+    wemoe_fit,
+    wemoe_init,
+    wemoe_routing,
+)
 from multitask_jax.merging.geometry import interpolate_spherically, stock
 from multitask_jax.merging.importance import (
     balance_competition,
@@ -89,6 +102,7 @@ from multitask_jax.merging.transforms import (
 
 __all__ = [
     "METHODS",
+    "AdaMerging",
     "EmrTask",
     "Gram",
     "Leaf",
@@ -97,6 +111,9 @@ __all__ = [
     "Method",
     "SingleTask",
     "Transform",
+    "Wemoe",
+    "adamerging",
+    "adamerging_plus_plus",
     "align",
     "analyse",
     "arcee_fusion",
@@ -161,6 +178,7 @@ __all__ = [
     "ram",
     "ramplus",
     "regmean",
+    "regmean_plus_plus",
     "regress",
     "rewarded_soup",
     "save_statistics",
@@ -180,6 +198,10 @@ __all__ = [
     "trim",
     "tsv_m",
     "weighted_sum",
+    "wemoe_apply",
+    "wemoe_fit",
+    "wemoe_init",
+    "wemoe_routing",
     "with_lines",
     "wudi",
 ]

@@ -74,6 +74,24 @@ def load(path: Path) -> dict[str, np.ndarray]:
     }
 
 
+def random_statistics(kind: str, base: Any, count: int) -> list[Any]:
+    """Fishers of all leaves, or Grams of all kernels, of `count` models."""
+    rng = np.random.default_rng(7)
+
+    def fisher(x: Any) -> np.ndarray:
+        return np.asarray(rng.random(np.shape(x)) ** 4, np.float32)
+
+    def gram(n: int) -> merging.Gram:
+        x = rng.standard_normal((2 * n, n)).astype(np.float32)
+        return merging.Gram(x.T @ x, (0,))
+
+    shapes = {p: np.shape(x) for p, x in tree.flatten(base).items()}
+    kernels = {p: s[0] for p, s in shapes.items() if "kernel" in p}
+    if kind == "fisher":
+        return [jax.tree.map(fisher, base) for _ in range(count)]
+    return [{p: gram(n) for p, n in kernels.items()} for _ in range(count)]
+
+
 def stream(
     folder: Path,
     method: merging.Method,

@@ -15,6 +15,7 @@ from tests.merging.common import (
     FLOATS,
     assert_same_bits,
     make_models,
+    random_statistics,
     stream,
 )
 
@@ -150,21 +151,7 @@ def known(case: Case, base: Any) -> dict[str, Any]:
     """Random statistics of each model, as `merge` takes them."""
     if case.statistics is None:
         return {}
-    rng = np.random.default_rng(7)
-    if case.statistics == "fisher":
-        squares = lambda x: rng.random(np.shape(x)).astype(np.float32) ** 4  # noqa: E731
-        return {"statistics": [jax.tree.map(squares, base) for _ in range(case.models)]}
-
-    def gram(n: int) -> merging.Gram:
-        x = rng.standard_normal((2 * n, n)).astype(np.float32)
-        return merging.Gram(x.T @ x, (0,))
-
-    kernels = {p: np.shape(x) for p, x in tree.flatten(base).items() if "kernel" in p}
-    return {
-        "statistics": [
-            {p: gram(s[0]) for p, s in kernels.items()} for _ in range(case.models)
-        ]
-    }
+    return {"statistics": random_statistics(case.statistics, base, case.models)}
 
 
 def test_every_method_has_a_case():

@@ -66,16 +66,16 @@ def fisher_diagonal(
     params = jax.tree.map(jnp.asarray, params)
     total = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
     count = 0
-    step = jax.jit(
-        functools.partial(_add_batch, apply_fn, labels, examples_at_once),
-        donate_argnums=0,
-    )
     for batch, mask in padded(batches):
-        total = step(total, params, batch, mask)
+        total = _add_batch(
+            apply_fn, labels, examples_at_once, total, params, batch, mask
+        )
         count += int(mask.sum())
     return jax.tree.map(lambda x: x / count, total)
 
 
+# One compilation serves all models of a function.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
 def _add_batch(
     apply_fn: ApplyFn,
     labels: str,

@@ -180,22 +180,20 @@ def gram_matrices(
     Raises:
       ValueError: no batches, or no dense layer in apply_fn.
     """
-    add = jax.jit(
-        functools.partial(_add_grams, apply_fn),
-        donate_argnums=0,
-    )
     total: dict[str, Gram] | None = None
     for batch in batches:
         batch_size(batch)
         if total is None:
-            shapes = jax.eval_shape(functools.partial(_grams, apply_fn), params, batch)
+            shapes = _grams.eval_shape(apply_fn, params, batch)
             total = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        total = add(total, params, batch)
+        total = _add_grams(apply_fn, total, params, batch)
     if total is None:
         raise ValueError("got no batches, expected at least one")
     return total
 
 
+# Jitted, and so one trace and one compilation serve all models of a function.
+@functools.partial(jax.jit, static_argnums=0)
 def _grams(apply_fn: Callable[..., Any], params: Any, inputs: Any) -> dict[str, Gram]:
     grams, record = _captured(apply_fn, params, inputs)
     if not grams:
@@ -206,6 +204,7 @@ def _grams(apply_fn: Callable[..., Any], params: Any, inputs: Any) -> dict[str, 
     return grams
 
 
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def _add_grams(
     apply_fn: Callable[..., Any], total: dict[str, Gram], params: Any, inputs: Any
 ) -> dict[str, Gram]:

@@ -17,21 +17,23 @@ from multitask_jax.merging.fitted.fisher import average
 from multitask_jax.merging.task_statistics import Gram
 
 Array = jax.Array
-_REFINEMENTS = 3
+_REFINEMENTS = 2
 
 
 @jax.jit  # eager merges compile it once a shape
 def solve(a: Array, b: Array) -> Array:
     """a^-1 b for positive semidefinite a [..., n, n]; 0 in directions that a lacks.
 
+    NaN where a is not (weights below 0).
+
     Scaled to a unit diagonal, then Cholesky of a + r I with r = 4 eps n, what rounding
     needs to keep it positive; refinement takes the bias of r out again (the part along
-    an eigenvalue mu is short by (r / (r + mu))^4).
+    an eigenvalue mu is short by (r / (r + mu))^3).
     """
     n = a.shape[-1]
     diagonal = jnp.diagonal(a, axis1=-2, axis2=-1)
-    some = diagonal > 0
-    d = jnp.where(some, lax.rsqrt(jnp.where(some, diagonal, 1)), 0)[..., None]
+    some = diagonal != 0
+    d = jnp.where(some, lax.rsqrt(jnp.where(some, jnp.abs(diagonal), 1)), 0)[..., None]
     a = a * d * d.mT
     ridge = 4 * jnp.finfo(a.dtype).eps * n
     factor = lax.linalg.cholesky(a + ridge * jnp.eye(n, dtype=a.dtype)[_new(a)])

@@ -1,0 +1,169 @@
+"""AdaMerging (Yang et al. 2024): coefficients of task vectors from unlabelled data.
+
+theta^l = theta_0^l + sum_t lambda_t^l tau_t^l, with lambda that makes the merged model
+sure of its predictions: min_lambda sum_t mean_x H(f_t(theta, x)). l is the whole model
+(task-wise), or each leaf (what the paper calls layer-wise).
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from multitask_jax import tree
+from multitask_jax.merging import core
+from multitask_jax.merging.agreement import choose
+from multitask_jax.merging.arguments import check_choice
+from multitask_jax.merging.core import Array, Method, add_up, is_float
+from multitask_jax.merging.fitted.entropy import Progress, minimise_entropy, one_each
+from multitask_jax.merging.transforms import elect_sign, trim
+
+if TYPE_CHECKING:  # imported on use: merging without data does without it
+    import optax
+
+ApplyFns = Callable[[Any, Any], Array] | Sequence[Callable[[Any, Any], Array]]
+Level = Literal["task", "leaf", "block"]
+_AS_THEY_ARE = Method(())
+
+
+class AdaMerging(NamedTuple):
+    """What `adamerging` found."""
+
+    params: Any  # the merged model, a pytree like the base
+    # [T] by leaf path, by block ("encoder/layers/3"; "" outside blocks), or by "".
+    coefficients: dict[str, Array]
+    entropy: Array  # [steps], before each step: sum over tasks of means, in nats
+
+
+def adamerging(
+    apply_fn: ApplyFns,
+    base: Any,
+    models: Sequence[Any],
+    batches: Sequence[Iterable[Any]],
+    *,
+    level: Level = "leaf",
+    init: float = 0.3,
+    steps: int = 500,
+    optimiser: "optax.GradientTransformation | None" = None,
+    clip: tuple[float, float] | None = (0.0, 1.0),
+    block_pattern: str | None = None,
+    prepare: Method = _AS_THEY_ARE,
+    progress: Progress | None = None,
+) -> AdaMerging:
+    """Fits the coefficients of task vectors on unlabelled batches of each task.
+
+        found = merging.adamerging(apply_fn, base, models, [images_a, images_b])
+        found.params, found.coefficients["encoder/block_3/mlp/kernel"]
+
+    Args:
+      apply_fn: (params, inputs) -> logits [B, C] (or [B, L, C]); one for all tasks, or
+        one a task, where heads differ (and are not part of params).
+      base, models: parameter pytrees, all in memory.
+      batches: T lists (or re-iterables) of inputs with a leading axis of examples.
+      level: coefficients by "task", by task and "leaf" (the paper's layer-wise), or by
+        task and "block".
+      init: all coefficients at the start.
+      steps: of the optimiser, on one batch a task.
+      optimiser: Adam, learning rate 1e-3, by default.
+      clip: range that coefficients are put back into after each step; the authors'
+        code has (0, 1), but clips in the forward pass, where they then get stuck.
+      block_pattern: as for LiNeS, where block names are unusual.
+      prepare: a chain on the task vectors first, which leaves one a model.
+      progress: called with a step's number and its entropy.
+
+    Raises:
+      ValueError: trees that differ, no batches, numbers of tasks that differ, blocks
+        that can't be told.
+    """
+    count = len(models)
+    functions = one_each(apply_fn, count)
+    if len(batches) != count:
+        raise ValueError(f"got batches of {len(batches)} tasks for {count} models")
+    groups = _groups(list(tree.flatten(base)), level, block_pattern)
+    base = jax.tree.map(jnp.asarray, base)
+    taus = task_vectors(base, models, prepare)
+
+    def merged(coefficients: dict[str, Array], constants: Any) -> Any:
+        base, taus = constants
+        return add_task_vectors(base, taus, lambda path: coefficients[groups[path]])
+
+    def project(coefficients: dict[str, Array]) -> dict[str, Array]:
+        return jax.tree.map(lambda x: jnp.clip(x, *clip) if clip else x, coefficients)
+
+    coefficients, entropy = minimise_entropy(
+        lambda c, constants, t, x: functions[t](merged(c, constants), x),
+        {g: jnp.full(count, init, jnp.float32) for g in groups.values()},
+        (base, taus),
+        batches,
+        steps=steps,
+        learning_rate=1e-3,
+        optimiser=optimiser,
+        project=project,
+        progress=progress,
+    )
+    params = jax.jit(merged)(coefficients, (base, taus))
+    return AdaMerging(params, coefficients, entropy)
+
+
+def adamerging_plus_plus(
+    apply_fn: ApplyFns,
+    base: Any,
+    models: Sequence[Any],
+    batches: Sequence[Iterable[Any]],
+    *,
+    density: float = 0.2,
+    **options: Any,
+) -> AdaMerging:
+    """AdaMerging++: the same on task vectors after steps 1 and 2 of TIES.
+
+    Each is trimmed to the `density` largest changes of the whole model, and entries
+    that go against the elected sign are zero. `options` as for `adamerging`.
+    """
+    agree = core.chain(trim(density=density), elect_sign())
+    return adamerging(apply_fn, base, models, batches, prepare=agree, **options)
+
+
+def task_vectors(
+    base: Any, models: Sequence[Any], prepare: Method = _AS_THEY_ARE
+) -> list[Any]:
+    """tau_t as trees like the base, in float32, after a chain that leaves T values."""
+    wide = jax.tree.map(
+        lambda x: x.astype(core.compute_dtype(x.dtype)) if is_float(x.dtype) else x,
+        base,
+    )
+    # A method that ends with "parameters" leaves its value as it is: tau, no base.
+    alone = [
+        Method((*prepare.transforms, choose(t)), end="parameters")
+        for t in range(len(models))
+    ]
+    return jax.jit(lambda b, ms: [core.merge(one, b, ms) for one in alone])(
+        wide, list(models)
+    )
+
+
+def add_task_vectors(
+    base: Any, taus: Sequence[Any], coefficients: Callable[[str], Array]
+) -> Any:
+    """theta_0 + sum_t lambda_t tau_t, with the [T] coefficients of each leaf path."""
+    changes = [tree.flatten(tau) for tau in taus]
+    leaves = tree.flatten(base)
+    for path, theta in leaves.items():
+        if is_float(theta.dtype):
+            by_task = coefficients(path)
+            moves = [by_task[t] * change[path] for t, change in enumerate(changes)]
+            leaves[path] = (theta + add_up(moves)).astype(theta.dtype)
+    return tree.unflatten(base, leaves)
+
+
+def _groups(
+    paths: list[str], level: Level, block_pattern: str | None
+) -> dict[str, str]:
+    """The name of the coefficients that each leaf shares."""
+    check_choice("level", level, ("task", "leaf", "block"))
+    if level == "task":
+        return dict.fromkeys(paths, "")
+    if level == "leaf":
+        return {p: p for p in paths}
+    depths = tree.block_depths(paths, block_pattern=block_pattern)
+    return {p: f"{d.stack}/{d.index}" if d else "" for p, d in depths.items()}
