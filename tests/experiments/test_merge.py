@@ -9,7 +9,14 @@ import pytest
 
 from experiments import merge
 from multitask_jax import merging
-from tests.merging.common import assert_same_bits, load, make_models, save
+from multitask_jax.merging.core import statistics_kind
+from tests.merging.common import (
+    assert_same_bits,
+    load,
+    make_models,
+    random_statistics,
+    save,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -85,12 +92,14 @@ def test_every_method_runs_with_its_defaults(tmp_path, name):
     base, models = make_models(2, rows=16, blocks=2)
     paths = [save(tmp_path / n, m) for n, m in zip("xab", (base, *models), strict=True)]
     options = {}
-    if name in ("fisher", "regmean"):
-        squares = {"scale": np.float32(1)}
-        gram = {"embed": merging.Gram(np.eye(16, dtype=np.float32), (0,))}
-        known = squares if name == "fisher" else gram
-        files = [merging.save_statistics(p / "known.safetensors", known) for p in paths]
-        options = {"statistics": ",".join(map(str, files[1:]))}
+    kind = statistics_kind(merging.METHODS[name]())
+    if kind is not None:
+        known = random_statistics(kind, base, 2)
+        files = [
+            merging.save_statistics(p / "known.safetensors", s)
+            for p, s in zip(paths[1:], known, strict=True)
+        ]
+        options = {"statistics": ",".join(map(str, files))}
     chosen = paths[1:2] if merging.METHODS[name]().models == 1 else paths[1:]
     config = {"base": str(paths[0]), "models": ",".join(map(str, chosen))}
     _, got = run(tmp_path, config, method=name, **options)
