@@ -28,6 +28,7 @@ import ml_dtypes
 import numpy as np
 
 from experiments import flags
+from experiments.flags import flag
 from multitask_jax import checkpoints
 from multitask_jax.checkpoints import TensorInfo
 
@@ -81,23 +82,19 @@ ROWS = {
 SVD = ("iso_c", "tsv_m")
 
 
-def _flag(text: str, default: Any) -> Any:
-    return dataclasses.field(default=default, metadata={"help": text})
-
-
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Sizes and repeats."""
 
-    workdir: str = _flag("Folder for models and results.", ".cache/benchmark_merge")
-    layers: int = _flag("Blocks; 34 give 502 M parameters, 148 about 4 times that.", 34)
-    width: int = _flag("Width.", 1024)
-    vocabulary: int = _flag("Rows of the embedding.", 32000)
-    repeats: int = _flag("Runs of ours and of the floor; the median counts.", 3)
-    mergekit_repeats: int = _flag("Runs of mergekit.", 1)
-    mergekit: bool = _flag("Run mergekit as well (installs it on first use).", True)
-    mergekit_venv: str = _flag("Its environment; made under --workdir if empty.", "")
-    only: str = _flag("Run only these of ours, comma-separated names.", "")
+    workdir: str = flag("Folder for models and results.", ".cache/benchmark_merge")
+    layers: int = flag("Blocks; 34 give 502 M parameters, 148 about 4 times that.", 34)
+    width: int = flag("Width.", 1024)
+    vocabulary: int = flag("Rows of the embedding.", 32000)
+    repeats: int = flag("Runs of ours and of the floor; the median counts.", 3)
+    mergekit_repeats: int = flag("Runs of mergekit.", 1)
+    mergekit: bool = flag("Run mergekit as well (installs it on first use).", True)
+    mergekit_venv: str = flag("Its environment; made under --workdir if empty.", "")
+    only: str = flag("Run only these of ours, comma-separated names.", "")
 
 
 def llama_layout(config: Config) -> list[TensorInfo]:

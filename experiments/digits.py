@@ -41,6 +41,7 @@ from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
 from experiments import flags, merge
+from experiments.flags import flag
 from multitask_jax import merging
 from multitask_jax.data import digits
 from multitask_jax.models import digits_transformer as vit
@@ -60,25 +61,21 @@ STRETCHES = 20  # mean losses a training is recorded by
 VIEWS = ("digit", "turned", "negative")  # parity's pictures are those of digit
 
 
-def _flag(default: Any, text: str) -> Any:
-    return dataclasses.field(default=default, metadata={"help": text})
-
-
 @dataclasses.dataclass(frozen=True)
 class Config:
     """What a run depends on."""
 
-    workdir: str = _flag(".cache/digits", "Where everything is written and cached.")
-    seeds: str = _flag("0,1,2", "Comma list: one base and its experts a seed.")
-    split_seed: int = _flag(0, "Seed of the train / validation / test split.")
-    pretrain_steps: int = _flag(4000, "Steps on masked patches, without labels.")
-    finetune_steps: int = _flag(200, "Steps on each task, its head frozen.")
-    batch_size: int = _flag(32, "Images a step.")
-    pretrain_rate: float = _flag(4e-3, "Peak learning rate of pretraining.")
-    finetune_rate: float = _flag(2e-3, "Peak learning rate of fine-tuning.")
-    sharpness: float = _flag(20.0, "Of the frozen heads: their logits' scale.")
-    density: float = _flag(0.2, "Share of each task vector that TIES keeps.")
-    candidates: int = _flag(15, "Scales each method tries on validation images.")
+    workdir: str = flag("Where everything is written and cached.", ".cache/digits")
+    seeds: str = flag("Comma list: one base and its experts a seed.", "0,1,2")
+    split_seed: int = flag("Seed of the train / validation / test split.", 0)
+    pretrain_steps: int = flag("Steps on masked patches, without labels.", 4000)
+    finetune_steps: int = flag("Steps on each task, its head frozen.", 200)
+    batch_size: int = flag("Images a step.", 32)
+    pretrain_rate: float = flag("Peak learning rate of pretraining.", 4e-3)
+    finetune_rate: float = flag("Peak learning rate of fine-tuning.", 2e-3)
+    sharpness: float = flag("Of the frozen heads: their logits' scale.", 20.0)
+    density: float = flag("Share of each task vector that TIES keeps.", 0.2)
+    candidates: int = flag("Scales each method tries on validation images.", 15)
 
 
 class Result(NamedTuple):

@@ -6,9 +6,9 @@ A script ends with
         flags.main(Config, run)
 
 so that importing it defines no flag (two modules that define one flag clash), and tests
-and notebooks call `run(Config(...))`. A field's help is its metadata:
+and notebooks call `run(Config(...))`. A field and its help:
 
-    steps: int = dataclasses.field(default=100, metadata={"help": "Steps."})
+    steps: int = flag("Steps.", 100)
 """
 
 import dataclasses
@@ -31,6 +31,11 @@ _DEFINE: dict[Any, Callable[..., Any]] = {
     float: absl_flags.DEFINE_float,
     str: absl_flags.DEFINE_string,
 }
+
+
+def flag(text: str, default: Any = None) -> Any:
+    """A field of a Config with its `--help`."""
+    return dataclasses.field(default=default, metadata={"help": text})
 
 
 def _plain_type(name: str, hint: Any) -> tuple[Any, tuple[str, ...]]:

@@ -14,17 +14,13 @@ got in each other's way. --dry_run prints the plan.
 import dataclasses
 import inspect
 import math
-import re
 import sys
 from collections.abc import Callable
 from typing import Any
 
-from experiments import flags, merge_recipe
+from experiments import flags, merge_recipe, parsing
+from experiments.flags import flag
 from multitask_jax import merging
-
-
-def _flag(text: str, default: Any = None) -> Any:
-    return dataclasses.field(default=default, metadata={"help": text})
 
 
 def _methods() -> str:
@@ -37,123 +33,134 @@ def _methods() -> str:
 class Config:
     """What to merge, how, and where to. None means: as the method has it."""
 
-    models: str = _flag(
+    models: str = flag(
         "Fine-tuned checkpoints, comma-separated; with --base also PEFT LoRA adapters"
         " and deltas.",
         "",
     )
-    output: str = _flag("Directory to write; it must not exist.", "")
-    base: str | None = _flag(
+    output: str = flag("Directory to write; it must not exist.", "")
+    base: str | None = flag(
         "Checkpoint that the models were fine-tuned from (linear, slerp and karcher go"
         " without; nuslerp and multislerp do either)."
     )
-    mergekit_config: str | None = _flag(
+    mergekit_config: str | None = flag(
         "A mergekit recipe (YAML): models or slices of layers, parameters with"
         " gradients and filters, tokenizer_source. Takes the place of --models, --base,"
         " --method and its options; paths in it are relative to its folder."
     )
-    method: str = _flag(f"How to merge:\n{_methods()}\n", "ties")
+    method: str = flag(f"How to merge:\n{_methods()}\n", "ties")
     # Options of methods.
-    weights: str | None = _flag("One number a model, comma-separated (1 each).")
-    density: str | None = _flag(
+    weights: str | None = flag("One number a model, comma-separated (1 each).")
+    statistics: str | None = flag(
+        "fisher, regmean: what merging.save_statistics wrote of each model's data,"
+        " comma-separated: A/fisher.safetensors,B/fisher.safetensors."
+    )
+    density: str | None = flag(
         "Share of parameters to keep, in (0, 1]: one number, or one a model."
     )
-    scale: float | None = _flag("lambda, what the merged task vector is scaled by (1).")
-    t: float | None = _flag(
+    scale: float | None = flag("lambda, what the merged task vector is scaled by (1).")
+    t: float | None = flag(
         "slerp: how far from the first model to the second (.5). nearswap: the farthest"
         " that an entry moves (.001)."
     )
-    trim_scope: str | None = _flag(
+    trim_scope: str | None = flag(
         "Trim over the whole 'model' (TIES paper) or per 'tensor' (mergekit, PEFT)."
     )
-    election: str | None = _flag(
+    election: str | None = flag(
         "Who elects the sign: 'mass' (sum of changes; paper, PEFT total),"
         " 'weighted_mass' (mergekit) or 'frequency' (PEFT)."
     )
-    zero_sign: str | None = _flag(
+    zero_sign: str | None = flag(
         "Sign where the sum is 0: 'majority' of the model (paper), 'positive'"
         " (mergekit, PEFT), 'negative' or 'zero'."
     )
-    combine: str | None = _flag("Entries that agree: their 'mean', 'sum' or 'max'.")
-    normalise: str | None = _flag(
+    combine: str | None = flag("Entries that agree: their 'mean', 'sum' or 'max'.")
+    normalise: str | None = flag(
         "linear, task_arithmetic, dare: 'true' divides by the sum of weights. ties: the"
-        " mean divides by 'weights' or, as PEFT, by the 'count' of models."
+        " mean divides by 'weights' or, as PEFT, by the 'count' of models. fisher: each"
+        " model's Fisher by its norm."
     )
-    rescale: str | None = _flag(
+    rescale: str | None = flag(
         "After dropping or trimming: 'density' divides by it (DARE paper),"
         " 'probability' by that of each entry (DELLA paper), 'l1' keeps the L1 norm"
         " (mergekit), 'none'."
     )
-    filter_wise: bool | None = _flag("model_stock: an angle for each row.")
-    average: str | None = _flag("model_stock: mean of 'cosines' or of 'angles'.")
-    ratio: str | None = _flag(
+    filter_wise: bool | None = flag("model_stock: an angle for each row.")
+    average: str | None = flag("model_stock: mean of 'cosines' or of 'angles'.")
+    ratio: str | None = flag(
         "model_stock: 'clipped' to [0, 1], or the bare 'formula' (mergekit)."
     )
-    antiparallel: str | None = _flag(
+    antiparallel: str | None = flag(
         "slerp, nuslerp, multislerp of opposite tensors: 'nearest' or 'lerp'."
     )
-    gamma: str | None = _flag(
+    gamma: str | None = flag(
         "breadcrumbs: share of the largest changes to drop (.01); one, or one a model."
     )
-    epsilon: float | None = _flag(
+    epsilon: float | None = flag(
         "della: keep with probability density -+ epsilon (.15). ram: changes up to this"
         " count as none (1e-5)."
     )
-    topk: float | None = _flag("sce: share of what varies between models to keep (1).")
-    r: float | None = _flag("ramplus: how much unique changes are raised (.1).")
-    alpha: float | None = _flag("ramplus: the most that shared / unique counts (.2).")
-    clamp_ratio: float | None = _flag("pcb: share of tails to clip (1e-4).")
-    iqr_factor: float | None = _flag("arcee_fusion: IQRs above the median (1.5).")
-    k: int | None = _flag("consensus: tasks that an entry must serve (2).")
-    tall_lambda: str | None = _flag(
+    topk: float | None = flag("sce: share of what varies between models to keep (1).")
+    r: float | None = flag("ramplus: how much unique changes are raised (.1).")
+    alpha: float | None = flag("ramplus: the most that shared / unique counts (.2).")
+    clamp_ratio: float | None = flag("pcb: share of tails to clip (1e-4).")
+    iqr_factor: float | None = flag("arcee_fusion: IQRs above the median (1.5).")
+    k: int | None = flag("consensus: tasks that an entry must serve (2).")
+    tall_lambda: str | None = flag(
         "tall_masks, consensus: how much of the other tasks' change a task's own must"
         " outweigh (.4); one, or one a model."
     )
-    multi_task: str | None = _flag("tall_masks, consensus: merged by 'sum' or 'ties'.")
-    task: int | None = _flag("tall_masks: the model to serve, from 0.")
-    flatten: bool | None = _flag("nuslerp: tensors as vectors (true), or by rows.")
-    row_wise: bool | None = _flag(
-        "nuslerp: vectors along the first axis, not the last."
-    )
-    space: str | None = _flag(
+    multi_task: str | None = flag("tall_masks, consensus: merged by 'sum' or 'ties'.")
+    task: int | None = flag("tall_masks: the model to serve, from 0.")
+    flatten: bool | None = flag("nuslerp: tensors as vectors (true), or by rows.")
+    row_wise: bool | None = flag("nuslerp: vectors along the first axis, not the last.")
+    space: str | None = flag(
         "nuslerp, multislerp, karcher: on 'task_vectors' or 'parameters'."
     )
-    max_iter: int | None = _flag("karcher: steps at most (10).")
-    tol: float | None = _flag("karcher: a shorter step is the last (1e-5).")
-    seed: int | None = _flag("Of random masks: same seed, same bytes (0).")
-    # LiNeS, after any method.
-    lines_alpha: float | None = _flag(
-        "LiNeS: scale of the first block and of all outside the blocks."
+    max_iter: int | None = flag("karcher: steps at most (10).")
+    tol: float | None = flag("karcher: a shorter step is the last (1e-5).")
+    fisher_floor: float | None = flag("fisher: added to each Fisher entry (1e-6).")
+    off_diagonal: float | None = flag(
+        "regmean: factor of the Gram matrices' entries off the diagonal (.9)."
     )
-    lines_beta: float | None = _flag("LiNeS: how much more the last block gets.")
-    block_pattern: str | None = _flag(
+    seed: int | None = flag("Of random masks: same seed, same bytes (0).")
+    # LiNeS, after any method.
+    lines_alpha: str | None = flag(
+        "LiNeS: scale of the first block and of all outside the blocks; or 'norm', the"
+        " size of the average over that of the merged change (--lines_beta alone is"
+        " then to be tuned)."
+    )
+    lines_beta: float | None = flag(
+        "LiNeS: how much more the last block gets (1 - lines_alpha)."
+    )
+    block_pattern: str | None = flag(
         "Finds a tensor's block where names are unusual: a regex with a group for the"
         r" number, like 'layers\.(\d+)\.', or a template 'layers.{i}.'."
     )
     # Which tensors, and how they are stored.
-    include: str | None = _flag("Regex: merge only these; others are the base's.")
-    exclude: str | None = _flag("Regex: take these from the base.")
-    allow_missing: str = _flag("'base': take tensors that a model lacks from it.", "")
-    allow_nonfinite: bool = _flag(
+    include: str | None = flag("Regex: merge only these; others are the base's.")
+    exclude: str | None = flag("Regex: take these from the base.")
+    allow_missing: str = flag("'base': take tensors that a model lacks from it.", "")
+    allow_nonfinite: bool = flag(
         "Merge models with NaN or infinity all the same.", False
     )
-    dtype: str | None = _flag(
+    dtype: str | None = flag(
         "Compute in float32 or float64 (float32, but float64 tensors in float64)."
     )
-    out_dtype: str | None = _flag("Store as, e.g. bfloat16 (as in the base).")
-    output_format: str = _flag(
+    out_dtype: str | None = flag("Store as, e.g. bfloat16 (as in the base).")
+    output_format: str = flag(
         "safetensors, orbax or msgpack; or delta: the merged task vector alone, sparse"
         " where that is smaller, to be merged again with the same --base.",
         "safetensors",
     )
-    max_shard_size: str | None = _flag("Largest file, like 5GB (one file).")
-    overwrite: bool = _flag("Replace a checkpoint at --output.", False)
+    max_shard_size: str | None = flag("Largest file, like 5GB (one file).")
+    overwrite: bool = flag("Replace a checkpoint at --output.", False)
     # Around the merge.
-    report: bool = _flag("Write merge_report.md, .json, figures, a model card.", True)
-    dry_run: bool = _flag("Print the plan: tensors, bytes, memory, passes.", False)
-    max_memory: str | None = _flag("Refuse to need more, like 8GB.")
-    progress: bool = _flag("Show a progress bar.", True)
-    threads: int | None = _flag("Threads that merge (two a core, 8 at most).")
+    report: bool = flag("Write merge_report.md, .json, figures, a model card.", True)
+    dry_run: bool = flag("Print the plan: tensors, bytes, memory, passes.", False)
+    max_memory: str | None = flag("Refuse to need more, like 8GB.")
+    progress: bool = flag("Show a progress bar.", True)
+    threads: int | None = flag("Threads that merge (two a core, 8 at most).")
 
 
 # Flags that are a method's own keyword arguments.
@@ -176,15 +183,17 @@ def run(config: Config) -> merging.MergeResult:
     """
     if not config.output and not config.dry_run:
         raise ValueError("--output: got none; pass the directory to write")
-    _one_of("allow_missing", config.allow_missing, ("", "base"))
+    parsing.one_of("allow_missing", config.allow_missing, ("", "base"))
     if config.mergekit_config is not None:
         result = merge_recipe.merge(
             config,
-            max_shard_size=_bytes("max_shard_size", config.max_shard_size),
-            max_memory=_bytes("max_memory", config.max_memory),
+            max_shard_size=parsing.size_in_bytes(
+                "max_shard_size", config.max_shard_size
+            ),
+            max_memory=parsing.size_in_bytes("max_memory", config.max_memory),
         )
         return _said(config, result, f"by {config.mergekit_config}")
-    models = [m.strip() for m in config.models.split(",") if m.strip()]
+    models = parsing.paths(config.models)
     if not models:
         raise ValueError("--models: got none; pass --models=A,B,C")
     result = merging.merge_checkpoints(
@@ -192,20 +201,23 @@ def run(config: Config) -> merging.MergeResult:
         config.base,
         models,
         config.output,
-        weights=_numbers("weights", config.weights),
+        weights=parsing.numbers("weights", config.weights),
+        statistics=parsing.paths(config.statistics),
         include=config.include,
         exclude=config.exclude,
         dtype=config.dtype,
         out_dtype=config.out_dtype,
         output_format=config.output_format,
-        max_shard_size=_bytes("max_shard_size", config.max_shard_size),
+        max_shard_size=parsing.size_in_bytes("max_shard_size", config.max_shard_size),
         block_pattern=config.block_pattern,
-        allow_missing=_one_of("allow_missing", config.allow_missing, ("", "base")),
+        allow_missing=parsing.one_of(
+            "allow_missing", config.allow_missing, ("", "base")
+        ),
         allow_nonfinite=config.allow_nonfinite,
         overwrite=config.overwrite,
         report_files=config.report,
         recipe=recipe_of(config),
-        max_memory=_bytes("max_memory", config.max_memory),
+        max_memory=parsing.size_in_bytes("max_memory", config.max_memory),
         dry_run=config.dry_run,
         progress=config.progress,
         threads=config.threads,
@@ -233,7 +245,7 @@ def build_method(config: Config) -> merging.Method:
     Raises:
       ValueError: unknown method, or an option that it does not take.
     """
-    recipe = _method(config.method)
+    recipe = recipe_named(config.method)
     taken = inspect.signature(recipe).parameters
     options: dict[str, Any] = {}
     for name in _OPTIONS:
@@ -248,7 +260,7 @@ def build_method(config: Config) -> merging.Method:
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"--{name}: got {value}, expected a finite number")
         if name in ("density", "gamma", "tall_lambda"):
-            numbers = _numbers(name, value)
+            numbers = parsing.numbers(name, value)
             value = numbers[0] if len(numbers) == 1 else tuple(numbers)
         elif name == "normalise":
             value = {"true": True, "false": False}.get(value.lower(), value)
@@ -260,16 +272,34 @@ def build_method(config: Config) -> merging.Method:
     if "space" in taken and "space" not in options and config.base is None:
         options["space"] = "parameters"
     method = recipe(**options)
-    alpha, beta = config.lines_alpha, config.lines_beta
+    alpha, beta = _lines_alpha(config.lines_alpha), config.lines_beta
     if alpha is None and beta is None:
         return method
     if alpha is None:
         raise ValueError("--lines_beta needs --lines_alpha too")
+    if alpha == "norm" and beta is None:
+        raise ValueError(
+            "--lines_alpha=norm needs --lines_beta too (papers tune it from .1 to 1.5)"
+        )
     return merging.with_lines(
         method,
         alpha=alpha,
         beta=1 - alpha if beta is None else beta,
         block_pattern=config.block_pattern,
+    )
+
+
+def _lines_alpha(value: Any) -> Any:
+    """A number, "norm" or None; numbers may be traced."""
+    if not isinstance(value, str) or value == "norm":
+        return value
+    try:
+        if math.isfinite(number := float(value)):
+            return number
+    except ValueError:
+        pass
+    raise ValueError(
+        f"--lines_alpha: got {value!r}, expected a number like 0.3, or norm"
     )
 
 
@@ -282,7 +312,8 @@ def recipe_of(config: Config) -> dict[str, Any]:
     }
 
 
-def _method(name: str) -> Callable[..., merging.Method]:
+def recipe_named(name: str) -> Callable[..., merging.Method]:
+    """The recipe in `merging.METHODS`; ValueError with the nearest name otherwise."""
     if name not in merging.METHODS:
         import difflib
 
@@ -293,37 +324,6 @@ def _method(name: str) -> Callable[..., merging.Method]:
             f" {', '.join(merging.METHODS)}{guess}"
         )
     return merging.METHODS[name]
-
-
-def _numbers(name: str, text: str | None) -> list[float] | None:
-    if text is None:
-        return None
-    try:
-        numbers = [float(x) for x in str(text).split(",")]
-        if all(map(math.isfinite, numbers)):
-            return numbers
-        raise ValueError
-    except ValueError:
-        raise ValueError(
-            f"--{name}: got {text!r}, expected numbers like 0.5,0.3"
-        ) from None
-
-
-def _one_of(name: str, value: str, options: tuple[str, ...]) -> Any:
-    if value not in options:
-        raise ValueError(f"--{name}: got {value!r}, expected one of {options}")
-    return value
-
-
-def _bytes(name: str, text: str | None) -> int | None:
-    """Bytes of a size: 5GB -> 5 * 10**9, 512MiB -> 512 * 2**20."""
-    if not text:
-        return None
-    m = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMGT]?)(i?)B?", str(text).strip())
-    if m is None or float(m[1]) == 0:
-        raise ValueError(f"--{name}: got {text!r}, expected a size like 5GB or 512MiB")
-    unit = 1024 if m[3] else 1000
-    return int(float(m[1]) * unit ** " KMGT".index(m[2].upper() or " "))
 
 
 def main(config: Config) -> None:

@@ -10,26 +10,22 @@ OUT and a file of one bit a parameter a task replace all the specialists.
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
 
 from experiments import flags
+from experiments.flags import flag
 from multitask_jax import merging
-
-
-def _flag(text: str, default: Any = "") -> Any:
-    return dataclasses.field(default=default, metadata={"help": text})
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Which task, and where to."""
 
-    base: str = _flag("Checkpoint that the models were fine-tuned from.")
-    merged: str = _flag("What experiments.merge --method=emr wrote.")
-    task: str = _flag("The task's file in its folder tasks/.")
-    output: str = _flag("Directory to write; it must not exist.")
-    overwrite: bool = _flag("Replace a checkpoint at --output.", False)
-    progress: bool = _flag("Show a progress bar.", True)
+    base: str = flag("Checkpoint that the models were fine-tuned from.", "")
+    merged: str = flag("What experiments.merge --method=emr wrote.", "")
+    task: str = flag("The task's file in its folder tasks/.", "")
+    output: str = flag("Directory to write; it must not exist.", "")
+    overwrite: bool = flag("Replace a checkpoint at --output.", False)
+    progress: bool = flag("Show a progress bar.", True)
 
 
 def run(config: Config) -> Path:

@@ -4,27 +4,19 @@
 chains of task-vector transformations.
 """
 
-from multitask_jax.merging.agreement import (
-    beside,
-    choose,
-    keep_consensus,
-    localise,
-)
-from multitask_jax.merging.core import (
-    Leaf,
-    Measure,
-    Method,
-    Transform,
-    chain,
-    merge,
-)
+from multitask_jax.merging.agreement import beside, choose, keep_consensus, localise
+from multitask_jax.merging.core import Leaf, Measure, Method, Transform, chain, merge
 from multitask_jax.merging.disk import MergeResult, merge_checkpoints
-from multitask_jax.merging.elementwise import (
-    limit_step,
-    mean_of_active,
-)
+from multitask_jax.merging.elementwise import limit_step, mean_of_active
 from multitask_jax.merging.emr import EmrTask, emr_tasks, specialise
 from multitask_jax.merging.emr_files import load_task, specialise_checkpoint
+from multitask_jax.merging.fitted.fisher import (
+    average_by_fisher,
+    fisher,
+    fisher_diagonal,
+)
+from multitask_jax.merging.fitted.gram import dense_leaves, gram_matrices
+from multitask_jax.merging.fitted.regmean import regmean, regress
 from multitask_jax.merging.geometry import interpolate_spherically, stock
 from multitask_jax.merging.importance import (
     balance_competition,
@@ -34,7 +26,12 @@ from multitask_jax.merging.importance import (
 )
 from multitask_jax.merging.interference import analyse
 from multitask_jax.merging.interference_free import minimise_interference
-from multitask_jax.merging.lines import scale_by_depth, with_lines
+from multitask_jax.merging.lines import norm_rule, scale_by_depth, with_lines
+from multitask_jax.merging.lines_selection import (
+    SingleTask,
+    lines_single_task,
+    select_alpha,
+)
 from multitask_jax.merging.mergekit import merge_mergekit
 from multitask_jax.merging.recipes import (
     METHODS,
@@ -70,6 +67,7 @@ from multitask_jax.merging.recipes_sparse import (
     tall_masks,
 )
 from multitask_jax.merging.recipes_subspace import iso_c, iso_cts, knots, tsv_m, wudi
+from multitask_jax.merging.soups import pareto_front, rewarded_soup, simplex_grid
 from multitask_jax.merging.sparsify import drop_by_rank, drop_extremes
 from multitask_jax.merging.spherical import interpolate_by_weights, spherical_mean
 from multitask_jax.merging.subspace import (
@@ -78,6 +76,7 @@ from multitask_jax.merging.subspace import (
     flatten_spectrum_by_task,
     join_singular_vectors,
 )
+from multitask_jax.merging.task_statistics import Gram, load_statistics, save_statistics
 from multitask_jax.merging.transforms import (
     disjoint_mean,
     drop,
@@ -91,14 +90,17 @@ from multitask_jax.merging.transforms import (
 __all__ = [
     "METHODS",
     "EmrTask",
+    "Gram",
     "Leaf",
     "Measure",
     "MergeResult",
     "Method",
+    "SingleTask",
     "Transform",
     "align",
     "analyse",
     "arcee_fusion",
+    "average_by_fisher",
     "balance_competition",
     "beside",
     "breadcrumbs",
@@ -110,6 +112,7 @@ __all__ = [
     "dare_ties",
     "della",
     "della_ties",
+    "dense_leaves",
     "disjoint_mean",
     "drop",
     "drop_by_rank",
@@ -118,8 +121,11 @@ __all__ = [
     "emr",
     "emr_tasks",
     "energy_mean",
+    "fisher",
+    "fisher_diagonal",
     "flatten_spectrum",
     "flatten_spectrum_by_task",
+    "gram_matrices",
     "interpolate_by_weights",
     "interpolate_spherically",
     "iso_c",
@@ -132,6 +138,8 @@ __all__ = [
     "knots",
     "limit_step",
     "linear",
+    "lines_single_task",
+    "load_statistics",
     "load_task",
     "localise",
     "magmax",
@@ -145,14 +153,22 @@ __all__ = [
     "model_stock",
     "multislerp",
     "nearswap",
+    "norm_rule",
     "nuslerp",
+    "pareto_front",
     "passthrough",
     "pcb",
     "ram",
     "ramplus",
+    "regmean",
+    "regress",
+    "rewarded_soup",
+    "save_statistics",
     "scale",
     "scale_by_depth",
     "sce",
+    "select_alpha",
+    "simplex_grid",
     "slerp",
     "specialise",
     "specialise_checkpoint",

@@ -35,6 +35,11 @@ def beside(method: Method) -> Transform:
     """
     if (method.start, method.end) != ("task_vectors", "task_vectors"):
         raise ValueError("beside: got a method on parameters, expected task vectors")
+    return inputs_beside(method)
+
+
+def inputs_beside(method: Method) -> Transform:
+    """`beside` for any method: keeps what it starts from, adds what it ends with."""
     steps = method.transforms
 
     def known(stats: tuple[Any, ...]) -> list[tuple[Any, ...]]:
@@ -68,12 +73,12 @@ def beside(method: Method) -> Transform:
         of_each = settings_of(method, paths)
         return {p: tuple(of_path[p] for of_path in of_each) for p in paths}
 
-    rows = any(t.needs == "row" for t in steps)
+    needs = {t.needs for t in steps}
     return Transform(
         lambda values, leaf, stats: (*values, *run(values, leaf, stats, None)),
         tuple(lift(i, m) for i, t in enumerate(steps) for m in t.measures),
         settings=settings,
-        needs="row" if rows else "element",
+        needs=next((n for n in ("tensor", "row") if n in needs), "element"),
     )
 
 

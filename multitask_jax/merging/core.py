@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from multitask_jax import tree
-from multitask_jax.merging import statistics
+from multitask_jax.merging import statistics, task_statistics
 
 Array = jax.Array
 Values = tuple[Array, ...]
@@ -36,6 +36,8 @@ class Leaf(NamedTuple):
     setting: Any = ()  # this transform's own scalars for this tensor
     offset: tuple[Any, Any] = (0, 0)  # flat index of the first entry: high, low 32 bits
     size: Any = 0  # entries of the whole tensor, as a float
+    # T Fisher arrays of the values' shape, or T Grams; () for a tensor without.
+    statistics: tuple[Any, ...] = ()
 
 
 class Measure(NamedTuple):
@@ -65,6 +67,8 @@ class Transform(NamedTuple):
     settings: Callable[[Sequence[str]], Mapping[str, Any]] | None = None
     needs: Literal["element", "row", "tensor"] = "element"
     trims: bool = False  # zeroes entries of single models (what the report counts)
+    scales: bool = False  # only multiplies, by a factor that no value has a part in
+    statistics: task_statistics.Kind | None = None  # what it needs of each model
 
 
 class Method(NamedTuple):
@@ -112,6 +116,18 @@ def chain(*transforms: Transform | Method) -> Method:
     return method
 
 
+def split_scales(method: Method) -> tuple[Method, tuple[Transform, ...]]:
+    """A method without its last transforms that only scale (lambda), and these.
+
+    Before/after: trim, mean, scale, scale_by_depth -> (trim, mean), (scale, ..).
+    """
+    stop = len(method.transforms)
+    while stop and method.transforms[stop - 1].scales:
+        stop -= 1
+    head = method._replace(transforms=method.transforms[:stop])
+    return head, method.transforms[stop:]
+
+
 def check_models(
     method: Method, count: int, weights: Sequence[Any] | None
 ) -> tuple[Any, ...]:
@@ -129,6 +145,16 @@ def check_models(
     if len(weights) != count:
         raise ValueError(f"got {len(weights)} weights for {count} models")
     return tuple(weights[i] for i in range(count))
+
+
+def statistics_kind(method: Method) -> task_statistics.Kind | None:
+    """The kind of statistics that a method's transforms need of each model, if any."""
+    kinds = sorted({t.statistics for t in method.transforms if t.statistics})
+    if len(kinds) > 1:
+        raise ValueError(
+            f"the chain needs statistics of kinds {kinds}; a merge takes one"
+        )
+    return kinds[0] if kinds else None
 
 
 def settings_of(method: Method, paths: Sequence[str]) -> list[Mapping[str, Any]]:
@@ -214,6 +240,7 @@ def merge(
     models: Sequence[Any],
     *,
     weights: Sequence[Any] | None = None,
+    statistics: Sequence[Any] | None = None,
     include: str | None = None,
     exclude: str | None = None,
 ) -> Any:
@@ -224,6 +251,8 @@ def merge(
       base: theta_0, any pytree of arrays (Linen, NNX pure dicts, lists, ...).
       models: T pytrees of the same structure and shapes.
       weights: T scalars, may be traced; 1 each by default.
+      statistics: T pytrees or dicts by path, for methods that need data (fisher:
+        `fisher_diagonal`, regmean: `gram_matrices`); leaves they lack are averaged.
       include, exclude: regexes on leaf paths; other leaves come from the base.
 
     Returns:
@@ -231,12 +260,20 @@ def merge(
       are not floating point come from the base.
 
     Raises:
-      ValueError: structures, shapes or the numbers of models and weights differ.
+      ValueError: structures, shapes or the numbers of models and weights differ;
+        statistics are missing or do not fit.
     """
     weights = check_models(method, len(models), weights)
     bases = tree.flatten(base)
     others = [tree.flatten(m) for m in models]
     _check_alike(bases, others)
+    known = None if statistics is None else [*map(task_statistics.by_path, statistics)]
+    task_statistics.check(
+        statistics_kind(method),
+        {p: np.shape(x) for p, x in bases.items()},
+        known and [{p: task_statistics.spec(x) for p, x in k.items()} for k in known],
+        len(models),
+    )
     chosen = tree.select(list(bases), include=include, exclude=exclude)
     paths = [
         p
@@ -252,8 +289,12 @@ def merge(
         if ranks and dtype == np.float64:
             raise ValueError(f"{p}: {NO_FLOAT64_RANKS}")
         theta = jnp.asarray(bases[p]).astype(dtype)
+        cast = functools.partial(jnp.asarray, dtype=dtype)
         leaves[p] = Leaf(
-            theta, tuple(jnp.asarray(w, dtype) for w in weights), size=float(theta.size)
+            theta,
+            tuple(map(cast, weights)),
+            size=float(theta.size),
+            statistics=tuple(jax.tree.map(cast, k[p]) for k in known or () if p in k),
         )
         values[p] = start_values(
             method, theta, tuple(jnp.asarray(m[p]).astype(dtype) for m in others)

@@ -26,6 +26,7 @@ from multitask_jax.merging.plan import (
     threads_for,
 )
 from multitask_jax.merging.streaming import Stream
+from multitask_jax.merging.task_statistics import StatisticsFile
 
 PathLike = str | os.PathLike[str]
 
@@ -46,6 +47,7 @@ def merge_checkpoints(
     output: PathLike,
     *,
     weights: Sequence[float] | None = None,
+    statistics: Sequence[PathLike] | None = None,
     include: str | None = None,
     exclude: str | None = None,
     dtype: str | None = None,
@@ -73,6 +75,7 @@ def merge_checkpoints(
         adapters of it, and deltas.
       output: directory that appears when all is done.
       weights: one a model.
+      statistics: files by `save_statistics`, one a model, for fisher and regmean.
       include, exclude: regexes on tensor names; the rest is copied from the base.
       dtype: of the computation, "float32" or "float64" (by default float32, and float64
         for float64 tensors).
@@ -122,6 +125,9 @@ def merge_checkpoints(
             origin = readers[0] if readers and given is not None else None
             readers.append(checkpoints.open(path, origin))
             stack.callback(readers[-1].close)
+        known = None if statistics is None else [*map(StatisticsFile, statistics)]
+        for file in known or ():
+            stack.callback(file.close)
         plan = plan_merge(
             method,
             readers[0],
@@ -131,6 +137,7 @@ def merge_checkpoints(
             dtype=compute,
             out_dtype=stored,
             allow_missing=allow_missing,
+            statistics=known,
         )
         tensors: Sequence[checkpoints.TensorInfo] = plan.outputs
         if output_format == "delta":
@@ -151,6 +158,7 @@ def merge_checkpoints(
             plan,
             readers,
             weights,
+            statistics=known or (),
             census=census,
             allow_nonfinite=allow_nonfinite,
             threads=threads,

@@ -9,7 +9,14 @@ import numpy as np
 
 from multitask_jax import tree
 from multitask_jax.checkpoints import CheckpointError, Reader, TensorInfo
-from multitask_jax.merging.core import NO_FLOAT64_RANKS, Method, is_float
+from multitask_jax.merging import task_statistics
+from multitask_jax.merging.core import (
+    NO_FLOAT64_RANKS,
+    Method,
+    is_float,
+    statistics_kind,
+)
+from multitask_jax.merging.task_statistics import StatisticsFile
 
 CHUNK = 1 << 19  # entries that are computed at once
 # Chunks are padded to one of these, so that few programs are compiled.
@@ -26,11 +33,13 @@ class Entry(NamedTuple):
     models: tuple[np.dtype, ...]
     compute: np.dtype  # float32 or float64
     out: np.dtype
+    statistics: int = 0  # bytes of all models' statistics of it
 
     @property
     def nbytes(self) -> int:
         """Bytes read in one pass."""
-        return self.size * sum(np.dtype(d).itemsize for d in (self.base, *self.models))
+        dtypes = (self.base, *self.models)
+        return self.size * sum(np.dtype(d).itemsize for d in dtypes) + self.statistics
 
 
 class Pass(NamedTuple):
@@ -52,6 +61,7 @@ class Plan(NamedTuple):
     outputs: tuple[TensorInfo, ...]
     passes: tuple[Pass, ...]
     notes: tuple[str, ...]
+    whole: bool = False  # a transform needs whole tensors
 
     @property
     def read_bytes(self) -> int:
@@ -88,6 +98,7 @@ def plan_merge(
     dtype: np.dtype | None = None,
     out_dtype: np.dtype | None = None,
     allow_missing: Literal["", "base"] = "",
+    statistics: Sequence[StatisticsFile] | None = None,
 ) -> Plan:
     """Aligns the tensors of base and models by name.
 
@@ -98,11 +109,20 @@ def plan_merge(
       dtype: of the computation (float32; float64 for float64 tensors).
       out_dtype: of merged tensors; by default each keeps the base's.
       allow_missing: "base" copies tensors that a model lacks from the base.
+      statistics: one open file a model, if the method needs them.
 
     Raises:
       CheckpointError: names or shapes differ; lists them.
       ValueError: a regex matches nothing.
     """
+    task_statistics.check(
+        statistics_kind(method),
+        {p: info.shape for p, info in base.tensors.items()},
+        None if statistics is None else [s.specs for s in statistics],
+        len(models),
+        names=[str(s.path) for s in statistics or ()],
+        aliases=base.aliases,
+    )
     paths = list(base.tensors)
     chosen = dict(
         zip(paths, tree.select(paths, include=include, exclude=exclude), strict=True)
@@ -132,8 +152,9 @@ def plan_merge(
         if ranks and compute == np.float64:
             raise CheckpointError(f"{path}: {NO_FLOAT64_RANKS}")
         out = np.dtype(out_dtype or info.dtype)
+        known = sum(s.nbytes(path) for s in statistics or ())
         merged.append(
-            Entry(path, info.shape, info.size, info.dtype, dtypes, compute, out)
+            Entry(path, info.shape, info.size, info.dtype, dtypes, compute, out, known)
         )
         outputs.append(TensorInfo(path, info.shape, out))
     if not merged:
@@ -147,6 +168,7 @@ def plan_merge(
         tuple(outputs),
         plan_passes(method),
         tuple(notes),
+        any(t.needs == "tensor" for t in method.transforms),
     )
 
 
@@ -237,6 +259,10 @@ def peak_memory(
     caches = sorted(getattr(r, "cache_bytes", 0) for r in readers)
     held = sum(caches) + 2 * sum(caches[-threads:])
     held += ((24 + 8 * threads) << 20) * any(r.format == "orbax" for r in readers)
+    # Statistics, as stored and to compute with.
+    most = math.inf if plan.whole else 4 * models * CHUNK
+    known = sorted(min(e.statistics, most) for e in plan.merged)
+    held += 3 * int(sum(known[-threads:]))
     names = 4000 * len(plan.outputs)
     return (120 << 20) + chunks + ranked * kept + held + names
 

@@ -19,6 +19,7 @@ from multitask_jax.merging.arguments import Shares
 from multitask_jax.merging.core import Method, Scope, chain
 from multitask_jax.merging.emr import unify
 from multitask_jax.merging.emr_files import write_tasks
+from multitask_jax.merging.fitted import fisher, regmean
 
 
 def linear(*, normalise: bool = True) -> Method:
@@ -155,4 +156,6 @@ METHODS: dict[str, Callable[..., Method]] = {
     **recipes_sparse.METHODS,
     **recipes_average.METHODS,
     **recipes_subspace.METHODS,
+    "fisher": fisher.fisher,
+    "regmean": regmean.regmean,
 }

@@ -27,6 +27,7 @@ from multitask_jax.merging.selection import (
     keys_of,
 )
 from multitask_jax.merging.statistics import chunk_sum
+from multitask_jax.merging.task_statistics import StatisticsFile
 from multitask_jax.merging.totals import KthTotal, SumTotal
 
 _SMALL = 1 << 20  # tensors up to this size keep all keys; larger ones sample a bracket
@@ -60,6 +61,7 @@ class Stream:
         weights: Sequence[float] | Mapping[str, Sequence[float]],
         *,
         programs: Callable[[Any], Any] | None = None,
+        statistics: Sequence[StatisticsFile] = (),
         census: Census | None = None,
         allow_nonfinite: bool = False,
         advance: Callable[[int], None] = lambda nbytes: None,
@@ -71,6 +73,7 @@ class Stream:
         ranks alone, so that nothing is compiled again.
         """
         self.method, self.plan, self.readers = method, plan, tuple(readers)
+        self.statistics = tuple(statistics)
         self.weights = weights
         self.census, self.advance, self.threads = census, advance, threads
         self._check = not allow_nonfinite
@@ -252,6 +255,11 @@ class Stream:
                 f"{c.entry.path}: the merged values do not fit {c.entry.out}; choose a"
                 " wider out_dtype (bfloat16, float32), or pass allow_nonfinite"
             )
+        if self._check and self.statistics and not np.isfinite(flat).all():
+            raise CheckpointError(
+                f"{c.entry.path}: the merged values are not finite; statistics and"
+                " weights must not be negative"
+            )
         writer.write(c.entry.path, c.start, flat)
         if counted is not None and self.census is not None:
             self.census.trimmed(c.entry.path, size, *counted)
@@ -282,6 +290,7 @@ class Stream:
                 stats,
                 (np.uint32(c.start >> 32), np.uint32(c.start & 0xFFFFFFFF)),
                 scalar(float(c.entry.size)),
+                self._statistics(c, shape),
                 compute=c.entry.compute.name,
                 out=_from_jax(c.entry).name,
                 check=check,
@@ -289,6 +298,15 @@ class Stream:
         if check and bad:
             self._refuse_nonfinite(c, arrays)
         return out
+
+    def _statistics(self, c: Chunk, shape: tuple[int, ...]) -> tuple[Any, ...]:
+        """What the models' data say of a chunk, padded as the parameters are."""
+        files = [s for s in self.statistics if c.entry.path in s.specs]
+        self.advance(sum(s.nbytes(c.entry.path) for s in files) * (c.start == 0))
+        return tuple(
+            s.read(c.entry.path, c.start, c.stop, lambda x: _pad(x, shape))
+            for s in files
+        )
 
     def _known(self, path: str, i: int) -> tuple[Any, ...]:
         """Statistics of transform i so far; None is unknown yet."""
@@ -347,6 +365,7 @@ def _compute(
     stats: Sequence[Any],
     offset: tuple[Any, Any],
     size: Any,
+    statistics: tuple[Any, ...],
     *,
     compute: str,
     out: str,
@@ -358,7 +377,9 @@ def _compute(
     number of entries that are not finite (if `check`).
     """
     base, *models = [x.astype(compute) for x in arrays]
-    leaf = core.Leaf(base, tuple(w.astype(compute) for w in weights), (), offset, size)
+    known = jax.tree.map(lambda x: x.astype(compute), statistics)
+    scaled = tuple(w.astype(compute) for w in weights)
+    leaf = core.Leaf(base, scaled, (), offset, size, known)
     before = after = values = core.start_values(method, base, tuple(models))
     total = base + core.add_up(values)
     bad = chunk_sum((~jnp.isfinite(total)).astype(jnp.int32)) if check else None

@@ -281,5 +281,6 @@ def scale(factor: Any) -> Transform:
     return Transform(
         lambda values, leaf, stats: tuple(
             times(jnp.asarray(factor, v.dtype), v) for v in values
-        )
+        ),
+        scales=True,
     )

@@ -65,6 +65,15 @@ def test_flags_reach_the_method(tmp_path, inputs):
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
 
 
+@pytest.mark.parametrize(("flag", "alpha"), [("0.25", 0.25), ("norm", "norm")])
+def test_lines_alpha_is_a_number_or_norm(tmp_path, inputs, flag, alpha):
+    config, base, models = inputs
+    _, got = run(tmp_path, config, method="ties", lines_alpha=flag, lines_beta=0.5)
+    method = merging.with_lines(merging.ties(), alpha=alpha, beta=0.5)
+    for k, v in flat(merging.merge(method, base, models)).items():
+        np.testing.assert_allclose(got[k], v, atol=1e-6)
+
+
 def flat(params):
     from multitask_jax import tree
 
@@ -104,6 +113,9 @@ def test_without_a_base_spheres_are_of_parameters(tmp_path, inputs):
         ({"max_shard_size": "big"}, "expected a size like 5GB"),
         ({"allow_missing": "all"}, "--allow_missing: got 'all'"),
         ({"output_format": "gguf"}, "got format 'gguf'"),
+        ({"lines_alpha": "norm"}, "--lines_alpha=norm needs --lines_beta"),
+        ({"lines_alpha": "auto"}, "--lines_alpha: got 'auto', expected a number"),
+        ({"lines_alpha": "nan"}, "--lines_alpha: got 'nan', expected a number"),
         ({"lines_alpha": 0.5, "block_pattern": "x(y)"}, "can't tell the blocks"),
     ],
 )

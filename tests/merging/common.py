@@ -81,11 +81,17 @@ def stream(
     models: Any,
     *,
     report_files: bool = False,
+    statistics: Any = None,
     **kwargs: Any,
 ) -> dict[str, np.ndarray]:
     """Merges through the disk."""
     base_path = save(folder / "base", base)
     paths = [save(folder / f"m{t}", m) for t, m in enumerate(models)]
+    if statistics is not None:
+        kwargs["statistics"] = [
+            merging.save_statistics(p / "statistics.safetensors", s, overwrite=True)
+            for p, s in zip(paths, statistics, strict=True)
+        ]
     merging.merge_checkpoints(
         method,
         base_path,

@@ -32,6 +32,7 @@ class Case(NamedTuple):
     # Permuting models (and weights) leaves the result as it was, within rounding.
     permuted: merging.Method | None = None
     ordered: bool = False  # it does not: the order means something
+    statistics: str | None = None  # of each model's data: fisher or gram
 
 
 def lines(method: merging.Method) -> merging.Method:
@@ -91,6 +92,8 @@ CASES = {
     "knots": Case(merging.knots(density=0.5), exact=False, spectral=True, devices=2),
     "wudi": Case(merging.wudi(iterations=5), exact=False, gain=3.0),
     "emr": Case(merging.emr(), leafwise=True),
+    "fisher": Case(merging.fisher(), exact=False, statistics="fisher"),
+    "regmean": Case(merging.regmean(), exact=False, statistics="gram", gain=4.0),
     # Variants.
     "ties mergekit": Case(ties_mergekit),
     "ties peft": Case(
@@ -121,7 +124,19 @@ CASES = {
     ),
     "consensus ties": Case(merging.consensus(multi_task="ties", k=1)),
     "ties lines": Case(lines(merging.ties(density=0.3))),
+    "ties lines norm": Case(
+        merging.with_lines(merging.ties(density=0.3), alpha="norm", beta=0.7),
+        exact=False,
+    ),
+    "slerp lines norm": Case(
+        merging.with_lines(merging.slerp(), alpha="norm", beta=0.7),
+        models=2,
+        exact=False,
+    ),
     "linear lines": Case(lines(merging.linear()), leafwise=True),
+    "fisher plain": Case(
+        merging.fisher(normalise=False), leafwise=True, statistics="fisher"
+    ),
     "slerp lines": Case(lines(merging.slerp()), models=2, exact=False),
 }
 WEIGHTS = (1.0, 0.5, 0.8)
@@ -129,6 +144,27 @@ WEIGHTS = (1.0, 0.5, 0.8)
 
 def weights_of(case: Case) -> tuple[float, ...] | None:
     return WEIGHTS[: case.models] if case.method.weighted else None
+
+
+def known(case: Case, base: Any) -> dict[str, Any]:
+    """Random statistics of each model, as `merge` takes them."""
+    if case.statistics is None:
+        return {}
+    rng = np.random.default_rng(7)
+    if case.statistics == "fisher":
+        squares = lambda x: rng.random(np.shape(x)).astype(np.float32) ** 4  # noqa: E731
+        return {"statistics": [jax.tree.map(squares, base) for _ in range(case.models)]}
+
+    def gram(n: int) -> merging.Gram:
+        x = rng.standard_normal((2 * n, n)).astype(np.float32)
+        return merging.Gram(x.T @ x, (0,))
+
+    kernels = {p: np.shape(x) for p, x in tree.flatten(base).items() if "kernel" in p}
+    return {
+        "statistics": [
+            {p: gram(s[0]) for p, s in kernels.items()} for _ in range(case.models)
+        ]
+    }
 
 
 def test_every_method_has_a_case():
@@ -163,7 +199,7 @@ def jitted(case):
     """Base, models and the jitted merge with weights."""
     base, models = small_models(case)
     f = jax.jit(
-        lambda b, m, w: merging.merge(case.method, b, m, weights=w),
+        lambda b, m, w: merging.merge(case.method, b, m, weights=w, **known(case, b)),
     )
     return base, models, f(base, models, weights_of(case))
 
@@ -199,7 +235,9 @@ def agree(case: Case, a: Any, b: Any, base: Any, models: Any) -> None:
 
 def test_identity(case):
     base, _ = tiny_models(case)
-    out = jax.jit(lambda b: merging.merge(case.method, b, [b] * case.models))(base)
+    out = jax.jit(
+        lambda b: merging.merge(case.method, b, [b] * case.models, **known(case, b))
+    )(base)
     assert_close(out, base, base)
 
 
@@ -211,9 +249,11 @@ def test_permutation(case):
     order = [*range(1, case.models), 0]
     permuted = weights and tuple(weights[t] for t in order)
     method = case.permuted or case.method
-    merge = jax.jit(lambda b, m, w: merging.merge(method, b, m, weights=w))
-    a = merge(base, models, weights)
-    b = merge(base, [models[t] for t in order], permuted)
+    merge = jax.jit(lambda b, m, w, k: merging.merge(method, b, m, weights=w, **k))
+    data = known(case, base)
+    turned = {k: [v[t] for t in order] for k, v in data.items()}
+    a = merge(base, models, weights, data)
+    b = merge(base, [models[t] for t in order], permuted, turned)
     a, b = tree.flatten(a), tree.flatten(b)
     for path in a:
         # A sum that cancels in one order may not in another, and the election with it.
@@ -229,6 +269,7 @@ def test_streamed_as_jitted(case, jitted, tmp_path):
         base,
         models,
         weights=weights_of(case),
+        **known(case, base),
         report_files=True,  # counting trimmed entries must not change the result
     )
     agree(case, streamed, out, base, models)
@@ -249,13 +290,16 @@ def test_streamed_without_report_in_small_chunks(case, jitted, tmp_path, monkeyp
         base,
         models,
         weights=weights_of(case),
+        **known(case, base),
     )
     agree(case, streamed, out, base, models)
 
 
 def test_eager_as_jitted(case, jitted):
     base, models, out = jitted
-    eager = merging.merge(case.method, base, models, weights=weights_of(case))
+    eager = merging.merge(
+        case.method, base, models, weights=weights_of(case), **known(case, base)
+    )
     agree(case, eager, out, base, models)
 
 
@@ -265,7 +309,7 @@ def test_sharded_as_on_one_device(case, jitted):
     shardings = sharding.tree_shardings(base, mesh)
     placed = [jax.device_put(x, shardings) for x in (base, *models)]
     merge = jax.jit(
-        lambda b, m, w: merging.merge(case.method, b, m, weights=w),
+        lambda b, m, w: merging.merge(case.method, b, m, weights=w, **known(case, b)),
         out_shardings=shardings,
     )
     weights = weights_of(case)
@@ -299,10 +343,12 @@ def test_float16(name, tmp_path):
 
 def check_dtype(case: Case, dtype: str, tmp_path: Path) -> None:
     base, models = tiny_models(case, FLOATS[dtype])
-    out = jax.jit(lambda b, m: merging.merge(case.method, b, m))(base, models)
+    data = known(case, base)
+    merge = lambda b, m: merging.merge(case.method, b, m, **data)  # noqa: E731
+    out = jax.jit(merge)(base, models)
     assert {x.dtype for x in jax.tree.leaves(out)} == {np.dtype(FLOATS[dtype])}
     if case.exact:
-        streamed = stream(tmp_path, case.method, base, models)
+        streamed = stream(tmp_path, case.method, base, models, **data)
         assert_same_bits(streamed, tree.flatten(out))
 
 
@@ -315,7 +361,11 @@ def test_gradients_are_finite(case):
 
     def loss(base, models, weights):
         out = merging.merge(
-            case.method, base, models, weights=weights if case.method.weighted else None
+            case.method,
+            base,
+            models,
+            weights=weights if case.method.weighted else None,
+            **known(case, base),
         )
         return sum(jnp.sum(x**2) for x in jax.tree.leaves(out))
 
@@ -332,6 +382,9 @@ COEFFICIENTS = {
         merging.task_arithmetic(), alpha=x, beta=0.5
     ),
     "lines beta": lambda x: merging.with_lines(merging.ties(), alpha=0.5, beta=x),
+    "lines norm beta": lambda x: merging.with_lines(
+        merging.ties(scale=x), alpha="norm", beta=x
+    ),
 }
 
 

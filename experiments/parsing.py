@@ -1,0 +1,45 @@
+"""Values of flags: lists of numbers and paths, sizes, choices."""
+
+import math
+import re
+from typing import Any
+
+
+def numbers(name: str, text: str | None) -> list[float] | None:
+    """Numbers, comma-separated; ValueError names the flag."""
+    if text is None:
+        return None
+    try:
+        out = [float(x) for x in str(text).split(",")]
+        if all(map(math.isfinite, out)):
+            return out
+        raise ValueError
+    except ValueError:
+        raise ValueError(
+            f"--{name}: got {text!r}, expected numbers like 0.5,0.3"
+        ) from None
+
+
+def paths(text: str | None) -> list[str] | None:
+    """Paths, comma-separated."""
+    if text is None:
+        return None
+    return [p.strip() for p in text.split(",") if p.strip()]
+
+
+def one_of(name: str, value: str, options: tuple[str, ...]) -> Any:
+    """The value, if it is one of the options; ValueError names the flag."""
+    if value not in options:
+        raise ValueError(f"--{name}: got {value!r}, expected one of {options}")
+    return value
+
+
+def size_in_bytes(name: str, text: str | None) -> int | None:
+    """Bytes of a size, before/after: 5GB -> 5 * 10**9, 512MiB -> 512 * 2**20."""
+    if not text:
+        return None
+    m = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMGT]?)(i?)B?", str(text).strip())
+    if m is None or float(m[1]) == 0:
+        raise ValueError(f"--{name}: got {text!r}, expected a size like 5GB or 512MiB")
+    unit = 1024 if m[3] else 1000
+    return int(float(m[1]) * unit ** " KMGT".index(m[2].upper() or " "))

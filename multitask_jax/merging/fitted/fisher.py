@@ -1,0 +1,217 @@
+"""Fisher merging (Matena & Raffel 2022): weigh each parameter by what a task knows.
+
+F_t is the diagonal Fisher information of model t, c_t a factor for the whole model:
+theta = sum_t w_t c_t (F_t + eps) theta_t / sum_t w_t c_t (F_t + eps).
+
+Legend: B batch, C classes, T models.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from multitask_jax.merging.arguments import check_choice
+from multitask_jax.merging.core import (
+    Leaf,
+    Measure,
+    Method,
+    Transform,
+    Values,
+    add_up,
+    times,
+)
+from multitask_jax.merging.fitted.batching import batch_size, padded
+from multitask_jax.merging.geometry import norm_of
+
+ApplyFn = Callable[[Any, Any], jax.Array]
+
+
+def fisher_diagonal(
+    apply_fn: ApplyFn,
+    params: Any,
+    batches: Iterable[Any],
+    *,
+    labels: Literal["expected", "given"] = "expected",
+    examples_at_once: int | None = None,
+) -> Any:
+    """The diagonal of the Fisher information, a mean over examples.
+
+    expected: F = mean_x sum_y p(y|x) (d log p(y|x) / d theta)^2 (equation 5 of the
+    paper; what MergeLM and FusionBench compute). given: the "empirical" Fisher, with
+    the label y of each example in the place of the sum.
+
+        fisher = [fisher_diagonal(apply_fn, p, b) for p, b in zip(models, data)]
+        merged = merging.merge(merging.fisher(), base, models, statistics=fisher)
+
+    Args:
+      apply_fn: (params, inputs) -> logits [B, C].
+      params: any pytree; float leaves get a Fisher, others (integers) zeros.
+      batches: arrays or pytrees with a leading axis of examples; with labels="given"
+        pairs (inputs, labels [B]). The last batch may be smaller. The paper takes 256
+        examples or more.
+      labels: "expected" over the model's own predictions, or "given".
+      examples_at_once: how many examples' gradients are in memory at a time; all of a
+        batch by default. Each takes as much as `params` (times C, if expected).
+
+    Returns:
+      A pytree like `params`, float32.
+
+    Raises:
+      ValueError: logits that are not [B, C], no batches, unknown `labels`.
+    """
+    check_choice("labels", labels, ("expected", "given"))
+    params = jax.tree.map(jnp.asarray, params)
+    total = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
+    count = 0
+    step = jax.jit(
+        functools.partial(_add_batch, apply_fn, labels, examples_at_once),
+        donate_argnums=0,
+    )
+    for batch, mask in padded(batches):
+        total = step(total, params, batch, mask)
+        count += int(mask.sum())
+    return jax.tree.map(lambda x: x / count, total)
+
+
+def _add_batch(
+    apply_fn: ApplyFn,
+    labels: str,
+    at_once: int | None,
+    total: Any,
+    params: Any,
+    batch: Any,
+    mask: jax.Array,
+) -> Any:
+    """total + sum over the examples of a batch that the mask counts."""
+    size = batch_size(batch)
+    step = min(at_once or size, size)
+    rest = -size % step  # examples repeated, not counted, to fill the last part
+    batch, mask = jax.tree.map(
+        lambda x: jnp.concatenate([x, x[:1].repeat(rest, axis=0)]).reshape(
+            -1, step, *x.shape[1:]
+        ),
+        (batch, mask * 1.0),
+    )
+    mask = mask.reshape(-1).at[size:].set(0).reshape(mask.shape)
+    squares = jax.vmap(functools.partial(_squares, apply_fn, labels), in_axes=(None, 0))
+
+    def add(total: Any, part: Any) -> tuple[Any, None]:
+        examples, counts = part
+        return jax.tree.map(
+            lambda t, s: t + jnp.tensordot(counts, s, axes=1),
+            total,
+            squares(params, examples),
+        ), None
+
+    return jax.lax.scan(add, total, (batch, mask))[0]
+
+
+def _squares(apply_fn: ApplyFn, labels: str, params: Any, example: Any) -> Any:
+    """sum_y p(y|x) (d log p(y|x) / d theta)^2 of one example, in float32."""
+    inputs, label = example if labels == "given" else (example, None)
+    inputs = jax.tree.map(lambda x: x[None], inputs)
+    floats, rest = _split(params)
+
+    def logits_of(floats: Any) -> jax.Array:
+        logits = apply_fn(_join(floats, rest), inputs)
+        if logits.ndim != 2:
+            raise ValueError(
+                f"apply_fn: got logits {logits.shape} for one example, expected"
+                " [1, classes]; for sequences, let it pick one position or treat each"
+                " as an example"
+            )
+        return logits[0]
+
+    logits, pull_back = jax.vjp(logits_of, floats)
+    p = jax.nn.softmax(logits.astype(jnp.float32))
+    # d log p_y / d logits = e_y - p, weighted by sqrt p_y; or that of the label alone.
+    u = jnp.eye(p.size) - p[None, :]
+    u = u[label][None] if labels == "given" else jnp.sqrt(p)[:, None] * u
+    (gradients,) = jax.vmap(pull_back)(u.astype(logits.dtype))
+    squared = [jnp.sum(g.astype(jnp.float32) ** 2, axis=0) for g in gradients]
+    zeros = [r if r is None else jnp.zeros(r.shape, jnp.float32) for r in rest[0]]
+    return _join(squared, (zeros, rest[1]))
+
+
+def _split(params: Any) -> tuple[list[Any], tuple[list[Any], Any]]:
+    """The float leaves, and what `_join` needs besides."""
+    leaves, structure = jax.tree.flatten(params)
+    floats = [jnp.issubdtype(x.dtype, jnp.floating) for x in leaves]
+    rest = [None if f else x for x, f in zip(leaves, floats, strict=True)]
+    return [x for x, f in zip(leaves, floats, strict=True) if f], (rest, structure)
+
+
+def _join(floats: list[Any], rest: tuple[list[Any], Any]) -> Any:
+    """Undoes `_split`."""
+    left = iter(floats)
+    leaves = [next(left) if r is None else r for r in rest[0]]
+    return jax.tree.unflatten(rest[1], leaves)
+
+
+def average_by_fisher(*, floor: Any = 1e-6, normalise: bool = True) -> Transform:
+    """sum w_t c_t (F_t + floor) v_t / sum w_t c_t (F_t + floor), v_t parameters.
+
+    Args:
+      floor: added to every F, so that unused parameters are averaged.
+      normalise: c_t = 1 / ||F_t||_2 over the whole model, made to sum to 1, so that
+        no model outweighs others by the scale of its gradients; else c_t = 1. A model
+        whose F is all 0 has c_t = 0, unless all are.
+    """
+
+    def squares(values: Values, leaf: Leaf, stats: tuple[Any, ...]) -> Values:
+        zeros = (jnp.zeros_like(v) for v in values)
+        return tuple(f * f for f in leaf.statistics or zeros)
+
+    def apply(values: Values, leaf: Leaf, stats: tuple[Any, ...]) -> Values:
+        if not leaf.statistics:
+            return (average(values, leaf),)
+        c = _factors(stats[0]) if normalise else (1.0,) * len(values)
+        fs = [
+            times(w * jnp.asarray(c_t, f.dtype), f + jnp.asarray(floor, f.dtype))
+            for w, c_t, f in zip(leaf.weights, c, leaf.statistics, strict=True)
+        ]
+        return (weighted_mean(fs, values),)
+
+    measures = (Measure("sum", "model", squares),) if normalise else ()
+    return Transform(apply, measures, statistics="fisher")
+
+
+def _factors(squares: Values) -> Values:
+    """c_t = 1 / ||F_t||, divided by their sum."""
+    norms = [norm_of(s) for s in squares]
+    inverse = [jnp.where(n > 0, 1 / jnp.where(n > 0, n, 1), 0) for n in norms]
+    total = add_up(inverse)
+    some = total > 0
+    return tuple(jnp.where(some, i / jnp.where(some, total, 1), 1.0) for i in inverse)
+
+
+def average(values: Values, leaf: Leaf) -> jax.Array:
+    """sum w v / sum w, for tensors without statistics."""
+    return weighted_mean([jnp.full_like(values[0], w) for w in leaf.weights], values)
+
+
+def weighted_mean(weights: Sequence[jax.Array], values: Values) -> jax.Array:
+    """sum w v / sum w, as v_0 + sum w (v - v_0) / sum w: exact where all v are equal.
+
+    v_0 where the weights add up to 0.
+    """
+    divisor = add_up(weights)
+    divisor = jnp.where(divisor == 0, 1, divisor)
+    first = values[0]
+    steps = [times(w, v - first) for w, v in zip(weights, values, strict=True)]
+    return first + add_up(steps) / divisor
+
+
+def fisher(*, fisher_floor: Any = 1e-6, normalise: bool = True) -> Method:
+    """Fisher merging: parameters averaged by their Fisher information (--statistics).
+
+    Leaves without statistics are averaged. Needs no base.
+    """
+    return Method(
+        (average_by_fisher(floor=fisher_floor, normalise=normalise),),
+        start="parameters",
+        end="parameters",
+    )

@@ -1,0 +1,212 @@
+"""Gram matrices X^T X of the inputs of a model's dense layers, for RegMean."""
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from multitask_jax import tree
+from multitask_jax.merging.fitted import capture
+from multitask_jax.merging.fitted.batching import batch_size
+from multitask_jax.merging.task_statistics import Gram
+
+
+class Dense(NamedTuple):
+    """What `dense_leaves` found out about a model's parameters."""
+
+    axes: dict[str, tuple[int, ...]]  # contracted axes of each weight with a Gram
+    averaged: dict[str, str]  # the other leaves: why
+    order: tuple[str, ...]  # all used leaves, as the model first comes to them
+
+
+class _Record:
+    """Grams of the products seen so far, and what else leaves are used for."""
+
+    def __init__(self, params: dict[str, Any]):
+        self.params = params
+        self.grams: dict[str, Gram] = {}
+        self.reasons: dict[str, str] = {}
+        self.order: dict[str, None] = {}
+        self.hooks = capture.Hooks(
+            lambda view: self.params[view.path], self.product, self.other, self.scan
+        )
+
+    def product(self, product: capture.Product) -> None:
+        path = product.view.path
+        self.order.setdefault(path)
+        found = capture.layout(product)
+        if found is None:
+            self.reasons.setdefault(path, "a product contracts parts of its axes")
+            return
+        x = capture.inputs_of(product)
+        matrix = jnp.einsum(
+            "...ri,...rj->...ij",
+            x,
+            x,
+            precision="highest",
+            preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
+        )
+        self.add(path, Gram(matrix, *found))
+
+    def add(self, path: str, new: Gram) -> None:
+        old = self.grams.get(path)
+        if old is None:
+            self.grams[path] = new
+        elif (old.axes, old.batch) == (new.axes, new.batch):
+            self.grams[path] = Gram(old.matrix + new.matrix, new.axes, new.batch)
+        else:
+            self.reasons.setdefault(path, "products contract different axes of it")
+
+    def other(self, view: capture.View, use: str) -> None:
+        self.order.setdefault(view.path)
+        self.reasons.setdefault(view.path, f"used by {use}")
+
+    def scan(self, eqn: Any, ins: Sequence[Any]) -> Sequence[Any]:
+        """A scan over stacked layers, or with weights that all steps share."""
+        p = eqn.params
+        consts, carry = p["num_consts"], p["num_carry"]
+        ins = list(ins)
+        for k in range(consts, consts + carry):
+            ins[k] = capture.value(ins[k], "the carry of a scan", self.hooks)
+        values: list[Any] = []
+        views: list[capture.View | None] = []
+        for k, x in enumerate(ins):
+            view = x if isinstance(x, capture.View) else None
+            stacked = k >= consts + carry
+            if view is not None and stacked:
+                (*first,) = view.atoms[0]
+                if len(first) != 1 or first[0].size != view.shape[first[0].axis]:
+                    capture.value(view, "a scan over parts of an axis", self.hooks)
+                    view = None
+                else:
+                    view = view._replace(
+                        atoms=view.atoms[1:], stack=(*view.stack, first[0].axis)
+                    )
+            views.append(view)
+            values.append(
+                x.replay(self.params[x.path]) if isinstance(x, capture.View) else x
+            )
+
+        def body(carried: Any, xs: Any) -> Any:
+            inner = _Record(self.params)
+            now = [*values[:consts], *carried, *xs]
+            args = [
+                x if v is None else v._replace(replay=lambda _, x=x: x)
+                for v, x in zip(views, now, strict=True)
+            ]
+            outs = capture.run(p["jaxpr"], args, inner.hooks)
+            outs = [capture.value(x, "the output of a scan", inner.hooks) for x in outs]
+            self.order |= inner.order
+            for path, reason in inner.reasons.items():
+                self.reasons.setdefault(path, reason)
+            return outs[:carry], (outs[carry:], inner.grams)
+
+        last, (ys, grams) = jax.lax.scan(
+            body,
+            values[consts : consts + carry],
+            values[consts + carry :],
+            length=p["length"],
+            reverse=p["reverse"],
+        )
+        paths = {v.path for v in views[consts + carry :] if v is not None}
+        for path, g in grams.items():
+            if path not in paths:  # a shared weight: the sum over steps
+                g = Gram(g.matrix.sum(axis=0), g.axes, g.batch)
+            self.add(path, g)
+        return [*last, *ys]
+
+
+def _captured(
+    apply_fn: Callable[..., Any], params: Any, inputs: Any
+) -> tuple[dict[str, Gram], _Record]:
+    leaves = tree.flatten(params)
+    record = _Record({p: jnp.asarray(x) for p, x in leaves.items()})
+    capture.evaluate(
+        lambda by_path, inputs: apply_fn(tree.unflatten(params, by_path), inputs),
+        record.params,
+        (inputs,),
+        record.hooks,
+    )
+    grams = {p: g for p, g in record.grams.items() if p not in record.reasons}
+    return grams, record
+
+
+def dense_leaves(apply_fn: Callable[..., Any], params: Any, inputs: Any) -> Dense:
+    """Which leaves get a Gram matrix, which are averaged and why; computes nothing.
+
+    Args:
+      apply_fn, params, inputs: as for `gram_matrices`; shapes are enough.
+    """
+    found = {}
+
+    def look(params: Any, inputs: Any) -> None:
+        grams, record = _captured(apply_fn, params, inputs)
+        averaged = {
+            p: record.reasons.get(p, "not used")
+            for p in record.params
+            if p not in grams
+        }
+        axes = {p: g.axes for p, g in grams.items()}
+        found["all"] = Dense(axes, averaged, tuple(record.order))
+
+    jax.eval_shape(look, params, inputs)
+    return found["all"]
+
+
+def gram_matrices(
+    apply_fn: Callable[..., Any], params: Any, batches: Iterable[Any]
+) -> dict[str, Gram]:
+    """Sums of X^T X over batches, for each dense layer that apply_fn turns out to have.
+
+    A weight may reach its product through transposes, reshapes and casts, inside jit,
+    remat, custom derivatives and scans (a stack of layers gets one matrix each).
+    Weights that are used in another way as well (a tied embedding), by parts, or in
+    convolutions get none and are averaged by RegMean: `dense_leaves` lists them.
+
+        grams = [gram_matrices(apply_fn, p, b) for p, b in zip(models, data)]
+        merged = merging.merge(merging.regmean(), base, models, statistics=grams)
+
+    Args:
+      apply_fn: (params, inputs) -> anything.
+      params: any pytree of arrays.
+      batches: inputs with a leading axis of examples. A smaller last batch is compiled
+        on its own. Give all models as many examples, or weigh them in the merge.
+
+    Returns:
+      {leaf path: Gram}, summed in float32.
+
+    Raises:
+      ValueError: no batches, or no dense layer in apply_fn.
+    """
+    add = jax.jit(
+        functools.partial(_add_grams, apply_fn),
+        donate_argnums=0,
+    )
+    total: dict[str, Gram] | None = None
+    for batch in batches:
+        batch_size(batch)
+        if total is None:
+            shapes = jax.eval_shape(functools.partial(_grams, apply_fn), params, batch)
+            total = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        total = add(total, params, batch)
+    if total is None:
+        raise ValueError("got no batches, expected at least one")
+    return total
+
+
+def _grams(apply_fn: Callable[..., Any], params: Any, inputs: Any) -> dict[str, Gram]:
+    grams, record = _captured(apply_fn, params, inputs)
+    if not grams:
+        raise ValueError(
+            "apply_fn multiplies its inputs with no parameter (or only by parts);"
+            f" how leaves are used: {record.reasons}"
+        )
+    return grams
+
+
+def _add_grams(
+    apply_fn: Callable[..., Any], total: dict[str, Gram], params: Any, inputs: Any
+) -> dict[str, Gram]:
+    return jax.tree.map(jnp.add, total, _grams(apply_fn, params, inputs))
