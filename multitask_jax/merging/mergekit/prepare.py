@@ -218,10 +218,10 @@ def describe_recipe(prepared: Prepared, whole: Plan, memory: int) -> str:
     """The plan in words, for `--dry_run`."""
     recipe, inputs = prepared.recipe, prepared.inputs
     models = [r.path for r in dict.fromkeys(r for row in inputs.readers for r in row)]
-    lines = [f"recipe       mergekit {recipe.method}, {len(prepared.jobs)} groups"]
+    lines = [f"recipe       mergekit {recipe.method}"]
     if not recipe.whole:
         count = len(prepared.layers[1]) if prepared.layers else 0
-        lines.append(f"layers       {count} of {len(inputs.slices)} slices")
+        lines.append(f"layers       {count}, from {len(inputs.slices)} slices")
         outside = [
             f"{t.name} <- {inputs.readers[t.slice][0].path.name}"
             for t in inputs.targets
