@@ -1,4 +1,4 @@
-"""A LoRA adapter from a fine-tuned model: the truncated SVD of its task vector.
+r"""A LoRA adapter from a fine-tuned model: the truncated SVD of its task vector.
 
     python -m experiments.extract_lora --base=BASE --model=TUNED --rank=16 \
         --output=ADAPTER
@@ -15,24 +15,24 @@ What is no matrix (norms, biases), and embeddings unless --embeddings, is not in
 adapter unless --modules_to_save keeps it whole; report.md lists what that loses, and
 the energy (share of |tau|^2) kept of each tensor, measured on the factors as stored.
 
-The SVD is exact (eigenvectors of the smaller Gram matrix, in float64) up to 1024 rows
-or columns and for --energy; else by randomised subspace iteration (Halko, Martinsson
-and Tropp 2011, arXiv 0909.4061, algorithm 4.4), in float32. One tensor is in memory at
-a time, and the adapter.
-
-Legend: m, n sides of a matrix; r rank.
+The SVD is exact up to 1024 rows or columns and for --energy, else by randomised
+subspace iteration (multitask_jax/merging/low_rank.py). In memory are the adapter and
+one tensor a thread.
 """
 
 import dataclasses
 import json
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from experiments import flags
@@ -40,15 +40,14 @@ from experiments.flags import flag
 from multitask_jax import checkpoints, tree
 from multitask_jax.checkpoints import CheckpointError, Reader, TensorInfo
 from multitask_jax.merging import task_arithmetic
-from multitask_jax.merging.plan import human, plan_merge
+from multitask_jax.merging.low_rank import factorise
+from multitask_jax.merging.plan import Entry, human, plan_merge
 
 DTYPES = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
 }
-EXACT = 1024  # smaller sides up to this get an exact SVD
-ITERATIONS = 4  # of the randomised one
 PREFIX = "base_model.model."  # PEFT's, before the module's name
 # Last words of modules that look rows up (embed_out is GPT-NeoX's head, a matrix).
 _EMBEDDING = re.compile(
@@ -94,6 +93,7 @@ class Config:
     block_pattern: str | None = flag(
         "Finds a tensor's block for the figure where names are unusual.", None
     )
+    threads: int | None = flag("Tensors at a time (one a core, 8 at most).", None)
     overwrite: bool = flag("Replace a checkpoint at --output.", False)
     progress: bool = flag("Show a progress bar.", True)
 
@@ -117,50 +117,6 @@ class Result(NamedTuple):
     rows: tuple[Row, ...]
 
 
-def factorise(
-    tau: np.ndarray, rank: int, energy: float | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """The nearest matrix of lower rank, as two factors of equal singular values.
-
-    Args:
-      tau: [m, n], float32.
-      rank: r at most; None: as `energy` asks.
-      energy: if given, the smallest r that keeps this share of |tau|^2 (exact SVD).
-
-    Returns:
-      U_r sqrt(S_r) [m, r] and sqrt(S_r) V_r^T [r, n], float32.
-    """
-    m, n = tau.shape
-    if m > n:
-        right, left = factorise(tau.T, rank, energy)
-        return left.T, right.T
-    rank = m if rank is None else min(rank, m)
-    size = 2 * rank + 16  # of the subspace
-    if energy is None and m > max(EXACT, 4 * size):
-        # Q [m, size] spans nearly what as many left singular vectors do.
-        rng = np.random.default_rng(0)
-        q = tau @ rng.standard_normal((n, size), np.float32)
-        for _ in range(ITERATIONS):
-            q = tau.T @ np.linalg.qr(q)[0]
-            q = tau @ np.linalg.qr(q)[0]
-        q = np.linalg.qr(q)[0]
-        left, right = factorise(q.T @ tau, rank)
-        return q @ left, right
-    gram = np.zeros((m, m))
-    for start in range(0, n, 4096):
-        block = tau[:, start : start + 4096].astype(np.float64)
-        gram += block @ block.T
-    squares, u = np.linalg.eigh(gram)  # tau tau^T = U S^2 U^T, ascending
-    squares, u = np.maximum(squares[::-1], 0), u[:, ::-1]
-    if energy is not None:
-        short = np.cumsum(squares) < energy * squares.sum() * (1 - 1e-12)
-        rank = min(rank, int(short.sum()) + 1)
-    u = u[:, :rank].astype(np.float32)
-    projected = u.T @ tau  # S_r V_r^T, without dividing by small singular values
-    s = np.sqrt(np.linalg.norm(projected, axis=1, keepdims=True))
-    return u * s.T, np.divide(projected, s, out=np.zeros_like(projected), where=s > 0)
-
-
 def run(config: Config) -> Result:
     """Extracts the adapter and writes its report.
 
@@ -175,55 +131,22 @@ def run(config: Config) -> Result:
     checkpoints.check_output(config.output, overwrite=config.overwrite, inputs=inputs)
     plan = plan_merge(task_arithmetic(), base, [model])
     names = [e.path for e in plan.merged]
-    chosen = dict(
-        zip(
-            names,
-            tree.select(names, include=config.include, exclude=config.exclude),
-            strict=True,
-        )
-    )
+    chosen = tree.select(names, include=config.include, exclude=config.exclude)
     saved = modules_to_save(config, names)
     flip = fan_in_fan_out(config, base)
-    tensors: dict[str, np.ndarray] = {}
-    rows: list[Row] = []
-    for e in tqdm(plan.merged, unit="tensor", disable=not config.progress):
-        module, _, last = e.path.rpartition(".")
+
+    def work(e: Entry, keep: bool) -> tuple[Row, dict[str, np.ndarray]]:
         whole = any(e.path.startswith(f"{m}.") for m in saved)
-        theta = model.read(e.path)
-        tau = theta.astype(np.float32) - base.read(e.path).astype(np.float32)
-        energy = float(np.square(tau, dtype=np.float64).sum())
-        if not np.isfinite(energy):
-            raise CheckpointError(
-                f"{e.path}: the task vector is not finite: the fine-tuning diverged, or"
-                " a file is damaged"
-            )
-        if whole:  # changed or not: PEFT replaces modules, not tensors
-            tensors[PREFIX + e.path] = np.array(theta).reshape(e.shape)
-        if not energy:
-            continue
-        row = Row(e.path, e.shape, energy, 0.0, 0, "")
-        embedding = _EMBEDDING.fullmatch(module.rpartition(".")[2]) is not None
-        if whole:
-            rows.append(row._replace(kept=1.0, how="whole"))
-        elif len(e.shape) != 2 or last != "weight":
-            rows.append(row._replace(how="no matrix of a layer"))
-        elif not chosen[e.path]:
-            rows.append(row._replace(how="left out by --include or --exclude"))
-        elif embedding and not config.embeddings:
-            rows.append(row._replace(how="an embedding (--embeddings)"))
-        else:
-            tau = tau.reshape(e.shape)
-            transposed = embedding or flip
-            b, a = _stored_factors(config, tau.T if transposed else tau)
-            product = _scaling(config, b.shape[1]) * (
-                b.astype(np.float32) @ a.astype(np.float32)
-            )
-            tau -= product.T if transposed else product
-            kept = 1 - float(np.square(tau, dtype=np.float64).sum()) / energy
-            kind = "lora_embedding_{}" if embedding else "lora_{}.weight"
-            tensors[f"{PREFIX}{module}.{kind.format('A')}"] = a
-            tensors[f"{PREFIX}{module}.{kind.format('B')}"] = b
-            rows.append(row._replace(kept=kept, rank=b.shape[1], how="low rank"))
+        return extract(config, e, base, model, keep=keep, whole=whole, flip=flip)
+
+    threads = config.threads or min(8, os.cpu_count() or 1)
+    # Tensors in parallel, each on one thread: BLAS has nothing to wait for.
+    with threadpool_limits(1), ThreadPoolExecutor(threads) as pool:
+        jobs = pool.map(work, plan.merged, chosen)
+        bar = tqdm(jobs, "", len(names), unit="tensor", disable=not config.progress)
+        found = list(bar)
+    rows = [row for row, _ in found if row.energy]
+    tensors = {name: x for _, some in found for name, x in some.items()}
     if not any(r.rank for r in rows):
         raise CheckpointError(
             f"{model.path}: no changed matrix named *.weight is selected: nothing to"
@@ -262,13 +185,65 @@ def run(config: Config) -> Result:
     return Result(Path(config.output), kept, tuple(rows))
 
 
+def extract(
+    config: Config,
+    e: Entry,
+    base: Reader,
+    model: Reader,
+    *,
+    keep: bool,
+    whole: bool,
+    flip: bool,
+) -> tuple[Row, dict[str, np.ndarray]]:
+    """What becomes of one tensor, and what is stored of it.
+
+    `keep`: --include and --exclude let it through; `whole`: --modules_to_save has it;
+    `flip`: layers are stored [in, out].
+    """
+    module, _, last = e.path.rpartition(".")
+    theta = model.read(e.path)
+    tau = theta.astype(e.compute) - base.read(e.path).astype(e.compute)
+    tau = tau.astype(np.float32, copy=False)
+    energy = float(np.square(tau, dtype=np.float64).sum())
+    if not np.isfinite(energy):
+        raise CheckpointError(
+            f"{e.path}: the task vector is not finite: the fine-tuning diverged, or a"
+            " file is damaged"
+        )
+    row = Row(e.path, e.shape, energy, 0.0, 0, "unchanged")
+    embedding = _EMBEDDING.fullmatch(module.rpartition(".")[2]) is not None
+    if whole:  # changed or not: PEFT replaces modules, not tensors
+        stored = {PREFIX + e.path: np.array(theta).reshape(e.shape)}
+        return row._replace(kept=1.0, how="whole"), stored
+    if not energy:
+        return row, {}
+    if len(e.shape) != 2 or last != "weight":
+        return row._replace(how="no matrix of a layer"), {}
+    if not keep:
+        return row._replace(how="left out by --include or --exclude"), {}
+    if embedding and not config.embeddings:
+        return row._replace(how="an embedding (--embeddings)"), {}
+    tau = tau.reshape(e.shape)
+    tau = tau.T if embedding or flip else tau  # [out, in]
+    b, a = _stored_factors(config, tau)
+    rank = b.shape[1]
+    tau = tau - _scaling(config, rank) * (b.astype(np.float32) @ a.astype(np.float32))
+    kept = 1 - float(np.square(tau, dtype=np.float64).sum()) / energy
+    kind = f"{PREFIX}{module}." + (
+        "lora_embedding_{}" if embedding else "lora_{}.weight"
+    )
+    stored = {kind.format("A"): a, kind.format("B"): b}
+    return row._replace(kept=kept, rank=rank, how="low rank"), stored
+
+
 def check(config: Config) -> None:
     """Raises ValueError for what needs no checkpoint to be wrong."""
     for name in ("base", "model", "output"):
         if not getattr(config, name):
             raise ValueError(f"--{name}: got none; pass --{name}=PATH")
-    if config.rank is not None and config.rank < 1:
-        raise ValueError(f"--rank: got {config.rank}, expected at least 1")
+    for name in ("rank", "threads"):
+        if (got := getattr(config, name)) is not None and got < 1:
+            raise ValueError(f"--{name}: got {got}, expected at least 1")
     if config.energy is not None and not 0 < config.energy <= 1:
         raise ValueError(f"--energy: got {config.energy}, expected a share in (0, 1]")
     if config.alpha is not None and not 0 < config.alpha < 1e9:

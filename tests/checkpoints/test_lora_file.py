@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from multitask_jax import checkpoints, merging
-from multitask_jax.checkpoints import CheckpointError, TensorInfo
+from multitask_jax.checkpoints import CheckpointError, TensorInfo, lora_file
 from multitask_jax.checkpoints.lora_file import LowRank
 from tests.merging.common import load, save
 
@@ -149,7 +149,10 @@ def test_a_prefix_more_or_less(tmp_path, base, module):
     )
 
 
-def test_any_range_is_the_matrix():
+@pytest.mark.parametrize("small", [1, 50, 1 << 18])
+def test_any_range_is_the_matrix(monkeypatch, small):
+    """Whatever the range, and however the product is cut for BLAS."""
+    monkeypatch.setattr(lora_file, "_SMALL", small)
     left, right = numbers(7, 3), numbers(3, 5, seed=1)
     product = LowRank(left.astype(ml_dtypes.bfloat16), right, 0.5)
     whole = 0.5 * (left.astype(ml_dtypes.bfloat16).astype(np.float32) @ right)

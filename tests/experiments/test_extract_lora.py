@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 from experiments import extract_lora as extract
 from multitask_jax import checkpoints, merging
 from multitask_jax.checkpoints import CheckpointError
+from multitask_jax.merging import low_rank
 from tests.merging.common import load, save
 
 BLOCKS = 3
@@ -92,7 +93,7 @@ def test_energies_are_those_of_the_singular_values(tmp_path, monkeypatch, exact)
 
     Subspace iteration finds them almost (on noise, the hardest case: 97% or more).
     """
-    monkeypatch.setattr(extract, "EXACT", exact)
+    monkeypatch.setattr(low_rank, "EXACT", exact)
     base = {"m.weight": numbers(200, 150), "n.weight": numbers(150, 200, seed=1)}
     model = {
         k: x + numbers(*x.shape, seed=9 + i) for i, (k, x) in enumerate(base.items())
@@ -107,14 +108,22 @@ def test_energies_are_those_of_the_singular_values(tmp_path, monkeypatch, exact)
         assert row.kept >= (best - 1e-6 if exact > 150 else 0.97 * best)
 
 
+def test_randomised_svd_recovers_a_planted_rank(monkeypatch):
+    monkeypatch.setattr(low_rank, "EXACT", 30)
+    tau = numbers(200, 3) * np.array([1, 10, 100], np.float32) @ numbers(3, 300, seed=1)
+    for x in (tau, tau.T):
+        left, right = low_rank.factorise(x, 4)
+        np.testing.assert_allclose(left @ right, x, atol=1e-5 * np.abs(x).max())
+
+
 def test_factors_share_the_singular_values():
     tau = numbers(20, 50)
     for x in (tau, tau.T):
-        left, right = extract.factorise(x, 5)
+        left, right = low_rank.factorise(x, 5)
         s = np.linalg.svd(x, compute_uv=False)[:5]
         np.testing.assert_allclose((left**2).sum(0), s, rtol=1e-4)
         np.testing.assert_allclose((right**2).sum(1), s, rtol=1e-4)
-    left, right = extract.factorise(np.outer(tau[:, 0], tau[0]), 4)
+    left, right = low_rank.factorise(np.outer(tau[:, 0], tau[0]), 4)
     assert np.isfinite(left).all()
     assert np.isfinite(right).all()
 

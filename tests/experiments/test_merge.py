@@ -80,12 +80,22 @@ def flat(params):
     return {k: np.asarray(v) for k, v in tree.flatten(params).items()}
 
 
-def test_every_method_runs_with_its_defaults(tmp_path, inputs):
-    config, _, _ = inputs
-    one, _ = config["models"].split(",")
-    for name, recipe in merging.METHODS.items():
-        models = one if recipe().models == 1 else config["models"]
-        run(tmp_path, config | {"models": models}, method=name, overwrite=True)
+@pytest.mark.parametrize("name", sorted(merging.METHODS))
+def test_every_method_runs_with_its_defaults(tmp_path, name):
+    base, models = make_models(2, rows=16, blocks=2)
+    paths = [save(tmp_path / n, m) for n, m in zip("xab", (base, *models), strict=True)]
+    options = {}
+    if name in ("fisher", "regmean"):
+        squares = {"scale": np.float32(1)}
+        gram = {"embed": merging.Gram(np.eye(16, dtype=np.float32), (0,))}
+        known = squares if name == "fisher" else gram
+        files = [merging.save_statistics(p / "known.safetensors", known) for p in paths]
+        options = {"statistics": ",".join(map(str, files[1:]))}
+    chosen = paths[1:2] if merging.METHODS[name]().models == 1 else paths[1:]
+    config = {"base": str(paths[0]), "models": ",".join(map(str, chosen))}
+    _, got = run(tmp_path, config, method=name, **options)
+    assert got.keys() == flat(base).keys()
+    assert any(not np.array_equal(got[k], x) for k, x in flat(base).items())
 
 
 def test_without_a_base_spheres_are_of_parameters(tmp_path, inputs):
