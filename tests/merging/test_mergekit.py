@@ -297,6 +297,15 @@ def test_paths_start_at_the_recipe_then_at_the_working_directory(
         np.testing.assert_allclose(v, (m1[k] + m2[k]) / 2, rtol=1e-5, atol=1e-6)
 
 
+def test_files_behind_links(folder, tmp_path):
+    """As in the cache of the Hugging Face hub."""
+    (tmp_path / "blob").write_bytes((folder / "m1" / "model.safetensors").read_bytes())
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "blob")
+    models = plain(str(tmp_path / "model.safetensors"))
+    got, _ = run(tmp_path, tmp_path / "out", "passthrough", models)
+    assert_same_bits(got, load(folder / "m1"))
+
+
 def test_other_formats(folder, tmp_path):
     content = {
         "merge_method": "linear",

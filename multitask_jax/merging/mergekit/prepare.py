@@ -1,6 +1,7 @@
 """Everything about a recipe that can be decided before any weights are read."""
 
 import contextlib
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,7 +40,8 @@ def resolve(model: str, folder: Path, where: str = "model") -> Path:
     given = Path(model).expanduser()
     for path in (folder / given, Path.cwd() / given):
         if path.exists():
-            return path.resolve()
+            # Links are kept: the hub's cache links names to files without a suffix.
+            return Path(os.path.abspath(path))
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model):
         raise CheckpointError(
             f"{where}: {model} is not in {folder} or the working directory. If it is a"
