@@ -1,6 +1,6 @@
 """Arguments that transforms and recipes share, checked where they are given."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,19 @@ def shares(name: str, value: Shares) -> tuple[float, ...]:
     for x in out:
         check_share(name, x)
     return out
+
+
+def at_leaf(name: str, value: Shares | Mapping[str, Shares], path: str) -> Shares:
+    """What holds for a leaf, of one value for all leaves or one by path.
+
+    Raises:
+      ValueError: a leaf that the mapping lacks.
+    """
+    if not isinstance(value, Mapping):
+        return value
+    if path not in value:
+        raise ValueError(f"{name}: nothing for {path} among {len(value)} leaves")
+    return value[path]
 
 
 def per_model(xs: tuple[Any, ...], count: int, name: str) -> tuple[Any, ...]:

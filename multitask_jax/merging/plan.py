@@ -270,13 +270,14 @@ def peak_memory(
 def describe(plan: Plan, models: Sequence[Path], memory: int) -> str:
     """The plan in words, for `--dry_run`."""
     d = sum(e.size for e in plan.merged)
-    kinds = sorted({str(e.out) for e in plan.merged})
-    reads = sum(sum(e.nbytes for e in plan.merged) for _ in plan.passes)
+    kinds = sorted({str(t.dtype) for t in plan.outputs})
+    merged = sum(e.nbytes for e in plan.merged)
+    reads = plan.read_bytes + merged * (len(plan.passes) - 1)
     names = ", ".join(_pass_name(p) for p in plan.passes)
     once, total = human(plan.read_bytes), human(reads)
     lines = [
         f"tensors      {len(plan.merged)} merged ({d:,} parameters), {len(plan.copied)}"
-        " copied from the base",
+        " copied",
         f"models       {len(models)}: {', '.join(p.name for p in models)}",
         f"passes       {len(plan.passes)} ({names})",
         f"read         {once} of inputs, {total} over all passes",

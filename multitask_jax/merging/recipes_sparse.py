@@ -1,6 +1,6 @@
 """Recipes that keep part of each task vector, or of the merged one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from multitask_jax.merging import agreement, importance, sparsify
@@ -45,8 +45,8 @@ def breadcrumbs_ties(
 
 def della(
     *,
-    density: Shares = 0.5,
-    epsilon: Shares = 0.15,
+    density: Shares | Mapping[str, Shares] = 0.5,
+    epsilon: Shares | Mapping[str, Shares] = 0.15,
     scale: Any = 1.0,
     rescale: Literal["probability", "l1", "none"] = "probability",
     normalise: bool = False,
@@ -64,8 +64,8 @@ def della(
 
 def della_ties(
     *,
-    density: Shares = 0.5,
-    epsilon: Shares = 0.15,
+    density: Shares | Mapping[str, Shares] = 0.5,
+    epsilon: Shares | Mapping[str, Shares] = 0.15,
     scale: Any = 1.0,
     election: tf.Election = "mass",
     zero_sign: tf.ZeroSign = "majority",

@@ -270,9 +270,10 @@ def card(facts: Facts, warnings: Sequence[str] = ()) -> str:
     listed = "\n".join(f"- {json.dumps(p)}" for p in parents)
     said = "\n".join(f"- {w}" for w in warnings) or "None."
     method = facts.recipe.get("method", "a chain of its own")
+    weights = [f", weight {_weight(w)}" for w in facts.weights]
     models = "\n".join(
-        f"- `{m}`, weight {_weight(w)}"
-        for m, w in zip(facts.models, facts.weights, strict=True)
+        f"- `{m}`{w}"
+        for m, w in zip(facts.models, weights or [""] * len(facts.models), strict=True)
     )
     return f"""---
 base_model:

@@ -3,6 +3,7 @@
 Legend: tau_t task vector of model t, n entries of a tensor, or of a row.
 """
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 
 from multitask_jax.merging.arguments import (
     Shares,
+    at_leaf,
     check_choice,
     numbers,
     per_model,
@@ -82,13 +84,18 @@ def keep_probabilities(tau: Array, density: float, epsilon: float) -> Array:
     Ranks go from 0 for the smallest of a row to n - 1; of equals, the first is lower.
     A vector is one row, a row of one entry has the probability `density`.
     """
+    return _probabilities(tau, (density, density - epsilon, 2 * epsilon))
+
+
+def _probabilities(tau: Array, line: tuple[Any, Any, Any]) -> Array:
+    """`keep_probabilities` by the middle, the start and the rise of the line."""
+    middle, start, rise = (jnp.asarray(x, jnp.float32) for x in line)
     n = tau.shape[-1] if tau.ndim else 1
     if n == 1:
-        return jnp.full(tau.shape, jnp.float32(density))
-    by_rank = density - epsilon + 2 * epsilon * np.arange(n) / (n - 1)
+        return jnp.full(tau.shape, middle)
     order = _order(jax.lax.stop_gradient(tau).reshape(-1, n))
     # Looked up, not computed: no two programs may round a probability differently.
-    table = jnp.asarray(by_rank, jnp.float32)
+    table = start + times(rise, jnp.asarray(np.arange(n) / (n - 1), jnp.float32))
     p = jax.vmap(
         lambda o: jnp.zeros(n, table.dtype).at[o].set(table, unique_indices=True)
     )(order)
@@ -111,17 +118,17 @@ def _order(rows: Array) -> Array:
 
 def drop_by_rank(
     *,
-    density: Shares = 0.5,
-    epsilon: Shares = 0.15,
+    density: Shares | Mapping[str, Shares] = 0.5,
+    epsilon: Shares | Mapping[str, Shares] = 0.15,
     rescale: Literal["probability", "l1", "none"] = "probability",
     seed: int = 0,
 ) -> Transform:
     """Keeps entries at random, the large ones of a row more often (DELLA's MagPrune).
 
     Args:
-      density: mean probability to keep, one for all or one per model.
-      epsilon: the probability goes from density - epsilon to density + epsilon; one for
-        all or one per model.
+      density: mean probability to keep, one for all or one per model; or by leaf path.
+      epsilon: the probability goes from density - epsilon to density + epsilon;
+        likewise.
       rescale: "probability" divides each kept entry by its probability (the paper),
         "l1" scales a tensor to the L1 norm before (mergekit), "none" leaves as is.
       seed: same seed, same mask, whatever the sharding or the order of tensors.
@@ -130,28 +137,24 @@ def drop_by_rank(
       ValueError: density outside (0, 1], probabilities outside (0, 1], unknown rescale.
     """
     check_choice("rescale", rescale, ("probability", "l1", "none"))
-    densities, epsilons = shares("density", density), numbers(epsilon)
-    most = max(len(densities), len(epsilons))
-    for d, e in zip(
-        per_model(densities, most, "density"),
-        per_model(epsilons, most, "epsilon"),
-        strict=True,
-    ):
-        if e < 0 or d - e <= 0 or d + e > 1:
-            raise ValueError(
-                f"epsilon: got {e} with density {d}, expected 0 <= epsilon <"
-                " density and density + epsilon <= 1: both ends are probabilities"
-            )
+
+    def lines(path: str) -> tuple[tuple[float, float, float], ...]:
+        d, e = at_leaf("density", density, path), at_leaf("epsilon", epsilon, path)
+        return _lines(shares("density", d), numbers(e))
+
+    by_path = {p for x in (density, epsilon) if isinstance(x, Mapping) for p in x}
+    for path in by_path or {""}:
+        lines(path)  # refuses now rather than when merging
 
     def masked(
         values: Values, leaf: Leaf, stats: tuple[Any, ...], divide: bool = False
     ) -> Values:
         out = []
-        keep = per_model(densities, len(values), "density")
-        spread = per_model(epsilons, len(values), "epsilon")
-        for t, (tau, share, e) in enumerate(zip(values, keep, spread, strict=True)):
-            p = keep_probabilities(tau, share, e)
-            u = uniform(tau.shape, seed=leaf.setting, model=t, offset=leaf.offset)
+        salt, leaf_lines = leaf.setting
+        keep = per_model(leaf_lines, len(values), "density, epsilon")
+        for t, (tau, line) in enumerate(zip(values, keep, strict=True)):
+            p = _probabilities(tau, line)
+            u = uniform(tau.shape, seed=salt, model=t, offset=leaf.offset)
             scaled = times(1 / p.astype(tau.dtype), tau) if divide else tau
             out.append(jnp.where(u < p, scaled, 0))
         return tuple(out)
@@ -163,7 +166,27 @@ def drop_by_rank(
     return Transform(
         apply,
         measures=(l1_measure(masked),) if rescale == "l1" else (),
-        settings=lambda paths: {p: path_seed(p, seed) for p in paths},
+        settings=lambda paths: {p: (path_seed(p, seed), lines(p)) for p in paths},
         needs="row",
         trims=True,
     )
+
+
+def _lines(
+    densities: tuple[float, ...], epsilons: tuple[float, ...]
+) -> tuple[tuple[float, float, float], ...]:
+    """Of each model: the mean probability, the lowest, and how far it rises."""
+    out = []
+    most = max(len(densities), len(epsilons))
+    for d, e in zip(
+        per_model(densities, most, "density"),
+        per_model(epsilons, most, "epsilon"),
+        strict=True,
+    ):
+        if e < 0 or d - e <= 0 or d + e > 1:
+            raise ValueError(
+                f"epsilon: got {e} with density {d}, expected 0 <= epsilon < density"
+                " and density + epsilon <= 1: both ends are probabilities"
+            )
+        out.append((d, d - e, 2 * e))
+    return tuple(out)

@@ -11,7 +11,13 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from multitask_jax.merging.arguments import Shares, check_choice, per_model, shares
+from multitask_jax.merging.arguments import (
+    Shares,
+    at_leaf,
+    check_choice,
+    per_model,
+    shares,
+)
 from multitask_jax.merging.core import (
     Array,
     Leaf,
@@ -119,13 +125,13 @@ def drop(
       ValueError: density outside (0, 1], unknown rescale.
     """
     check_choice("rescale", rescale, ("density", "l1", "none"))
-    by_path = density if isinstance(density, Mapping) else {}
-    densities = {p: shares("density", d) for p, d in by_path.items()}
-    common = () if by_path else shares("density", density)
 
     def setting(path: str) -> Any:
-        keep = densities[path] if by_path else common
+        keep = shares("density", at_leaf("density", density, path))
         return path_seed(path, seed), keep, tuple(1 / p for p in keep)
+
+    for path in density if isinstance(density, Mapping) else ("",):
+        setting(path)  # refuses now rather than when merging
 
     def masked(values: Values, leaf: Leaf, stats: tuple[Any, ...]) -> Values:
         salt, densities, _ = leaf.setting

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from multitask_jax import merging
-from tests.merging.common import load
+from multitask_jax.merging.mergekit import run as mergekit_run
+from tests.merging.common import assert_same_bits, load
 from tests.merging.test_mergekit import models_in, run
 
 ELECTION = {"election": "weighted_mass", "zero_sign": "positive", "combine": "sum"}
@@ -95,3 +96,39 @@ def test_methods_by_mergekits_names(tmp_path, name):
         np.testing.assert_allclose(got[k], v, rtol=1e-6, atol=1e-7, err_msg=k)
     base = load(folder / "base")
     assert any((got[k] != v).any() for k, v in base.items())
+
+
+@pytest.mark.parametrize("name", ["dare_linear", "della_linear"])
+def test_random_masks_over_depth_are_one_job(tmp_path, name, monkeypatch):
+    """Each layer as if merged alone with its density; nothing is compiled twice."""
+    folder = models_in(tmp_path, 1, layers=2)
+    streams = []
+    original = mergekit_run.Stream
+
+    def spy(*args, **kwargs):
+        streams.append(args)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(mergekit_run, "Stream", spy)
+    common = {"weight": 1, "density": [0.3, 0.7]}
+    common |= {"epsilon": [0.1, 0.2]} if name == "della_linear" else {}
+    got, _ = run(
+        folder, tmp_path / "1", name, [("m1", {})], base="base", parameters=common
+    )
+    assert len(streams) == 1
+    for layer, density, epsilon in ((0, 0.3, 0.1), (1, 0.7, 0.2)):
+        method = merging.dare(density=density, rescale="l1")
+        if name == "della_linear":
+            method = merging.della(density=density, epsilon=epsilon, rescale="l1")
+        out = tmp_path / f"layer{layer}"
+        merging.merge_checkpoints(
+            method,
+            folder / "base",
+            [folder / "m1"],
+            out,
+            progress=False,
+            report_files=False,
+        )
+        want = {k: v for k, v in load(out).items() if f"layers.{layer}." in k}
+        assert len(want) == 2
+        assert_same_bits({k: got[k] for k in want}, want)

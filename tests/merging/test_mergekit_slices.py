@@ -318,6 +318,6 @@ def test_names_of_other_libraries(folder):
 def test_dry_run_tells_where_tensors_come_from(folder):
     content = json.loads(json.dumps(FRANKEN).replace('"@', f'"{folder}/'))
     result = merging.merge_mergekit(content, "", dry_run=True)
-    assert "layers       6 of 3 slices" in result.plan
+    assert "layers       6, from 3 slices" in result.plan
     assert "model.embed_tokens.weight <- a" in result.plan
     assert result.output is None

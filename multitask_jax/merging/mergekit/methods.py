@@ -173,10 +173,16 @@ def _breadcrumbs_ties(o: Options, _: bool) -> Method:
 
 def _della_options(o: Options) -> dict[str, Any]:
     # All of a model is kept at density 1, whatever epsilon.
-    pairs = zip(o["density"], o["epsilon"], strict=True)
+    epsilon = {
+        path: tuple(
+            0.0 if d == 1 else e
+            for d, e in zip(o["density"][path], epsilons, strict=True)
+        )
+        for path, epsilons in o["epsilon"].items()
+    }
     return {
         "density": o["density"],
-        "epsilon": tuple(0.0 if d == 1 else e for d, e in pairs),
+        "epsilon": epsilon,
         "rescale": _rescale(o),
         "seed": o["seed"],
     }
@@ -227,6 +233,7 @@ _CRUMBS = {**_SPARSE, "gamma": 0.01}
 _DELLA = {**_SPARSE, "epsilon": 0.15}
 _DENSITY = frozenset({"density"})
 _OUTLIERS = frozenset({"density", "gamma"})
+_PROBABILITIES = frozenset({"density", "epsilon"})
 
 
 def _summed(normalize: bool, rescale: bool) -> dict[str, Any]:
@@ -277,9 +284,17 @@ SPECS: dict[str, Spec] = {
         per_tensor=_summed(False, True),
         traced=_DENSITY,
     ),
-    "della": Spec(_della, per_model=_DELLA, per_tensor=_summed(True, True)),
+    "della": Spec(
+        _della,
+        per_model=_DELLA,
+        per_tensor=_summed(True, True),
+        traced=_PROBABILITIES,
+    ),
     "della_linear": Spec(
-        _della_linear, per_model=_DELLA, per_tensor=_summed(False, True)
+        _della_linear,
+        per_model=_DELLA,
+        per_tensor=_summed(False, True),
+        traced=_PROBABILITIES,
     ),
     "breadcrumbs": Spec(
         _breadcrumbs,

@@ -1,6 +1,7 @@
 """Everything about a recipe that can be decided before any weights are read."""
 
 import contextlib
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,7 +40,8 @@ def resolve(model: str, folder: Path, where: str = "model") -> Path:
     given = Path(model).expanduser()
     for path in (folder / given, Path.cwd() / given):
         if path.exists():
-            return path.resolve()
+            # Links are kept: the hub's cache links names to files without a suffix.
+            return Path(os.path.abspath(path))
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model):
         raise CheckpointError(
             f"{where}: {model} is not in {folder} or the working directory. If it is a"
@@ -218,10 +220,10 @@ def describe_recipe(prepared: Prepared, whole: Plan, memory: int) -> str:
     """The plan in words, for `--dry_run`."""
     recipe, inputs = prepared.recipe, prepared.inputs
     models = [r.path for r in dict.fromkeys(r for row in inputs.readers for r in row)]
-    lines = [f"recipe       mergekit {recipe.method}, {len(prepared.jobs)} groups"]
+    lines = [f"recipe       mergekit {recipe.method}"]
     if not recipe.whole:
         count = len(prepared.layers[1]) if prepared.layers else 0
-        lines.append(f"layers       {count} of {len(inputs.slices)} slices")
+        lines.append(f"layers       {count}, from {len(inputs.slices)} slices")
         outside = [
             f"{t.name} <- {inputs.readers[t.slice][0].path.name}"
             for t in inputs.targets

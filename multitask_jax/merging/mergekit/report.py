@@ -47,7 +47,7 @@ To make it again:
 
 {notes}
 
-{len(facts.plan.merged)} tensors merged, {len(facts.plan.copied)} copied. Inputs of
+{len(facts.plan.merged)} tensors merged, {len(facts.plan.copied)} copied, inputs of
 {human(facts.plan.read_bytes)}, {human(facts.plan.write_bytes)} written in
 {facts.seconds:.1f} s by multitask_jax {multitask_jax.__version__}.
 """
@@ -61,7 +61,5 @@ To make it again:
     }
     (directory / "merge_report.json").write_text(json.dumps(data, indent=1) + "\n")
     models = {r.path: None for row in inputs.readers for r in row}
-    card = report.card(
-        facts._replace(models=list(models), weights=[None] * len(models))
-    )
+    card = report.card(facts._replace(models=list(models), weights=()))
     (directory / "README.md").write_text(card)

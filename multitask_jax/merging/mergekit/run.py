@@ -90,7 +90,7 @@ def merge_mergekit(
                 for j in jobs
                 if j.plan.merged
             ),
-            default=0,
+            default=120 << 20,  # the interpreter and JAX
         )
         if max_memory is not None and memory > max_memory:
             raise CheckpointError(
