@@ -67,7 +67,9 @@ class Transform(NamedTuple):
     settings: Callable[[Sequence[str]], Mapping[str, Any]] | None = None
     needs: Literal["element", "row", "tensor"] = "element"
     trims: bool = False  # zeroes entries of single models (what the report counts)
-    statistics: task_statistics.Kind | None = None  # what it needs of each model
+    # What it needs of each model's data. Tensors without are streamed in chunks even if
+    # it needs whole ones.
+    statistics: task_statistics.Kind | None = None
 
 
 class Method(NamedTuple):

@@ -68,7 +68,6 @@ def minimise_entropy(
     Returns:
       The variables and the entropy before each step, [steps].
     """
-
     import optax
 
     optimiser = optimiser or optax.adam(learning_rate)
