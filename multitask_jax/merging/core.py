@@ -68,7 +68,9 @@ class Transform(NamedTuple):
     needs: Literal["element", "row", "tensor"] = "element"
     trims: bool = False  # zeroes entries of single models (what the report counts)
     scales: bool = False  # only multiplies, by a factor that no value has a part in
-    statistics: task_statistics.Kind | None = None  # what it needs of each model
+    # What it needs of each model's data. Tensors without are streamed in chunks even if
+    # it needs whole ones.
+    statistics: task_statistics.Kind | None = None
 
 
 class Method(NamedTuple):

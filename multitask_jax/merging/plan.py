@@ -34,6 +34,7 @@ class Entry(NamedTuple):
     compute: np.dtype  # float32 or float64
     out: np.dtype
     statistics: int = 0  # bytes of all models' statistics of it
+    whole: bool = False  # not to be cut into chunks
 
     @property
     def nbytes(self) -> int:
@@ -61,7 +62,6 @@ class Plan(NamedTuple):
     outputs: tuple[TensorInfo, ...]
     passes: tuple[Pass, ...]
     notes: tuple[str, ...]
-    whole: bool = False  # a transform needs whole tensors
 
     @property
     def read_bytes(self) -> int:
@@ -154,9 +154,30 @@ def plan_merge(
         out = np.dtype(out_dtype or info.dtype)
         known = sum(s.nbytes(path) for s in statistics or ())
         merged.append(
-            Entry(path, info.shape, info.size, info.dtype, dtypes, compute, out, known)
+            Entry(
+                path,
+                info.shape,
+                info.size,
+                info.dtype,
+                dtypes,
+                compute,
+                out,
+                known,
+                # What only statistics make whole is averaged by entries without them.
+                whole=any(
+                    t.needs == "tensor" and (known or not t.statistics)
+                    for t in method.transforms
+                ),
+            )
         )
         outputs.append(TensorInfo(path, info.shape, out))
+    if statistics:
+        averaged = [e.path for e in merged if not e.statistics]
+        if averaged:
+            notes.append(f"No statistics of {_listed(averaged)}: averaged.")
+        tied = [p for p in statistics[0].specs if p in base.aliases]
+        if tied:
+            notes.append(f"Statistics of {_listed(tied)} (tied) are not used.")
     if not merged:
         raise CheckpointError(
             f"{base.path}: no floating point tensor with entries is selected: nothing"
@@ -168,7 +189,6 @@ def plan_merge(
         tuple(outputs),
         plan_passes(method),
         tuple(notes),
-        any(t.needs == "tensor" for t in method.transforms),
     )
 
 
@@ -243,15 +263,15 @@ def peak_memory(
 ) -> int:
     """Estimate of anonymous memory in bytes, the interpreter and JAX included."""
     models = len(readers) - 1
-    needs = {t.needs for t in method.transforms}
-    largest = max(e.size for e in plan.merged)
-    rows = max((e.shape[-1] for e in plan.merged if e.shape), default=1)
-    chunk = min(CHUNK, largest)
-    if "tensor" in needs:
-        chunk = largest
-    elif "row" in needs:
-        chunk = max(chunk, rows)
-    chunks = threads * 4 * (models + 1) * chunk * 4
+    rows = any(t.needs == "row" for t in method.transforms)
+
+    def chunk(e: Entry) -> int:
+        if e.whole:
+            return e.size
+        return min(max(CHUNK, e.shape[-1] if rows and e.shape else 1), e.size)
+
+    at_once = sorted(map(chunk, plan.merged))[-threads:]
+    chunks = 4 * (models + 1) * sum(at_once) * 4
     kept = 3 * models * min(1 << 22, sum(e.size for e in plan.merged)) * 4
     ranked = any(p.tensor or p.model for p in plan.passes)
     # Large stored chunks (Orbax): each reader keeps one, and a thread that goes on to
@@ -259,10 +279,12 @@ def peak_memory(
     caches = sorted(getattr(r, "cache_bytes", 0) for r in readers)
     held = sum(caches) + 2 * sum(caches[-threads:])
     held += ((24 + 8 * threads) << 20) * any(r.format == "orbax" for r in readers)
-    # Statistics, as stored and to compute with.
-    most = math.inf if plan.whole else 4 * models * CHUNK
-    known = sorted(min(e.statistics, most) for e in plan.merged)
-    held += 3 * int(sum(known[-threads:]))
+    # Statistics, as stored and to compute with: whole Grams, a chunk of a Fisher.
+    known = sorted(
+        e.statistics if e.whole else min(e.statistics, 4 * models * CHUNK)
+        for e in plan.merged
+    )
+    held += 3 * sum(known[-threads:])
     names = 4000 * len(plan.outputs)
     return (120 << 20) + chunks + ranked * kept + held + names
 

@@ -78,7 +78,7 @@ class Stream:
         self.census, self.advance, self.threads = census, advance, threads
         self._check = not allow_nonfinite
         needs = {t.needs for t in method.transforms}
-        self._rows, self._whole = "row" in needs, "tensor" in needs
+        self._rows = "row" in needs
         self._unseen = {e.path for e in plan.merged}
         paths = [t.name for t in plan.outputs]
         self._settings = core.settings_of(method, paths)
@@ -164,7 +164,7 @@ class Stream:
 
     def _columns(self, e: Entry) -> int:
         """What is not cut: entries, rows (a vector counts as one) or tensors."""
-        if self._whole:
+        if e.whole:
             return e.size
         return e.shape[-1] if self._rows and e.shape else 1
 
@@ -269,7 +269,7 @@ class Stream:
     ) -> Any:
         """A program on a padded chunk; refuses NaN and infinity at the first look."""
         path, size = c.entry.path, c.stop - c.start
-        if self._whole:
+        if c.entry.whole:
             shape: tuple[int, ...] = c.entry.shape
         elif self._rows:
             columns = self._columns(c.entry)

@@ -261,13 +261,19 @@ class StatisticsFile:
                 f"{self.path}: a checkpoint, not statistics: write such files with"
                 " merging.save_statistics"
             )
-        axes = json.loads(self.metadata.get("axes", "{}"))
         self.specs: dict[str, Spec] = {}
-        for p, info in self._reader.tensors.items():
-            at = axes.get(p, {"axes": (), "batch": ()})
-            self.specs[p] = Spec(
-                kind, info.shape, tuple(at["axes"]), tuple(at["batch"])
-            )
+        try:
+            axes = json.loads(self.metadata.get("axes", "{}"))
+            for p, info in self._reader.tensors.items():
+                at = axes.get(p, {"axes": (), "batch": ()})
+                where = (tuple(map(int, at["axes"])), tuple(map(int, at["batch"])))
+                self.specs[p] = Spec(kind, info.shape, *where)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            self.close()
+            raise CheckpointError(
+                f"{self.path}: damaged: its metadata do not say which axes of the"
+                " weights were contracted; write it again with merging.save_statistics"
+            ) from None
 
     def nbytes(self, name: str) -> int:
         """Bytes of a tensor's statistic; 0 if it has none."""

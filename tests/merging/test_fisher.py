@@ -95,6 +95,10 @@ def test_bad_inputs(softmax_regression):
         merging.fisher_diagonal(logits_of, params, [])
     with pytest.raises(ValueError, match=r"batch of 6 .* after one of 4"):
         merging.fisher_diagonal(logits_of, params, [x[:4], x[4:10]])
+    for label in (-1, 3):
+        batch = (x, np.full(len(x), label))
+        with pytest.raises(ValueError, match="a label is not one of its classes"):
+            merging.fisher_diagonal(logits_of, params, [batch], labels="given")
     with pytest.raises(ValueError, match="labels: got 'true'"):
         merging.fisher_diagonal(logits_of, params, [x], labels="true")
 

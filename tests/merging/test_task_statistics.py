@@ -100,6 +100,8 @@ def test_command_line_as_in_memory(trained, on_disk, tmp_path, method, kind):
         average = (models[0][k] + models[1][k]) / 2
         averaged = kind == "gram" and k == "fc.bias"
         assert np.allclose(got[k], average, atol=1e-4) == averaged
+    averaged = "No statistics of fc.bias: averaged." in result.notes
+    assert averaged == (kind == "gram")
     assert "statistics" in (result.output / "merge_report.md").read_text()
 
 

@@ -3,7 +3,8 @@
 A dense layer is a `dot_general` one of whose operands is a parameter, perhaps through
 transposes, reshapes and casts (a *view* of it). The interpreter here evaluates a jaxpr
 and tells of each such product, so no model class needs to be known, and which axes of
-the weight are contracted is read off, never guessed.
+the weight are contracted is read off, never guessed. (A function with a custom
+derivative that takes a parameter gets the derivative of its body.)
 """
 
 import math

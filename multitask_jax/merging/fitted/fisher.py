@@ -13,6 +13,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from multitask_jax import tree
 from multitask_jax.merging.arguments import check_choice
 from multitask_jax.merging.core import (
     Leaf,
@@ -60,7 +61,8 @@ def fisher_diagonal(
       A pytree like `params`, float32.
 
     Raises:
-      ValueError: logits that are not [B, C], no batches, unknown `labels`.
+      ValueError: logits that are not [B, C] or not finite, labels of no class, no
+        batches, unknown `labels`.
     """
     check_choice("labels", labels, ("expected", "given"))
     params = jax.tree.map(jnp.asarray, params)
@@ -71,7 +73,14 @@ def fisher_diagonal(
             apply_fn, labels, examples_at_once, total, params, batch, mask
         )
         count += int(mask.sum())
-    return jax.tree.map(lambda x: x / count, total)
+    fisher = jax.tree.map(lambda x: x / count, total)
+    for path, f in tree.flatten(fisher).items():
+        if not jnp.isfinite(f).all():
+            raise ValueError(
+                f"{path}: the Fisher information is not finite: apply_fn makes NaN or"
+                " infinity, or a label is not one of its classes"
+            )
+    return fisher
 
 
 # One compilation serves all models of a function.
@@ -129,7 +138,11 @@ def _squares(apply_fn: ApplyFn, labels: str, params: Any, example: Any) -> Any:
     p = jax.nn.softmax(logits.astype(jnp.float32))
     # d log p_y / d logits = e_y - p, weighted by sqrt p_y; or that of the label alone.
     u = jnp.eye(p.size) - p[None, :]
-    u = u[label][None] if labels == "given" else jnp.sqrt(p)[:, None] * u
+    if labels == "given":
+        known = (label >= 0) & (label < p.size)
+        u = jnp.where(known, u[label], jnp.nan)[None]
+    else:
+        u = jnp.sqrt(p)[:, None] * u
     (gradients,) = jax.vmap(pull_back)(u.astype(logits.dtype))
     squared = [jnp.sum(g.astype(jnp.float32) ** 2, axis=0) for g in gradients]
     zeros = [r if r is None else jnp.zeros(r.shape, jnp.float32) for r in rest[0]]
