@@ -2,8 +2,8 @@
 
 Huang et al. (2024). gamma = sgn(sum_t tau_t), tau_u the largest |tau_t| that agrees,
 with that sign; a task's model is theta_0 + lambda_t m_t tau_u, with its mask
-m_t = [tau_t tau_u > 0] and its factor lambda_t = |tau_t|_1 / |m_t tau_u|_1. A mask
-costs one bit a parameter, 1/16 of a bfloat16 model.
+m_t = [sgn(tau_t) = sgn(tau_u)] and its factor lambda_t = |tau_t|_1 / |m_t tau_u|_1.
+A mask costs one bit a parameter, 1/16 of a bfloat16 model.
 """
 
 from collections.abc import Mapping, Sequence
@@ -67,21 +67,21 @@ def emr_tasks(
         mask, own, kept = {}, [], []
         for p in paths:
             tau = _widen(model[p]) - _widen(bases[p])
-            mask[p] = tau * unified[p] > 0
+            mask[p] = (tau != 0) & (jnp.sign(tau) == jnp.sign(unified[p]))
             own.append(jnp.mean(jnp.abs(tau)))
             kept.append(jnp.mean(jnp.where(mask[p], jnp.abs(unified[p]), 0)))
         tasks.append(EmrTask(mask, _ratio(core.add_up(own), core.add_up(kept))))
     return tasks
 
 
-def specialise(merged: Any, task: EmrTask, *, base: Any | None = None) -> Any:
+def specialise(merged: Any, task: EmrTask, *, base: Any | None) -> Any:
     """The parameters for one task: theta_0 + lambda_t m_t (merged - theta_0).
 
     Args:
-      merged: what `merge(METHODS["emr"](), base, models)` returns. Without a base: the
-        unified task vector itself; the result is then the task's task vector.
+      merged: what `merge(METHODS["emr"](), base, models)` returns.
       task: one of `emr_tasks`, or from `load_task`.
-      base: theta_0.
+      base: theta_0. None: `merged` is the unified task vector itself, and the result
+        the task's task vector.
 
     Returns:
       A pytree like `merged`; leaves without a mask are merged's.

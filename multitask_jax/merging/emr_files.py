@@ -1,19 +1,24 @@
 """EMR on disk: a small file a task beside the merged checkpoint, and its use.
 
-A task's file is safetensors: for each merged tensor its mask, packed eight to a byte;
-the factor is in the metadata.
+A task's file is safetensors: for each merged tensor its mask, packed eight to a byte,
+the factor, and a sample of the unified task vector, so that a task of another merge is
+refused.
 """
 
 import contextlib
 import math
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from multitask_jax import checkpoints
 from multitask_jax.checkpoints import CheckpointError, Reader, TensorInfo
+from multitask_jax.checkpoints.delta_file import fingerprint
 from multitask_jax.checkpoints.safetensors_file import SafetensorsReader
 from multitask_jax.checkpoints.safetensors_writer import SafetensorsWriter
 from multitask_jax.merging.emr import EmrTask
@@ -21,6 +26,8 @@ from multitask_jax.merging.plan import CHUNK, Plan
 
 FOLDER = "tasks"
 _FORMAT = "multitask_jax.emr_task"
+_RESCALE, _SAMPLE = "__rescale__", "__sample__"
+_BYTE = np.dtype(np.uint8)
 
 
 def write_tasks(
@@ -36,16 +43,20 @@ def write_tasks(
     """
     count = len(readers) - 1
     folder = directory / FOLDER
-    masks = [
-        TensorInfo(e.path, (-(-e.size // 8),), np.dtype(np.uint8)) for e in plan.merged
+    sampled = sample_places(plan.merged)
+    places = sum(len(at) for at in sampled.values())
+    tensors = [
+        TensorInfo(_RESCALE, (1,), np.dtype(np.float64)),
+        TensorInfo(_SAMPLE, (places,), np.dtype(np.float32)),
+        *(TensorInfo(e.path, (-(-e.size // 8),), _BYTE) for e in plan.merged),
     ]
-    # The factor is known at the end; the header's length must not depend on it.
-    staged = [folder / f".{t}" for t in range(count)]
+    about = {"format": _FORMAT, "base": fingerprint(readers[0])}
+    files = [folder / f"{stem}.safetensors" for stem in _stems(names)]
     writers = []
-    for path in staged:
-        path.mkdir(parents=True)
-        writers.append(SafetensorsWriter(path, masks, metadata=_metadata(0.0)))
-    own, kept = np.zeros(count), np.zeros(count)
+    for file in files:
+        (folder / file.stem).mkdir(parents=True)
+        writers.append(SafetensorsWriter(folder / file.stem, tensors, metadata=about))
+    own, kept, seen = np.zeros(count), np.zeros(count), []
     for e in plan.merged:
         for start in range(0, e.size, CHUNK):  # a multiple of 8
             stop = min(start + CHUNK, e.size)
@@ -54,7 +65,7 @@ def write_tasks(
             ]
             taus = [m - theta for m in models]
             sign = np.where(sum(taus[1:], taus[0]) > 0, 1, -1).astype(e.compute)
-            agrees = [tau * sign > 0 for tau in taus]
+            agrees = [np.sign(tau) == sign for tau in taus]
             unified = np.zeros_like(theta)
             for tau, mask in zip(taus, agrees, strict=True):
                 np.maximum(unified, np.abs(tau), out=unified, where=mask)
@@ -62,16 +73,16 @@ def write_tasks(
                 writers[t].write(e.path, start // 8, np.packbits(mask))
                 own[t] += np.abs(tau).sum(dtype=np.float64) / e.size
                 kept[t] += unified[mask].sum(dtype=np.float64) / e.size
-    files = []
-    for t, (writer, path) in enumerate(zip(writers, staged, strict=True)):
-        writer.finish()
+            at = sampled[e.path]
+            at = at[(at >= start) & (at < stop)] - start
+            seen.append((sign * unified)[at].astype(np.float32))
+    for t, (writer, file) in enumerate(zip(writers, files, strict=True)):
         factor = own[t] / kept[t] if kept[t] else 1.0
-        stem = names[t].removesuffix(".safetensors").replace("/", "_")
-        target = folder / f"{stem}.safetensors"
-        _set_metadata(path / "model.safetensors", factor)
-        (path / "model.safetensors").rename(target)
-        path.rmdir()
-        files.append(target)
+        writer.write(_RESCALE, 0, np.array([factor]))
+        writer.write(_SAMPLE, 0, np.concatenate(seen))
+        writer.finish()
+        (folder / file.stem / "model.safetensors").rename(file)
+        (folder / file.stem).rmdir()
     size = files[0].stat().st_size
     return [
         f"A file a task in {FOLDER}/ ({size:,} bytes each); python -m"
@@ -79,21 +90,24 @@ def write_tasks(
     ]
 
 
-def _metadata(factor: float) -> dict[str, str]:
-    return {"format": _FORMAT, "rescale": f"{factor:.17e}"}
+def sample_places(tensors: Sequence[Any]) -> dict[str, np.ndarray]:
+    """A few flat indices of each tensor (path or name, size), evenly spaced."""
+    return {
+        getattr(t, "path", None) or t.name: np.unique(
+            np.linspace(0, t.size - 1, min(t.size, 16)).astype(np.int64)
+        )
+        for t in tensors
+    }
 
 
-def _set_metadata(path: Path, factor: float) -> None:
-    """Replaces the factor 0 in a header by one as long."""
-    before = f'"rescale":"{0.0:.17e}"'.encode()
-    after = f'"rescale":"{factor:.17e}"'.encode()
-    with path.open("r+b") as f:
-        length = int.from_bytes(f.read(8), "little")
-        header = f.read(length)
-        assert header.count(before) == 1
-        assert len(after) == len(before)
-        f.seek(8)
-        f.write(header.replace(before, after))
+def _stems(names: Sequence[str]) -> list[str]:
+    """File names of models' names, all different: a/b, a_b -> a_b, a_b-2."""
+    out: list[str] = []
+    for name in names:
+        stem = re.sub(r"[^\w.-]+", "_", name.removesuffix(".safetensors"))
+        tries = (stem, *(f"{stem}-{k}" for k in range(2, len(names) + 2)))
+        out.append(next(x for x in tries if x not in out))
+    return out
 
 
 class TaskFile:
@@ -111,14 +125,13 @@ class TaskFile:
                 f"{path}: not a task file of an EMR merge; expected OUT/{FOLDER}/"
                 "NAME.safetensors, as --method=emr writes them"
             )
-        try:
-            self.rescale = float(metadata["rescale"])
-        except (KeyError, ValueError):
-            self.rescale = math.nan
+        missing = [x for x in (_RESCALE, _SAMPLE) if x not in reader.tensors]
+        self.rescale = math.nan if missing else float(reader.read(_RESCALE)[0])
         if not math.isfinite(self.rescale):
-            raise CheckpointError(f"{path}: no finite rescale in its metadata")
+            raise CheckpointError(f"{path}: no finite {_RESCALE} in it: damaged")
         self._reader = reader
-        self.names = tuple(reader.tensors)
+        self.base = metadata.get("base")
+        self.names = tuple(n for n in reader.tensors if n not in (_RESCALE, _SAMPLE))
 
     def check(self, tensors: dict[str, TensorInfo]) -> None:
         """Raises CheckpointError unless the masks are of these tensors."""
@@ -137,6 +150,36 @@ class TaskFile:
         first = start // 8
         packed = self._reader.read(name, first, -(-stop // 8))
         return np.unpackbits(packed)[start - 8 * first : stop - 8 * first].view(bool)
+
+    def check_merge(self, base: Reader, merged: Reader) -> None:
+        """Raises CheckpointError unless these are the base and the merge it is of.
+
+        The base by its fingerprint, the merge by samples of its task vector, up to the
+        rounding of the dtype it is stored in.
+        """
+        if self.base != fingerprint(base):
+            raise CheckpointError(
+                f"{self.path}: the task was merged with another base than {base.path};"
+                " pass that base"
+            )
+        wanted = self._reader.read(_SAMPLE)
+        infos = [merged.tensors[merged.aliases.get(n, n)] for n in self.names]
+        for info, at in zip(infos, sample_places(infos).values(), strict=True):
+            tau, wanted = wanted[: len(at)], wanted[len(at) :]
+            theta, found = (
+                np.array([r.read(info.name, i, i + 1)[0] for i in at], np.float64)
+                for r in (base, merged)
+            )
+            stored = max(
+                float(ml_dtypes.finfo(x.dtype).eps)
+                for x in (info, base.tensors[base.aliases.get(info.name, info.name)])
+            )
+            off = np.abs(found - theta - tau)
+            if (off > 2 * stored * np.abs(theta) + np.abs(tau) / 64 + 1e-30).any():
+                raise CheckpointError(
+                    f"{self.path}: the task is of another merge than {merged.path}"
+                    f" ({info.name} differs); pass the output that it came with"
+                )
 
     def close(self) -> None:
         """Releases the file."""
@@ -168,6 +211,7 @@ class TaskReader:
         """Raises CheckpointError where the three do not fit."""
         task.check(base.tensors)
         task.check(merged.tensors)
+        task.check_merge(base, merged)
         self.path = task.path
         self._base, self._merged, self._task = base, merged, task
         self._masked = frozenset(task.names)

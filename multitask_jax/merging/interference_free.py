@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from multitask_jax.merging.arguments import check_choice
 from multitask_jax.merging.core import Array, Leaf, Transform, Values, add_up
 from multitask_jax.merging.subspace import InputAxis, on_matrices
 
@@ -34,13 +33,10 @@ def minimise_interference(
     """
     import optax  # a second to import, and for this method alone
 
-    check_choice("input_axis", input_axis, ("last", "first"))
     if iterations < 0:
         raise ValueError(f"iterations: got {iterations}, expected 0 or more")
 
     def merge(values: Values, leaf: Leaf) -> Array:
-        if input_axis == "first":
-            values = tuple(v.T for v in values)
         # |(m - tau) tau^T|^2 = tr (m - tau) tau^T tau (m - tau)^T: with
         # A = sum tau^T tau / |tau|^2 and B = sum tau tau^T tau / |tau|^2 the gradient
         # is 2 (m A - B), one product a step whatever the number of tasks.
@@ -62,9 +58,9 @@ def minimise_interference(
             (m, adam.init(m)),
             length=iterations,
         )
-        return m.T if input_axis == "first" else m
+        return m
 
-    return on_matrices(merge)
+    return on_matrices(merge, input_axis)
 
 
 def _normalised_gram(tau: Array) -> Array:

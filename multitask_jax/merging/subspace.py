@@ -27,6 +27,12 @@ class Svd(NamedTuple):
     vt: Array
 
 
+def _inverse(x: Array, scale: Array) -> Array:
+    """1 / x, or 0 where x is nothing against `scale`."""
+    some = jnp.abs(x) > jnp.finfo(x.dtype).eps * scale
+    return jnp.where(some, 1 / jnp.where(some, x, 1), 0)
+
+
 @jax.custom_jvp
 def svd(x: Array) -> Svd:
     """The reduced SVD, with gradients that stay finite.
@@ -41,18 +47,16 @@ def svd(x: Array) -> Svd:
 def _svd_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Svd, Svd]:
     (x,), (dx,) = primals, tangents
     u, s, vt = out = svd(x)
-    core_ = u.T @ dx @ vt.T
+    middle = u.T @ dx @ vt.T
     gaps = s[None, :] ** 2 - s[:, None] ** 2
-    apart = jnp.abs(gaps) > jnp.finfo(s.dtype).eps * s[0] ** 2
-    f = jnp.where(apart, 1 / jnp.where(apart, gaps, 1), 0)
-    some = s > jnp.finfo(s.dtype).eps * s[0]
-    inverse = jnp.where(some, 1 / jnp.where(some, s, 1), 0)
-    du = u @ (f * (core_ * s[None, :] + s[:, None] * core_.T))
-    dv = vt.T @ (f * (s[:, None] * core_ + core_.T * s[None, :]))
+    f = _inverse(gaps, s[0] ** 2)
+    inverse = _inverse(s, s[0])
+    du = u @ (f * (middle * s[None, :] + s[:, None] * middle.T))
+    dv = vt.T @ (f * (s[:, None] * middle + middle.T * s[None, :]))
     # What a tall (wide) matrix moves out of the space of U (V).
-    du += (dx @ vt.T - u @ core_) * inverse[None, :]
-    dv += (dx.T @ u - vt.T @ core_.T) * inverse[None, :]
-    return out, Svd(du, jnp.diagonal(core_), dv.T)
+    du += (dx @ vt.T - u @ middle) * inverse[None, :]
+    dv += (dx.T @ u - vt.T @ middle.T) * inverse[None, :]
+    return out, Svd(du, jnp.diagonal(middle), dv.T)
 
 
 @jax.custom_jvp
@@ -66,25 +70,35 @@ def polar_factor(x: Array) -> Array:
 def _polar_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     (x,), (dx,) = primals, tangents
     u, s, vt = svd(x)
-    core_ = u.T @ dx @ vt.T
-    sums = s[:, None] + s[None, :]
-    some = sums > jnp.finfo(s.dtype).eps * s[0]
+    middle = u.T @ dx @ vt.T
     # Equal singular values do no harm here: only their sums divide.
-    inside = jnp.where(some, (core_ - core_.T) / jnp.where(some, sums, 1), 0)
-    alone = s > jnp.finfo(s.dtype).eps * s[0]
-    inverse = jnp.where(alone, 1 / jnp.where(alone, s, 1), 0)
-    left = (dx @ vt.T - u @ core_) * inverse[None, :]
-    right = inverse[:, None] * (u.T @ dx - core_ @ vt)
+    inside = (middle - middle.T) * _inverse(s[:, None] + s[None, :], s[0])
+    inverse = _inverse(s, s[0])
+    left = (dx @ vt.T - u @ middle) * inverse[None, :]
+    right = inverse[:, None] * (u.T @ dx - middle @ vt)
     return u @ vt, u @ inside @ vt + left @ vt + u @ right
 
 
-def on_matrices(function: Callable[[Values, Leaf], Array]) -> Transform:
-    """A transform that merges matrices by `function`; all else is averaged."""
+def on_matrices(
+    function: Callable[[Values, Leaf], Array], input_axis: InputAxis = "last"
+) -> Transform:
+    """A transform that merges matrices by `function`; all else is averaged.
+
+    Args:
+      function: of matrices [out, in].
+      input_axis: where the inputs of the model's matrices are: "last" (torch), or
+        "first" (flax kernels), which are then turned.
+    """
+    check_choice("input_axis", input_axis, ("last", "first"))
+    turned = input_axis == "first"
 
     def apply(values: Values, leaf: Leaf, stats: tuple[Any, ...]) -> Values:
-        if values[0].ndim == 2 and values[0].size:
-            return (function(values, leaf),)
-        return (times(1 / len(values), add_up(values)),)
+        if values[0].ndim != 2 or not values[0].size:
+            return (times(1 / len(values), add_up(values)),)
+        # Accelerators otherwise multiply in fewer bits than the SVD has.
+        with jax.default_matmul_precision("highest"):
+            out = function(tuple(v.T for v in values) if turned else values, leaf)
+        return (out.T if turned else out,)
 
     return Transform(apply, needs="tensor")
 
@@ -116,7 +130,7 @@ def flatten_spectrum_by_task(*, common_fraction: float = 0.8) -> Transform:
         k, tasks = min(values[0].shape), len(values)
         own = min(round((k - int(k * common_fraction)) / tasks), k // tasks)
         common = k - own * tasks
-        u, s, vt = (x for x in svd(add_up(values)))
+        u, s, vt = svd(add_up(values))
         u, s, vt = u[:, :common], s[:common], vt[:common]
         parts = [Svd(u, s, vt)]
         for tau in values:
@@ -132,11 +146,12 @@ def join_singular_vectors() -> Transform:
     """TSV-M: the top k / T singular triplets of each task, made orthogonal.
 
     Their left and right vectors, side by side, are replaced by the nearest orthonormal
-    ones (Gargiulo et al. 2025, equations 7 to 9).
+    ones (Gargiulo et al. 2025, equations 7 to 9). A matrix of fewer directions than
+    tasks keeps one of each task, where the authors' code keeps none.
     """
 
     def merge(values: Values, leaf: Leaf) -> Array:
-        r = min(values[0].shape) // len(values)
+        r = max(1, min(values[0].shape) // len(values))
         parts = [Svd(p.u[:, :r], p.s[:r], p.vt[:r]) for p in map(svd, values)]
         return _joined(parts, jnp.concatenate([p.s for p in parts]))
 
@@ -162,29 +177,25 @@ def align(
     Args:
       method: a chain on task vectors; what it asks about the whole model (TIES'
         threshold) it is told of the tensor's V_t.
-      eps: singular values up to this are left out.
+      eps: singular values up to this part of the largest are left out.
       input_axis: the inputs of a matrix: "last" (torch), "first" (flax kernels).
 
     Raises:
       ValueError: the method is about parameters.
     """
-    check_choice("input_axis", input_axis, ("last", "first"))
     if (method.start, method.end) != ("task_vectors", "task_vectors"):
         raise ValueError("knots: got a method on parameters, expected task vectors")
 
     def merge(values: Values, leaf: Leaf) -> Array:
-        if input_axis == "first":
-            values = tuple(v.T for v in values)
         u, s, vt = svd(jnp.concatenate(values, axis=1))
-        kept = s > eps
+        kept = s > eps * s[0]
         vt = jnp.where(kept[:, None], vt, 0)
         shared = jnp.split(vt, len(values), axis=1)
         found = jnp.sum(kept, dtype=jnp.int32)
         merged = _merge_rows(method, tuple(shared), leaf, found)
-        out = (u * jnp.where(kept, s, 0)[None, :]) @ merged
-        return out.T if input_axis == "first" else out
+        return (u * jnp.where(kept, s, 0)[None, :]) @ merged
 
-    return on_matrices(merge)
+    return on_matrices(merge, input_axis)
 
 
 def _merge_rows(method: core.Method, values: Values, leaf: Leaf, rows: Array) -> Array:

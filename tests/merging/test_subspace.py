@@ -146,3 +146,21 @@ def test_errors():
         merging.align(merging.linear())
     with pytest.raises(ValueError, match="iterations: got -1"):
         merging.wudi(iterations=-1)
+
+
+@pytest.mark.parametrize("shape", [(1, 6), (6, 1), (3, 64), (2, 2)])
+@pytest.mark.parametrize("name", ["iso_c", "iso_cts", "tsv_m", "knots"])
+def test_more_tasks_than_directions(name, shape):
+    """No matrix's change is lost."""
+    for count in (2, 4, 5):
+        taus = matrices(count, shape)
+        out = deltas(merging.METHODS[name](), taus)
+        assert np.isfinite(out).all()
+        assert np.linalg.norm(out) > 0.1 * np.linalg.norm(sum(taus)) / count
+
+
+def test_knots_keeps_small_changes():
+    taus = matrices(3, (3, 64))
+    large = deltas(merging.knots(density=0.5), taus)
+    small = deltas(merging.knots(density=0.5), [t * np.float32(2**-20) for t in taus])
+    np.testing.assert_allclose(small * 2**20, large, atol=1e-4)
