@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import merge
+from experiments import merge, parsing
 from multitask_jax import merging
 from multitask_jax.merging.core import statistics_kind
 from tests.merging.common import (
@@ -153,10 +153,10 @@ def test_no_models_or_output():
 
 
 def test_sizes():
-    assert merge._bytes("x", "5GB") == 5 * 10**9
-    assert merge._bytes("x", "512MiB") == 512 * 2**20
-    assert merge._bytes("x", "1.5k") == 1500
-    assert merge._bytes("x", None) is None
+    assert parsing.size_in_bytes("x", "5GB") == 5 * 10**9
+    assert parsing.size_in_bytes("x", "512MiB") == 512 * 2**20
+    assert parsing.size_in_bytes("x", "1.5k") == 1500
+    assert parsing.size_in_bytes("x", None) is None
 
 
 def test_the_script(tmp_path, inputs):
