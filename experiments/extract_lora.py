@@ -442,15 +442,5 @@ def draw(rows: Sequence[Row], block_pattern: str | None, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main(config: Config) -> None:
-    """The script: errors of input end in one message, not in a traceback."""
-    try:
-        run(config)
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted: nothing was written")
-
-
 if __name__ == "__main__":
-    flags.main(Config, main)
+    flags.main(Config, flags.plain_errors(run))

@@ -13,6 +13,7 @@ and notebooks call `run(Config(...))`. A field and its help:
 
 import dataclasses
 import logging as python_logging
+import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -103,3 +104,24 @@ def main(config_class: type[C], run: Callable[[C], Any]) -> None:
     # JAX tells at INFO which accelerators it did not find: not worth a line.
     python_logging.getLogger("jax").setLevel(python_logging.WARNING)
     app.run(start)
+
+
+def plain_errors(
+    run: Callable[[C], Any], interrupted: str = "nothing was written"
+) -> Callable[[C], None]:
+    """The script for `main`: errors of input end in one message, without a traceback.
+
+    Args:
+      run: raises ValueError or OSError for what the user got wrong.
+      interrupted: what to say after ctrl-c.
+    """
+
+    def script(config: C) -> None:
+        try:
+            run(config)
+        except (ValueError, OSError) as e:
+            sys.exit(f"error: {e}")
+        except KeyboardInterrupt:
+            sys.exit(f"interrupted: {interrupted}")
+
+    return script

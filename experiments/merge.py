@@ -326,17 +326,6 @@ def recipe_named(name: str) -> Callable[..., merging.Method]:
     return merging.METHODS[name]
 
 
-def main(config: Config) -> None:
-    """The script: errors of input end in one message, not in a traceback."""
-    _keep_freed_memory()
-    try:
-        run(config)
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted: nothing was written")
-
-
 def _keep_freed_memory() -> None:
     """Has glibc reuse freed chunk buffers, instead of giving them back each time.
 
@@ -355,4 +344,5 @@ def _keep_freed_memory() -> None:
 
 
 if __name__ == "__main__":
-    flags.main(Config, main)
+    _keep_freed_memory()
+    flags.main(Config, flags.plain_errors(run))

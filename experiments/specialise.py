@@ -8,7 +8,6 @@ OUT and a file of one bit a parameter a task replace all the specialists.
 """
 
 import dataclasses
-import sys
 from pathlib import Path
 
 from experiments import flags
@@ -50,13 +49,5 @@ def run(config: Config) -> Path:
     return path
 
 
-def main(config: Config) -> None:
-    """The script: errors of input end in one message, not in a traceback."""
-    try:
-        run(config)
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
-
-
 if __name__ == "__main__":
-    flags.main(Config, main)
+    flags.main(Config, flags.plain_errors(run))

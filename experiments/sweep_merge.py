@@ -309,15 +309,5 @@ def evaluate(
     return entry | {"seconds": round(time.perf_counter() - begin, 4)}
 
 
-def main(config: Config) -> None:
-    """The script: errors of input end in one message, not in a traceback."""
-    try:
-        run(config)
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted: the same command goes on from here")
-
-
 if __name__ == "__main__":
-    flags.main(Config, main)
+    flags.main(Config, flags.plain_errors(run, "the same command goes on from here"))
