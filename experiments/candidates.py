@@ -23,6 +23,7 @@ from experiments import merge, parsing
 from multitask_jax import checkpoints, merging
 from multitask_jax.merging.core import check_models, is_float, split_scales
 from multitask_jax.merging.plan import plan_merge
+from multitask_jax.merging.task_statistics import StatisticsFile
 
 Coefficients = Mapping[str, Any]
 _MERGE_FIELDS = {f.name for f in dataclasses.fields(merge.Config)}
@@ -41,6 +42,7 @@ class Inputs(NamedTuple):
     include: str  # regex of what is merged
     integers: dict[str, np.ndarray]  # copied from the base
     aliases: dict[str, str]  # tied name -> stored name
+    statistics: list[dict[str, Any]] | None  # of each model's data, by name
 
 
 def takes(method: str) -> list[str]:
@@ -96,7 +98,7 @@ def config_at(config: merge.Config, coefficients: Coefficients) -> merge.Config:
         if isinstance(value, str) and kind is not str:
             raise ValueError(f"--ranges: {name} takes numbers, got {value!r}")
         fields[name] = value
-    weights = weights_at(config, coefficients, len(config.models.split(",")))
+    weights = weights_at(config, coefficients, len(parsing.paths(config.models) or ()))
     if weights is not None and all(isinstance(w, float) for w in weights):
         fields["weights"] = ",".join(map(str, weights))
     return merge.Config(**fields)
@@ -121,7 +123,7 @@ def read_inputs(config: merge.Config, method: merging.Method) -> Inputs:
       ValueError (CheckpointError among them): inputs that `experiments.merge` would
         refuse, or float64 without --dtype=float32.
     """
-    models = [m.strip() for m in config.models.split(",")]
+    models = parsing.paths(config.models) or []
     weights = parsing.numbers("weights", config.weights)
     check_models(method, len(models), weights)
     if config.base is None and (method.start, method.end) != ("parameters",) * 2:
@@ -132,12 +134,18 @@ def read_inputs(config: merge.Config, method: merging.Method) -> Inputs:
             origin = readers[0] if readers and config.base is not None else None
             readers.append(checkpoints.open(path, origin))
             stack.callback(readers[-1].close)
+        known = None
+        if config.statistics is not None:
+            known = [StatisticsFile(p) for p in parsing.paths(config.statistics) or ()]
+            for file in known:
+                stack.callback(file.close)
         plan = plan_merge(
             method,
             readers[0],
             readers[1:],
             include=config.include,
             exclude=config.exclude,
+            statistics=known,
             allow_missing=parsing.one_of(
                 "allow_missing", config.allow_missing, ("", "base")
             ),
@@ -172,7 +180,15 @@ def read_inputs(config: merge.Config, method: merging.Method) -> Inputs:
         others = [base | {name: read(r, name) for name in merged} for r in readers[1:]]
         names = "|".join(map(re.escape, merged))
         aliases = dict(readers[0].aliases)
-    return Inputs(base, others, f"^(?:{names})$", integers, aliases)
+        statistics = known and [
+            {
+                name: jax.tree.map(jnp.float32, x)
+                for name, x in merging.load_statistics(file.path).items()
+                if name in merged
+            }
+            for file in known
+        ]
+    return Inputs(base, others, f"^(?:{names})$", integers, aliases, statistics)
 
 
 def nested(tensors: Mapping[str, Any]) -> dict[str, Any]:
@@ -246,27 +262,39 @@ class Candidates:
         self, fixed: tuple[tuple[str, Any], ...], names: tuple[str, ...]
     ) -> Program:
         config, (base, models, include, *_) = self._config, self._inputs
+        known = self._inputs.statistics
 
         def method(traced: Coefficients, **instead: Any) -> merging.Method:
             at = config_at(config, dict(fixed) | traced)
             return merge.build_method(dataclasses.replace(at, **instead))
 
-        def merged(method: Any, base: Any, models: Any, traced: Coefficients) -> Any:
-            weights = weights_at(config, traced, len(models))
-            return merging.merge(method, base, models, weights=weights, include=include)
+        def merged(
+            method: Any, base: Any, models: Any, known: Any, traced: Coefficients
+        ) -> Any:
+            return merging.merge(
+                method,
+                base,
+                models,
+                weights=weights_at(config, traced, len(models)),
+                statistics=known,
+                include=include,
+            )
 
-        def whole(traced: Coefficients, base: Any, models: Any) -> Any:
-            return merged(method(traced), base, models, traced)
+        def whole(traced: Coefficients, base: Any, models: Any, known: Any) -> Any:
+            return merged(method(traced), base, models, known, traced)
 
         # The norm rule's alpha is a number once tau is known.
         norm = config.lines_alpha == "norm"
 
-        def head(traced: Coefficients, base: Any, models: Any) -> tuple[Any, Any]:
+        def head(
+            traced: Coefficients, base: Any, models: Any, known: Any
+        ) -> tuple[Any, Any]:
             """tau in float32, before what only scales it, and alpha of LiNeS."""
             instead = {"lines_alpha": 0.0} if norm else {}
             first, _ = split_scales(method(traced, **instead))
             wide = {k: jnp.asarray(x).astype(jnp.float32) for k, x in base.items()}
-            tau = merged(first._replace(end="parameters"), wide, models, traced)
+            first = first._replace(end="parameters")
+            tau = merged(first, wide, models, known, traced)
             if not norm:
                 return tau, {}
             add = merging.Method((merging.weighted_sum(),), end="parameters")
@@ -280,14 +308,15 @@ class Candidates:
             last = merging.Method(scales, start="parameters")
             return merging.merge(last, base, [tau], include=include)
 
-        run, arguments = jax.jit(whole), (base, models)
+        run: Any = jax.jit(whole)
+        arguments: tuple[Any, ...] = (base, models, known)
         example = dict.fromkeys(names, jnp.float32(0.5))
         if names and method(example).end == "task_vectors":
-            jaxpr = jax.make_jaxpr(head)(example, base, models).jaxpr
+            jaxpr = jax.make_jaxpr(head)(example, *arguments).jaxpr
             used = {id(v) for equation in jaxpr.eqns for v in equation.invars}
             if not any(id(v) in used for v in jaxpr.invars[: len(names)]):
                 run = jax.jit(tail)
-                arguments = (base, jax.jit(head)(example, base, models))
+                arguments = (base, jax.jit(head)(example, *arguments))
 
         def value(traced: Coefficients, *arguments: Any) -> jax.Array:
             return jnp.asarray(self._scored(run(traced, *arguments)), jnp.float32)

@@ -183,7 +183,7 @@ def run(config: Config) -> merging.MergeResult:
     """
     if not config.output and not config.dry_run:
         raise ValueError("--output: got none; pass the directory to write")
-    parsing.one_of("allow_missing", config.allow_missing, ("", "base"))
+    allow_missing = parsing.one_of("allow_missing", config.allow_missing, ("", "base"))
     if config.mergekit_config is not None:
         result = merge_recipe.merge(
             config,
@@ -210,9 +210,7 @@ def run(config: Config) -> merging.MergeResult:
         output_format=config.output_format,
         max_shard_size=parsing.size_in_bytes("max_shard_size", config.max_shard_size),
         block_pattern=config.block_pattern,
-        allow_missing=parsing.one_of(
-            "allow_missing", config.allow_missing, ("", "base")
-        ),
+        allow_missing=allow_missing,
         allow_nonfinite=config.allow_nonfinite,
         overwrite=config.overwrite,
         report_files=config.report,

@@ -45,7 +45,7 @@ from typing import Any, Literal, NamedTuple
 
 from tqdm import tqdm
 
-from experiments import candidates, flags, merge, search, sweep_log
+from experiments import candidates, flags, merge, parsing, search, sweep_log
 from experiments.candidates import Candidates
 from experiments.flags import flag
 from multitask_jax import checkpoints
@@ -92,7 +92,7 @@ def run(config: Config) -> Result:
       ValueError (CheckpointError among them): a flag, an input or the score is not as
         it should be, or the work directory holds another sweep.
     """
-    models = [m.strip() for m in config.models.split(",") if m.strip()]
+    models = parsing.paths(config.models)
     if not models:
         raise ValueError("--models: got none; pass --models=A,B,C")
     if config.dry_run:
@@ -102,7 +102,8 @@ def run(config: Config) -> Result:
     first = {k: v[0] for k, v in space.items()}
     method = merge.build_method(candidates.config_at(config, first))
     score, source = load_score(config.score)
-    inputs = sorted({config.base or models[0], *models})
+    statistics = parsing.paths(config.statistics) or []
+    inputs = sorted({config.base or models[0], *models, *statistics})
     if config.output:
         paths = [Path(p).expanduser() for p in inputs]
         checkpoints.check_output(

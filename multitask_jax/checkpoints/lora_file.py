@@ -205,6 +205,9 @@ def _low_rank(
         }
     ):
         return f"expected {kind}A and {kind}B, got {', '.join(sorted(parts))}"
+    for key in parts.values():
+        if (dtype := file.tensors[key].dtype) not in safetensors_file.FLOATS:
+            return f"{key} is {dtype} (quantised?); pass it in floats"
     a, b = (
         file.read(parts[kind + x]).reshape(file.tensors[parts[kind + x]].shape)
         for x in "AB"

@@ -35,6 +35,8 @@ def factorise(
     rank = m if rank is None else min(rank, m)
     size = 2 * rank + 16  # of the subspace
     if energy is None and m > max(EXACT, 4 * size):
+        if not tau.any():  # spans nothing
+            return np.zeros((m, rank), np.float32), np.zeros((rank, n), np.float32)
         # Q [m, size] spans nearly what as many left singular vectors do.
         rng = np.random.default_rng(0)
         q = _orthonormal(tau @ rng.standard_normal((n, size), np.float32))

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from multitask_jax.merging.core import merge
@@ -84,7 +85,7 @@ def rewarded_soup(
     def soups(base: Any, models: Sequence[Any], weights: Any) -> Any:
         return jax.vmap(lambda w: merge(method, base, models, weights=w))(weights)
 
-    return soups(base, list(models), weights)
+    return soups(base, list(models), jnp.asarray(weights, jnp.float32))
 
 
 def pareto_front(scores: Any) -> np.ndarray:

@@ -28,10 +28,11 @@ import jax
 import numpy as np
 
 from multitask_jax import checkpoints, tree
-from multitask_jax.checkpoints import CheckpointError, TensorInfo
+from multitask_jax.checkpoints import CheckpointError, TensorInfo, safetensors_file
 from multitask_jax.checkpoints.safetensors_writer import SafetensorsWriter
 
 Kind = Literal["fisher", "gram"]
+_FLOATS = safetensors_file.FLOATS
 _HOW = {
     "fisher": "merging.fisher_diagonal(apply_fn, params, batches)",
     "gram": "merging.gram_matrices(apply_fn, params, batches)",
@@ -250,7 +251,11 @@ class StatisticsFile:
     """Statistics of one model on disk, read tensor by tensor (Fisher: by slices)."""
 
     def __init__(self, path: str | os.PathLike[str]):
-        """Opens the file; raises CheckpointError where it holds no statistics."""
+        """Opens the file.
+
+        Raises:
+          CheckpointError: no statistics, integers, or axes that are damaged.
+        """
         self.path = Path(path).expanduser()
         self._reader = checkpoints.open(self.path)
         self.metadata: dict[str, str] = getattr(self._reader, "metadata", {})
@@ -265,8 +270,9 @@ class StatisticsFile:
         try:
             axes = json.loads(self.metadata.get("axes", "{}"))
             for p, info in self._reader.tensors.items():
-                at = axes.get(p, {"axes": (), "batch": ()})
-                where = (tuple(map(int, at["axes"])), tuple(map(int, at["batch"])))
+                at = axes[p] if kind == "gram" else {"axes": (), "batch": ()}
+                where = (tuple(at["axes"]), tuple(at["batch"]))
+                _check_axes(kind, *where)
                 self.specs[p] = Spec(kind, info.shape, *where)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             self.close()
@@ -274,6 +280,13 @@ class StatisticsFile:
                 f"{self.path}: damaged: its metadata do not say which axes of the"
                 " weights were contracted; write it again with merging.save_statistics"
             ) from None
+        for p, info in self._reader.tensors.items():
+            if info.dtype not in _FLOATS:
+                self.close()
+                raise CheckpointError(
+                    f"{self.path}: the statistic of {p} is {info.dtype}, expected"
+                    " floats; write it again with merging.save_statistics"
+                )
 
     def nbytes(self, name: str) -> int:
         """Bytes of a tensor's statistic; 0 if it has none."""
@@ -289,7 +302,7 @@ class StatisticsFile:
         Gram comes whole.
 
         Raises:
-          CheckpointError: NaN or infinity.
+          CheckpointError: NaN or infinity, or Fisher information below 0.
         """
         s = self.specs[name]
         if s.kind == "fisher":
@@ -301,12 +314,26 @@ class StatisticsFile:
                 f"{self.path}: the statistic of {name} has NaN or infinity"
             )
         if s.kind == "fisher":
+            if (flat < 0).any():
+                raise CheckpointError(
+                    f"{self.path}: the statistic of {name} has entries below 0, which"
+                    " Fisher information has not; compute it with"
+                    f" {_HOW['fisher']}"
+                )
             return place(flat)
         return Gram(flat.reshape(s.shape), s.axes, s.batch)
 
     def close(self) -> None:
         """Releases the file."""
         self._reader.close()
+
+
+def _check_axes(kind: str, axes: tuple[Any, ...], batch: tuple[Any, ...]) -> None:
+    """Raises ValueError for what no array can have; which fit is seen at the weight."""
+    every = (*axes, *batch)
+    whole = all(type(a) is int and a >= 0 for a in every)
+    if not whole or len(set(every)) != len(every) or (kind == "gram" and not axes):
+        raise ValueError(f"got axes {axes} and {batch}")
 
 
 def load_statistics(path: str | os.PathLike[str]) -> dict[str, Any]:

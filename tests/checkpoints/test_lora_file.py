@@ -301,6 +301,18 @@ def test_quantised_base(tmp_path):
         checkpoints.open(lora, checkpoints.open(path))
 
 
+@pytest.mark.parametrize("part", ["A.weight", "B.weight", "B.bias"])
+@pytest.mark.parametrize("dtype", [np.int8, np.int64, np.bool_])
+def test_quantised_adapter(tmp_path, base, part, dtype):
+    tensors = pair(Q, (2, 6), (4, 2)) | {f"{PREFIX}{Q}.lora_B.bias": numbers(4)}
+    key = f"{PREFIX}{Q}.lora_{part}"
+    tensors[key] = tensors[key].astype(dtype)
+    path = adapter(tmp_path / "lora", tensors)
+    name = np.dtype(dtype).name
+    with pytest.raises(CheckpointError, match=rf"lora_{part} is {name} \(quantised"):
+        checkpoints.open(path, checkpoints.open(base))
+
+
 def test_opening(tmp_path, base):
     path = adapter(tmp_path / "lora", pair(Q, (2, 6), (4, 2)))
     for p in (path, path / "adapter_model.safetensors"):

@@ -116,6 +116,16 @@ def test_randomised_svd_recovers_a_planted_rank(monkeypatch):
         np.testing.assert_allclose(left @ right, x, atol=1e-5 * np.abs(x).max())
 
 
+@pytest.mark.parametrize("shape", [(200, 300), (300, 200)])
+def test_nothing_is_a_product_of_nothing(monkeypatch, shape):
+    monkeypatch.setattr(low_rank, "EXACT", 30)
+    left, right = low_rank.factorise(np.zeros(shape, np.float32), 4)
+    assert (left.shape, right.shape) == ((shape[0], 4), (4, shape[1]))
+    assert left.dtype == right.dtype == np.float32
+    assert not left.any()
+    assert not right.any()
+
+
 def test_factors_share_the_singular_values():
     tau = numbers(20, 50)
     for x in (tau, tau.T):

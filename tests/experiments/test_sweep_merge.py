@@ -322,6 +322,51 @@ def test_candidates_are_what_merge_makes(inputs, method):
     assert split is (method in ("ties", "consensus", "sce"))
 
 
+@pytest.mark.parametrize(
+    ("method", "kind", "ranges"),
+    [
+        ("regmean", "gram", "off_diagonal=0.5|1,weights=1|2"),
+        ("fisher", "fisher", "fisher_floor=1e-6|1e-2"),
+        ("fisher", "fisher", "lines_alpha=0.3|1"),
+    ],
+)
+def test_statistics_are_read(inputs, method, kind, ranges):
+    """The scores are those of what merge writes with the same files."""
+    base, _, target = inputs
+    rng = np.random.default_rng(5)
+
+    def gram():
+        x = rng.standard_normal((9, 4)).astype(np.float32)
+        return merging.Gram(x.T @ x, (0,))
+
+    files = []
+    for t in range(2):
+        known = {f"layers_{i}/w": gram() for i in range(3)}
+        if kind == "fisher":
+            known = {k: rng.random(v.shape) for k, v in tree.flatten(base).items()}
+        files.append(str(merging.save_statistics(f"{t}.safetensors", known)))
+    given = config(method=method, ranges=ranges, statistics=", ".join(files))
+    given = sweep_merge.dataclasses.replace(given, output="out", models="m0, m1,")
+    result = sweep_merge.run(given)
+    out = load(Path("out"))
+    score = -sum(np.sum((out[k] - v) ** 2) for k, v in target.items())
+    assert result.score == pytest.approx(score, rel=1e-3)
+    assert len({e["score"] for e in result.log}) > 1
+    assert "--statistics" in result.command
+    merging.save_statistics(files[0], known, examples=3, overwrite=True)
+    with pytest.raises(ValueError, match="work"):  # another sweep: the file changed
+        sweep_merge.run(sweep_merge.dataclasses.replace(given, overwrite=True))
+    one = {"statistics": files[0], "workdir": "other"}
+    with pytest.raises(ValueError, match="sets of statistics for 2"):
+        sweep_merge.run(config(method=method, ranges=ranges, **one))
+
+
+def test_statistics_are_needed(inputs):
+    with pytest.raises(ValueError, match="needs fisher statistics"):
+        sweep_merge.run(config(method="fisher", ranges="fisher_floor=0.1|1"))
+    assert not Path("work/metrics.jsonl").read_text()
+
+
 def test_one_program_serves_all_traced_candidates(inputs):
     given = sweep_merge.dataclasses.replace(config(method="ties"), models="m0,m1")
     built = merge.build_method(given)

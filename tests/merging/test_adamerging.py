@@ -165,6 +165,17 @@ def test_wrong_inputs(networks):
         merging.adamerging(network, base, models, batches, level="layer")
     with pytest.raises(ValueError, match="an iterator, which runs out"):
         merging.adamerging(network, base, models, [iter(b) for b in batches])
+    with pytest.raises(ValueError, match=r"batches\[0\]: got one batch .*\(16, 6\)"):
+        merging.adamerging(network, base, models, [b[0] for b in batches])
+    with pytest.raises(ValueError, match="steps: got -1"):
+        merging.adamerging(network, base, models, batches, steps=-1)
+    for init in (1.5, -0.1, float("nan")):
+        with pytest.raises(ValueError, match=f"init: got {init}, .*clip="):
+            merging.adamerging(network, base, models, batches, init=init)
+    merging.adamerging(network, base, models, batches, init=1.5, clip=None, steps=0)
+    flat, tuned = base["block_0"], [m["block_0"] for m in models]
+    with pytest.raises(ValueError, match='pass level="leaf"'):
+        merging.adamerging(network, flat, tuned, batches, level="block")
     with pytest.raises(ValueError, match="no batches"):
         merging.adamerging(network, base, models, [batches[0], []])
     with pytest.raises(ValueError, match="model 0 has other leaves"):

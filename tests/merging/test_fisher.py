@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from multitask_jax import merging
+from tests.merging.common import stream
 from tests.merging.test_golden import cases, check
 
 RNG = np.random.default_rng(0)
@@ -141,6 +142,56 @@ def test_a_model_without_any_information_does_not_count():
         merging.fisher(), models[0], models, statistics=[jnp.zeros(3)] * 2
     )
     np.testing.assert_allclose(none, [2, 2, 2])
+
+
+@pytest.mark.parametrize("small", [1e-25, 1e-15, 1e-5])
+def test_norms_whose_squares_no_float32_holds(small, tmp_path):
+    """Two models that differ in the scale of F alone weigh the same."""
+    base = {"w": np.zeros(300, np.float32)}
+    models = [{"w": np.full(300, v, np.float32)} for v in (1, 3)]
+    one = RNG.random(300).astype(np.float32)
+    f = [{"w": np.float32(small) * one}, {"w": np.float32(1e-2) * one}]
+    method = merging.fisher(fisher_floor=0)
+    got = merging.merge(method, base, models, statistics=f)
+    np.testing.assert_allclose(got["w"], np.full(300, 2), rtol=1e-5)
+    streamed = stream(tmp_path, method, base, models, statistics=f)
+    np.testing.assert_array_equal(streamed["w"], got["w"])
+    grown = [{"w": x["w"] * np.float32(1e24)} for x in f]  # squares beyond it
+    got = merging.merge(method, base, models, statistics=grown)
+    np.testing.assert_allclose(got["w"], np.full(300, 2), rtol=1e-5)
+
+
+def test_the_first_where_weights_add_up_to_nothing():
+    models = [jnp.ones(3), 3 * jnp.ones(3)]
+    method = merging.fisher(normalise=False)
+    f = [jnp.float32([1, 1, 2])] * 2
+    got = merging.merge(method, models[0], models, weights=(1, -1), statistics=f)
+    np.testing.assert_array_equal(got, models[0])
+    nothing = merging.fisher(normalise=False, fisher_floor=0)
+    zeros = [jnp.float32([0, 0, 1]), jnp.float32([0, 0, 3])]
+    got = merging.merge(nothing, models[0], models, statistics=zeros)
+    np.testing.assert_allclose(got, [1, 1, 2.5])
+
+
+def test_options_and_labels(softmax_regression):
+    params, x = softmax_regression
+    y = RNG.integers(0, 3, len(x))
+
+    def refused(message, batch, **options):
+        with pytest.raises(ValueError, match=message):
+            merging.fisher_diagonal(logits_of, params, batch, **options)
+
+    for n in (0, -2):
+        refused(f"examples_at_once: got {n}", [x], examples_at_once=n)
+    given = {"labels": "given"}
+    refused("is a ndarray, expected pairs", [x], **given)
+    refused("is a tuple, expected pairs", [(x, y, y)], **given)
+    refused("is a dict, expected pairs", [{"x": x, "y": y}], **given)
+    refused(r"got int\d+ \(22, 1\), expected integers", [(x, y[:, None])], **given)
+    refused(r"got float32 \(22, 3\).*argmax", [(x, np.eye(3, dtype="f")[y])], **given)
+    refused(r"got float32 \(22,\)", [(x, y.astype("f"))], **given)
+    refused(r"got one batch .*\(22, 5\)", x)
+    refused("got one batch", {"x": x})
 
 
 def test_golden(shared):

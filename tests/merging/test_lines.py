@@ -216,6 +216,8 @@ def test_rewarded_soup():
         )
         for x, y in zip(jax.tree.leaves(norm), jax.tree.leaves(one), strict=True):
             np.testing.assert_allclose(x[n], y, atol=1e-6)
+    listed = merging.rewarded_soup(base, models, [[0.5, 0.5], [1, 0]])
+    np.testing.assert_allclose(listed["layers_1"]["w"], [[2, 2], [1, 1]])
     with pytest.raises(ValueError, match=r"got shape \(2,\), expected \[N, 2\]"):
         merging.rewarded_soup(base, models, [0.5, 0.5])
 

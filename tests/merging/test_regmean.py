@@ -90,6 +90,17 @@ def test_two_contracted_axes_and_weights():
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
+def test_the_first_where_weights_add_up_to_nothing():
+    models = [{"w": normal(4, 3), "b": normal(3)} for _ in range(2)]
+    x = normal(9, 4)
+    grams = [{"w": merging.Gram(x.T @ x, (0,))}] * 2
+    got = merging.merge(
+        merging.regmean(), models[0], models, weights=(1, -1), statistics=grams
+    )
+    np.testing.assert_array_equal(got["b"], models[0]["b"])
+    np.testing.assert_array_equal(got["w"], models[0]["w"])
+
+
 def test_golden(shared):
     for case, f in cases(shared, "regmean").items():
         p = f["params"]

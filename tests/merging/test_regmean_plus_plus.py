@@ -134,3 +134,36 @@ def test_wrong_inputs(problem):
     flat = [{"w": normal(4, 3)} for _ in range(2)]
     with pytest.raises(ValueError, match="can't tell the blocks"):
         merging.regmean_plus_plus(lambda p, x: x @ p["w"], flat, [[normal(2, 4)]] * 2)
+
+
+def test_a_plain_mlp_is_sent_to_leaves():
+    flax = [{"Dense_0": {"kernel": normal(4, 3)}} for _ in range(2)]
+    apply = lambda p, x: x @ p["Dense_0"]["kernel"]  # noqa: E731
+    batches = [[normal(9, 4)] for _ in flax]
+    with pytest.raises(ValueError, match='pass level="leaf"'):
+        merging.regmean_plus_plus(apply, flax, batches)
+    merging.regmean_plus_plus(apply, flax, batches, level="leaf")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            lambda b: [iter(x) for x in b],
+            r"batches\[0\]: got an iterator, which runs out",
+        ),
+        (lambda b: [b[0], iter(b[1])], r"batches\[1\]: got an iterator"),
+        (lambda b: [x[0] for x in b], r"batches\[0\]: got one batch .*\(40,\)"),
+        (lambda b: [b[0], {"x": b[1][0]}], r"batches\[1\]: got one batch"),
+        (
+            lambda b: np.stack([x[0] for x in b]),
+            "got a ndarray, expected for each of 2",
+        ),
+        (iter, "got a list_iterator, expected"),
+        (lambda b: [[], b[1]], "got no batches"),
+    ],
+)
+def test_batches_that_are_not_lists_of_batches(problem, spoil, message):
+    models, batches = problem
+    with pytest.raises(ValueError, match=message):
+        merging.regmean_plus_plus(network, models, spoil(batches))

@@ -5,9 +5,11 @@ import os
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from experiments import merge as script
 from multitask_jax import checkpoints, merging
+from multitask_jax.checkpoints import CheckpointError
 from multitask_jax.merging import task_statistics
 from tests.merging.common import load, save
 
@@ -228,3 +230,74 @@ def test_nan_in_statistics(on_disk, trained, tmp_path, monkeypatch):
             statistics=[files["fisher"][1], path],
             progress=False,
         )
+
+
+def write(path, tensors, **metadata):
+    save_file(tensors, path, metadata=metadata)
+    return path
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [
+        "[true]",
+        "[0.0]",
+        "[-1]",
+        "[0, 0]",
+        "[]",
+        '"0"',
+        "null",
+        "[[0]]",
+        "[" * 100_000,
+    ],
+)
+def test_damaged_axes(tmp_path, axes):
+    path = write(
+        tmp_path / "gram.safetensors",
+        {"w": np.eye(4, dtype=np.float32)},
+        statistics="gram",
+        axes=f'{{"w": {{"axes": {axes}, "batch": []}}}}',
+    )
+    with pytest.raises(CheckpointError, match="damaged: its metadata"):
+        merging.load_statistics(path)
+
+
+@pytest.mark.parametrize(
+    "axes", ["{}", "[]", "3", '{"w": {"axes": [0], "batch": [0]}}']
+)
+def test_axes_of_other_tensors_or_twice(tmp_path, axes):
+    path = write(
+        tmp_path / "gram.safetensors",
+        {"w": np.eye(4, dtype=np.float32)},
+        statistics="gram",
+        axes=axes,
+    )
+    with pytest.raises(CheckpointError, match="damaged: its metadata"):
+        merging.load_statistics(path)
+
+
+def test_axes_that_the_weight_lacks(on_disk, tmp_path):
+    base, models, _ = on_disk
+    path = write(
+        tmp_path / "gram.safetensors",
+        {"fc.weight": np.eye(4, dtype=np.float32)},
+        statistics="gram",
+        axes='{"fc.weight": {"axes": [5], "batch": []}}',
+    )
+    with pytest.raises(ValueError, match=r"axes \(5,\) and \(\) do not fit"):
+        merging.merge_checkpoints(
+            merging.regmean(), base, models, tmp_path / "out", statistics=[path] * 2
+        )
+
+
+def test_integers_and_entries_below_0(tmp_path):
+    for dtype in (np.int8, np.bool_, np.int64):
+        path = write(
+            tmp_path / "f.safetensors", {"w": np.ones(3, dtype)}, statistics="fisher"
+        )
+        with pytest.raises(CheckpointError, match=f"w is {np.dtype(dtype)}, expected"):
+            merging.load_statistics(path)
+    for x in (np.float32([1, -1e-3, 2]), np.float16([-1, 0])):
+        path = write(tmp_path / "f.safetensors", {"w": x}, statistics="fisher")
+        with pytest.raises(CheckpointError, match="w has entries below 0"):
+            merging.load_statistics(path)

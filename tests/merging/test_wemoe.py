@@ -167,3 +167,9 @@ def test_what_it_cannot_route(models):
     )
     with pytest.raises(ValueError, match="batches of 2 tasks for 1 models"):
         merging.wemoe_fit(normed, moe, [[normal(2, 4)]] * 2)
+    with pytest.raises(ValueError, match="an iterator, which runs out"):
+        merging.wemoe_fit(normed, moe, [iter([normal(2, 4)])])
+    with pytest.raises(ValueError, match="got one batch"):
+        merging.wemoe_fit(normed, moe, [normal(2, 4)])
+    with pytest.raises(ValueError, match="steps: got -1"):
+        merging.wemoe_fit(normed, moe, [[normal(2, 4)]], steps=-1)

@@ -16,6 +16,7 @@ from multitask_jax.merging import core
 from multitask_jax.merging.agreement import choose
 from multitask_jax.merging.arguments import check_choice
 from multitask_jax.merging.core import Array, Method, add_up, is_float
+from multitask_jax.merging.fitted.batching import check_batches
 from multitask_jax.merging.fitted.entropy import Progress, minimise_entropy, one_each
 from multitask_jax.merging.transforms import elect_sign, trim
 
@@ -53,7 +54,8 @@ def adamerging(
 ) -> AdaMerging:
     """Fits the coefficients of task vectors on unlabelled batches of each task.
 
-        found = merging.adamerging(apply_fn, base, models, [images_a, images_b])
+        batches = [[images_a], [images_b]]
+        found = merging.adamerging(apply_fn, base, models, batches)
         found.params, found.coefficients["encoder/block_3/mlp/kernel"]
 
     Args:
@@ -73,13 +75,14 @@ def adamerging(
       progress: called with a step's number and its entropy.
 
     Raises:
-      ValueError: trees that differ, no batches, numbers of tasks that differ, blocks
-        that can't be told.
+      ValueError: trees that differ, no batches, iterators, numbers of tasks that
+        differ, blocks that can't be told, `init` outside of `clip`, steps below 0.
     """
     count = len(models)
     functions = one_each(apply_fn, count)
-    if len(batches) != count:
-        raise ValueError(f"got batches of {len(batches)} tasks for {count} models")
+    check_batches(batches, count)
+    if clip is not None and not clip[0] <= init <= clip[1]:
+        raise ValueError(f"init: got {init}, expected a number within clip={clip}")
     groups = _groups(list(tree.flatten(base)), level, block_pattern)
     base = jax.tree.map(jnp.asarray, base)
     taus = task_vectors(base, models, prepare)
@@ -165,5 +168,19 @@ def _groups(
         return dict.fromkeys(paths, "")
     if level == "leaf":
         return {p: p for p in paths}
-    depths = tree.block_depths(paths, block_pattern=block_pattern)
+    depths = depths_of(paths, block_pattern)
     return {p: f"{d.stack}/{d.index}" if d else "" for p, d in depths.items()}
+
+
+def depths_of(
+    paths: Sequence[str], block_pattern: str | None
+) -> dict[str, tree.Depth | None]:
+    """As `tree.block_depths`, for what can do without blocks.
+
+    Raises:
+      ValueError: no block found; names level="leaf".
+    """
+    try:
+        return tree.block_depths(paths, block_pattern=block_pattern)
+    except ValueError as e:
+        raise ValueError(f'{e}; or pass level="leaf", which needs no blocks') from None

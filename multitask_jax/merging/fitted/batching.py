@@ -1,10 +1,41 @@
 """Batches of one shape: a ragged last one is padded, and a mask says what counts."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+
+
+def check_batches(batches: Sequence[Iterable[Any]], count: int) -> None:
+    """Whether there is something to iterate over, again and again, for each task.
+
+    Raises:
+      ValueError: another number of tasks, an iterator, or arrays in the place of a
+        list of batches.
+    """
+    what = f"expected for each of {count} tasks a list of batches: [[images_a], ...]"
+    if isinstance(batches, Iterator | Mapping) or hasattr(batches, "shape"):
+        raise ValueError(f"batches: got a {type(batches).__name__}, {what}")
+    if len(batches) != count:
+        raise ValueError(f"got batches of {len(batches)} tasks for {count} models")
+    for t, data in enumerate(batches):
+        if isinstance(data, Iterator):
+            raise ValueError(
+                f"batches[{t}]: got an iterator, which runs out; pass a list, or"
+                " anything that can be iterated over again"
+            )
+        check_list(data, f"batches[{t}]")
+
+
+def check_list(batches: Iterable[Any], name: str = "batches") -> None:
+    """Raises ValueError for one batch, whose rows would be taken for batches."""
+    if isinstance(batches, Mapping) or hasattr(batches, "shape"):
+        shapes = [np.shape(x) for x in jax.tree.leaves(batches)]
+        raise ValueError(
+            f"{name}: got one batch (arrays of shapes {shapes[:5]}), expected a list"
+            " of them; put it in brackets"
+        )
 
 
 def batch_size(batch: Any) -> int:
@@ -43,8 +74,9 @@ def padded(batches: Iterable[Any]) -> Iterator[tuple[Any, np.ndarray]]:
     Before/after, sizes 8, 8, 3: batches of 8; the last mask is 1 1 1 0 0 0 0 0.
 
     Raises:
-      ValueError: no batch, or one larger than the first.
+      ValueError: no batch, one larger than the first, or arrays in place of a list.
     """
+    check_list(batches)
     size = 0
     for batch in batches:
         n = batch_size(batch)

@@ -57,8 +57,8 @@ def minimise_entropy(
       predict: logits of task t's inputs.
       variables: pytree that is fitted.
       constants: pytree that is not (an argument, so that it is not compiled in).
-      batches: for each task something to iterate over, again and again; the last batch
-        of a round may be smaller.
+      batches: for each task something to iterate over, again and again (see
+        `check_batches`); the last batch of a round may be smaller.
       steps: optimiser steps, on one batch of each task.
       learning_rate: of Adam.
       optimiser: of optax, in the place of Adam.
@@ -67,8 +67,14 @@ def minimise_entropy(
 
     Returns:
       The variables and the entropy before each step, [steps].
+
+    Raises:
+      ValueError: steps below 0, no batches.
     """
     import optax
+
+    if steps < 0:
+        raise ValueError(f"steps: got {steps}, expected 0 or more")
 
     optimiser = optimiser or optax.adam(learning_rate)
 
@@ -99,10 +105,5 @@ def minimise_entropy(
 
 
 def _forever(batches: Iterable[Any]) -> Iterator[tuple[Any, np.ndarray]]:
-    if isinstance(batches, Iterator):
-        raise ValueError(
-            "batches: got an iterator, which runs out; pass a list, or anything that"
-            " can be iterated over again"
-        )
     while True:
         yield from padded(batches)

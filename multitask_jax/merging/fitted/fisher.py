@@ -54,21 +54,28 @@ def fisher_diagonal(
         pairs (inputs, labels [B]). The last batch may be smaller. The paper takes 256
         examples or more.
       labels: "expected" over the model's own predictions, or "given".
-      examples_at_once: how many examples' gradients are in memory at a time; all of a
-        batch by default. Each takes as much as `params` (times C, if expected).
+      examples_at_once: how many examples' gradients are in memory at a time, at least
+        1; all of a batch by default. Each takes as much as `params` (times C, if
+        expected).
 
     Returns:
       A pytree like `params`, float32.
 
     Raises:
-      ValueError: logits that are not [B, C] or not finite, labels of no class, no
-        batches, unknown `labels`.
+      ValueError: logits that are not [B, C] or not finite; labels that are missing, no
+        integers [B], or of no class; no batches; an option that is not as above.
     """
     check_choice("labels", labels, ("expected", "given"))
+    if examples_at_once is not None and examples_at_once < 1:
+        raise ValueError(
+            f"examples_at_once: got {examples_at_once}, expected 1 or more"
+        )
     params = jax.tree.map(jnp.asarray, params)
     total = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
     count = 0
     for batch, mask in padded(batches):
+        if labels == "given":
+            _check_labels(batch)
         total = _add_batch(
             apply_fn, labels, examples_at_once, total, params, batch, mask
         )
@@ -81,6 +88,21 @@ def fisher_diagonal(
                 " infinity, or a label is not one of its classes"
             )
     return fisher
+
+
+def _check_labels(batch: Any) -> None:
+    """Raises ValueError for what is not (inputs, integer labels [B])."""
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        raise ValueError(
+            f'labels="given": got a batch that is a {type(batch).__name__}, expected'
+            ' pairs (inputs, labels [B]); labels="expected" takes inputs alone'
+        )
+    label = jax.eval_shape(jnp.asarray, batch[1])
+    if label.ndim != 1 or not jnp.issubdtype(label.dtype, jnp.integer):
+        raise ValueError(
+            f"labels: got {label.dtype} {label.shape}, expected integers [B], the"
+            " number of each example's class (of one-hot labels: their argmax)"
+        )
 
 
 # One compilation serves all models of a function.
@@ -171,34 +193,42 @@ def average_by_fisher(*, floor: Any = 1e-6, normalise: bool = True) -> Transform
       floor: added to every F, so that unused parameters are averaged.
       normalise: c_t = 1 / ||F_t||_2 over the whole model, made to sum to 1, so that
         no model outweighs others by the scale of its gradients; else c_t = 1. A model
-        whose F is all 0 has c_t = 0, unless all are.
+        whose F is all 0 has c_t = 0, unless all are. Takes two more readings of F.
     """
 
+    def sizes(values: Values, leaf: Leaf, stats: tuple[Any, ...]) -> Values:
+        zeros = tuple(jnp.zeros_like(v) for v in values)
+        return tuple(jnp.abs(f) for f in leaf.statistics or zeros)
+
     def squares(values: Values, leaf: Leaf, stats: tuple[Any, ...]) -> Values:
-        zeros = (jnp.zeros_like(v) for v in values)
-        return tuple(f * f for f in leaf.statistics or zeros)
+        # Shares of |F|_1: F^2 itself, of squared gradients, is below float32's range.
+        fs = zip(sizes(values, leaf, stats), stats[0], strict=True)
+        shares = (f / jnp.where(total > 0, total, 1).astype(f.dtype) for f, total in fs)
+        return tuple(x * x for x in shares)
 
     def apply(values: Values, leaf: Leaf, stats: tuple[Any, ...]) -> Values:
         if not leaf.statistics:
             return (average(values, leaf),)
-        c = _factors(stats[0]) if normalise else (1.0,) * len(values)
+        c = _factors(*stats) if normalise else (1.0,) * len(values)
         fs = [
             times(w * jnp.asarray(c_t, f.dtype), f + jnp.asarray(floor, f.dtype))
             for w, c_t, f in zip(leaf.weights, c, leaf.statistics, strict=True)
         ]
         return (weighted_mean(fs, values),)
 
-    measures = (Measure("sum", "model", squares),) if normalise else ()
-    return Transform(apply, measures, statistics="fisher")
+    measures = (Measure("sum", "model", sizes), Measure("sum", "model", squares))
+    return Transform(apply, measures if normalise else (), statistics="fisher")
 
 
-def _factors(squares: Values) -> Values:
-    """c_t = 1 / ||F_t||, divided by their sum."""
-    norms = [norm_of(s) for s in squares]
-    inverse = [jnp.where(n > 0, 1 / jnp.where(n > 0, n, 1), 0) for n in norms]
-    total = add_up(inverse)
-    some = total > 0
-    return tuple(jnp.where(some, i / jnp.where(some, total, 1), 1.0) for i in inverse)
+def _factors(sizes: Values, squares: Values) -> Values:
+    """c_t = 1 / ||F_t||, divided by their sum, from |F|_1 and sum (F / |F|_1)^2."""
+    norms = [size * norm_of(s) for size, s in zip(sizes, squares, strict=True)]
+    known = [jnp.where(n > 0, n, jnp.inf) for n in norms]
+    least = functools.reduce(jnp.minimum, known)
+    some = least < jnp.inf
+    # By the least norm first: 1 / ||F|| may be beyond float32.
+    inverse = [jnp.where(some, least, 1) / jnp.where(some, n, 1) for n in known]
+    return tuple(i / add_up(inverse) for i in inverse)
 
 
 def average(values: Values, leaf: Leaf) -> jax.Array:
@@ -212,10 +242,10 @@ def weighted_mean(weights: Sequence[jax.Array], values: Values) -> jax.Array:
     v_0 where the weights add up to 0.
     """
     divisor = add_up(weights)
-    divisor = jnp.where(divisor == 0, 1, divisor)
+    some = divisor != 0
     first = values[0]
     steps = [times(w, v - first) for w, v in zip(weights, values, strict=True)]
-    return first + add_up(steps) / divisor
+    return first + jnp.where(some, add_up(steps) / jnp.where(some, divisor, 1), 0)
 
 
 def fisher(*, fisher_floor: Any = 1e-6, normalise: bool = True) -> Method:

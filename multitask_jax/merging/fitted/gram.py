@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from multitask_jax import tree
 from multitask_jax.merging.fitted import capture
-from multitask_jax.merging.fitted.batching import batch_size
+from multitask_jax.merging.fitted.batching import batch_size, check_list
 from multitask_jax.merging.task_statistics import Gram
 
 
@@ -178,8 +178,9 @@ def gram_matrices(
       {leaf path: Gram}, summed in float32.
 
     Raises:
-      ValueError: no batches, or no dense layer in apply_fn.
+      ValueError: no batches, or one that is not in a list; no dense layer in apply_fn.
     """
+    check_list(batches)
     total: dict[str, Gram] | None = None
     for batch in batches:
         batch_size(batch)

@@ -16,6 +16,8 @@ from typing import Any, Literal
 from multitask_jax import tree
 from multitask_jax.merging import core
 from multitask_jax.merging.arguments import check_choice
+from multitask_jax.merging.fitted.adamerging import depths_of
+from multitask_jax.merging.fitted.batching import check_batches
 from multitask_jax.merging.fitted.entropy import one_each
 from multitask_jax.merging.fitted.gram import dense_leaves, gram_matrices
 from multitask_jax.merging.fitted.regmean import regmean
@@ -38,7 +40,7 @@ def regmean_plus_plus(
     One round over the batches for each layer, compiled once. Layers stacked in one leaf
     for a scan are merged at once, as in RegMean.
 
-        merged = merging.regmean_plus_plus(apply_fn, models, [images_a, images_b])
+        merged = merging.regmean_plus_plus(apply_fn, models, [[images_a], [images_b]])
 
     Args:
       apply_fn: (params, inputs) -> anything; one for all models, or one a model.
@@ -54,20 +56,23 @@ def regmean_plus_plus(
       A pytree like the models.
 
     Raises:
-      ValueError: trees that differ, no dense layer, blocks that can't be told, numbers
-        of tasks that differ.
+      ValueError: trees that differ, no dense layer, blocks that can't be told (of a
+        plain MLP: level="leaf" does without), numbers of tasks that differ, no batches,
+        iterators.
     """
     check_choice("level", level, ("block", "leaf"))
     count = len(models)
     functions = one_each(apply_fn, count)
-    if len(batches) != count:
-        raise ValueError(f"got batches of {len(batches)} tasks for {count} models")
+    check_batches(batches, count)
     average = core.Method(
         (weighted_sum(normalise=True),), start="parameters", end="parameters"
     )
     merged = tree.flatten(core.merge(average, models[0], models, weights=weights))
     own = [tree.flatten(m) for m in models]
-    found = dense_leaves(functions[0], models[0], next(iter(batches[0])))
+    example = next(iter(batches[0]), None)
+    if example is None:
+        raise ValueError("batches[0]: got no batches, expected at least one")
+    found = dense_leaves(functions[0], models[0], example)
     place = {p: i for i, p in enumerate(found.order)}
     layers = _layers(list(found.axes), list(merged), place, level, block_pattern)
     for i, (start, paths) in enumerate(layers):
@@ -101,7 +106,7 @@ def _layers(
     """(place of its first leaf, dense leaves) of each layer, in order of execution."""
     if level == "leaf":
         return sorted((place[p], [p]) for p in dense)
-    depths = tree.block_depths(paths, block_pattern=block_pattern)
+    depths = depths_of(paths, block_pattern)
     blocks: dict[Any, list[str]] = {}
     for p in paths:
         if p in place:

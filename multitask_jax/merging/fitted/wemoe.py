@@ -31,6 +31,7 @@ from multitask_jax.merging.fitted.adamerging import (
     add_task_vectors,
     task_vectors,
 )
+from multitask_jax.merging.fitted.batching import check_batches
 from multitask_jax.merging.fitted.entropy import Progress, minimise_entropy, one_each
 
 if TYPE_CHECKING:  # imported on use: merging without data does without it
@@ -63,7 +64,7 @@ def wemoe_init(
 
         moe = merging.wemoe_init(key, apply_fn, base, models, images,
                                  mlp_pattern=r"block_\d+/mlp/")
-        moe, entropy = merging.wemoe_fit(apply_fn, moe, [images_a, images_b])
+        moe, entropy = merging.wemoe_fit(apply_fn, moe, [[images_a], [images_b]])
         logits = merging.wemoe_apply(apply_fn, moe, images)
 
     Args:
@@ -249,12 +250,11 @@ def wemoe_fit(
       The model with fitted routers, and the entropy before each step, [steps].
 
     Raises:
-      ValueError: no batches, numbers of tasks that differ.
+      ValueError: no batches, iterators, numbers of tasks that differ, steps below 0.
     """
     count = len(next(iter(next(iter(moe.task_vectors.values())).values())))
     functions = one_each(apply_fn, count)
-    if len(batches) != count:
-        raise ValueError(f"got batches of {len(batches)} tasks for {count} models")
+    check_batches(batches, count)
 
     def predict(routers: Any, fixed: Wemoe, t: int, inputs: Any) -> Array:
         return wemoe_apply(functions[t], fixed._replace(routers=routers), inputs)
