@@ -53,23 +53,10 @@ def test_what_is_refused(folder, tmp_path):
         [("m1", {"weight": 1}), ("m2", {"weight": -1})],
     )
     refused(
-        r"parameters: density: got 0.0, expected a number in \(0, 1\] \(for embed.we",
-        "ties",
-        plain("m1", weight=1, density=[0, 1]),
-        base="base",
-    )
-    refused(
         "parameters: epsilon: got 0.15 with density 0.9",
         "della",
         plain("m1", weight=1, density=0.9),
         base="base",
-    )
-    refused(
-        "rescale: breadcrumbs do not rescale",
-        "breadcrumbs",
-        plain("m1", weight=1),
-        base="base",
-        parameters={"rescale": True},
     )
     refused(
         "dtype: got 'int8', expected one of",
