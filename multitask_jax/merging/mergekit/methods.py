@@ -74,11 +74,13 @@ def choose(
     vanish = abs(sum(weights)) < 1e-8
     if spec is SPECS["nuslerp"] and vanish:
         weights = (0.5, 0.5)
-    if spec is SPECS["linear"] and vanish and static["normalize"]:
-        raise ValueError(
-            f"weight: got {weights}, which add up to 0: no average has such weights;"
-            " change them, or set normalize: false"
-        )
+    averages = {"linear": "normalize", "multislerp": "normalize_weights"}
+    for name, switch in averages.items():
+        if spec is SPECS[name] and vanish and static[switch]:
+            raise ValueError(
+                f"weight: got {weights}, which add up to 0: no average has such"
+                f" weights; change them, or set {switch}: false"
+            )
     if "select_topk" in static:
         topk = min(float(static["select_topk"]), 1.0)
         if topk <= 0:  # nothing is selected: the base
@@ -243,6 +245,10 @@ def _multislerp(o: Options, with_base: bool) -> Method:
 
 
 def _karcher(o: Options, _: bool) -> Method:
+    if o["max_iter"] < 1 or o["max_iter"] % 1:
+        raise ValueError(f"max_iter: got {o['max_iter']}, expected a natural number")
+    if o["tol"] < 0:
+        raise ValueError(f"tol: got {o['tol']}, expected a number from 0 on")
     return recipes_average.karcher(max_iter=int(o["max_iter"]), tol=o["tol"])
 
 
