@@ -4,7 +4,7 @@ Legend: tau_t task vector of model t, d values of the whole model, n of a tensor
 """
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,11 +28,19 @@ def _variance(values: Values) -> Array:
     return add_up([times(v - mean, v - mean) for v in values])
 
 
-def keep_varying(*, topk: float = 1.0) -> Transform:
+def keep_varying(*, topk: float = 1.0, at_least: Literal[0, 1] = 1) -> Transform:
     """SCE, select: keeps the entries that differ most between models.
 
     Per tensor, of the entries whose variance over models is not 0, the share `topk`
-    (at least one) with the largest.
+    with the largest.
+
+    Args:
+      topk: share that is kept.
+      at_least: entries to keep where the share is less than one: of a small tensor, 0
+        keeps none (mergekit).
+
+    Raises:
+      ValueError: topk outside (0, 1].
     """
     check_share("topk", topk)
     if topk == 1:
@@ -51,6 +59,9 @@ def keep_varying(*, topk: float = 1.0) -> Transform:
     def apply(values: Values, leaf: Leaf, stats: tuple[Any, ...]) -> Values:
         variance = _variance(values)
         kept = (variance > 0) & (variance.astype(jnp.float32) >= stats[1][0])
+        if not at_least:
+            high, low = part_of(stats[0][0], topk)
+            kept &= (high > 0) | (low > 0)
         return tuple(jnp.where(kept, v, 0) for v in values)
 
     return Transform(

@@ -13,12 +13,13 @@ def breadcrumbs(
     *,
     density: Shares = 0.9,
     gamma: Shares = 0.01,
+    rescale: Literal["none", "l1"] = "none",
     scale: Any = 1.0,
     normalise: bool = False,
 ) -> Method:
     """Model Breadcrumbs: drop outliers and small changes, then a weighted sum."""
     return chain(
-        sparsify.drop_extremes(density=density, gamma=gamma),
+        sparsify.drop_extremes(density=density, gamma=gamma, rescale=rescale),
         tf.weighted_sum(normalise=normalise),
         tf.scale(scale),
     )
@@ -28,6 +29,7 @@ def breadcrumbs_ties(
     *,
     density: Shares = 0.9,
     gamma: Shares = 0.01,
+    rescale: Literal["none", "l1"] = "none",
     scale: Any = 1.0,
     election: tf.Election = "mass",
     zero_sign: tf.ZeroSign = "majority",
@@ -36,7 +38,7 @@ def breadcrumbs_ties(
 ) -> Method:
     """Breadcrumbs, then the sign election and disjoint mean of TIES."""
     return chain(
-        sparsify.drop_extremes(density=density, gamma=gamma),
+        sparsify.drop_extremes(density=density, gamma=gamma, rescale=rescale),
         tf.elect_sign(election=election, zero_sign=zero_sign),
         tf.combine_agreeing(combine, normalise),
         tf.scale(scale),
@@ -88,10 +90,12 @@ def della_ties(
     )
 
 
-def sce(*, topk: float = 1.0, scale: Any = 1.0) -> Method:
+def sce(*, topk: float = 1.0, at_least: Literal[0, 1] = 1, scale: Any = 1.0) -> Method:
     """SCE: keep what varies between models, weigh by energy, erase minor signs."""
     return chain(
-        importance.keep_varying(topk=topk), importance.energy_mean(), tf.scale(scale)
+        importance.keep_varying(topk=topk, at_least=at_least),
+        importance.energy_mean(),
+        tf.scale(scale),
     )._replace(weighted=False)
 
 

@@ -32,7 +32,12 @@ from multitask_jax.merging.statistics import magnitude_bits
 from multitask_jax.merging.transforms import l1_measure, rescale_l1
 
 
-def drop_extremes(*, density: Shares = 0.9, gamma: Shares = 0.01) -> Transform:
+def drop_extremes(
+    *,
+    density: Shares = 0.9,
+    gamma: Shares = 0.01,
+    rescale: Literal["none", "l1"] = "none",
+) -> Transform:
     """Drops the largest and the smallest |tau_t| of each tensor (Model Breadcrumbs).
 
     The int(gamma n) largest go, the next int(density n), at least one, stay. If that is
@@ -42,10 +47,12 @@ def drop_extremes(*, density: Shares = 0.9, gamma: Shares = 0.01) -> Transform:
     Args:
       density: share that is kept, one for all or one per model.
       gamma: share of outliers that is dropped, one for all or one per model.
+      rescale: "l1" scales what is kept to the L1 norm before, per tensor (mergekit).
 
     Raises:
-      ValueError: density outside (0, 1] or gamma outside [0, 1).
+      ValueError: density outside (0, 1], gamma outside [0, 1), unknown rescale.
     """
+    check_choice("rescale", rescale, ("none", "l1"))
     densities = shares("density", density)
     gammas = numbers(gamma)
     for g in gammas:
@@ -60,14 +67,14 @@ def drop_extremes(*, density: Shares = 0.9, gamma: Shares = 0.01) -> Transform:
             strict=True,
         )
         for share, outliers in pairs:
-            kept = min(n, max(1, int(share * n)))
-            dropped = min(int(outliers * n), n - kept)
+            stay = min(n, max(1, int(share * n)))
+            dropped = min(int(outliers * n), n - stay)
             first.append(dropped + 1)
-            last.append(dropped + kept)
+            last.append(dropped + stay)
         return [*first, *last]
 
-    def apply(values: Values, leaf: Leaf, stats: tuple[Any, ...]) -> Values:
-        (thresholds,) = stats
+    def kept(values: Values, leaf: Leaf, stats: tuple[Any, ...]) -> Values:
+        thresholds = stats[0]
         out = []
         for t, tau in enumerate(values):
             size = jnp.abs(tau.astype(jnp.float32))
@@ -75,7 +82,13 @@ def drop_extremes(*, density: Shares = 0.9, gamma: Shares = 0.01) -> Transform:
             out.append(jnp.where((size <= high) & (size >= low), tau, 0))
         return tuple(out)
 
-    return Transform(apply, (Measure("kth", "tensor", unchanged, ranks),), trims=True)
+    def apply(values: Values, leaf: Leaf, stats: tuple[Any, ...]) -> Values:
+        out = kept(values, leaf, stats)
+        return rescale_l1(out, stats[1]) if rescale == "l1" else out
+
+    thresholds = Measure("kth", "tensor", unchanged, ranks)
+    measures = (thresholds, l1_measure(kept)) if rescale == "l1" else (thresholds,)
+    return Transform(apply, measures, trims=True)
 
 
 def keep_probabilities(tau: Array, density: float, epsilon: float) -> Array:

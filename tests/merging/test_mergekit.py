@@ -233,7 +233,11 @@ def test_the_base_among_the_models(folder, tmp_path):
 
 
 def test_slerp_starts_at_the_base_whatever_the_order(folder, tmp_path):
-    for t, names, want in ((0, ("m1", "m2"), "m2"), (1, ("m2", "m1"), "m1")):
+    for t, names, want in (
+        (0, ("m1", "m2"), "m2"),
+        (1, ("m2", "m1"), "m1"),
+        (1, ("m3",), "m3"),
+    ):
         got, _ = run(
             folder,
             tmp_path / want,

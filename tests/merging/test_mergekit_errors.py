@@ -48,28 +48,35 @@ def test_what_is_refused(folder, tmp_path):
     )
     refused("no models besides base_model", "ties", plain("base"), base="base")
     refused(
-        r"embed.weight: weight: got \(1.0, -1.0\), which add up to 0",
+        r"recipe: models\[0\].parameters.weight, models\[1\].parameters.weight: got"
+        r" \(1.0, -1.0\), which add up to 0.*\(for embed.weight\)",
         "linear",
         [("m1", {"weight": 1}), ("m2", {"weight": -1})],
     )
     refused(
-        r"parameters: density: got 0.0, expected a number in \(0, 1\] \(for embed.we",
-        "ties",
-        plain("m1", weight=1, density=[0, 1]),
+        "add up to 0: no average has such weights; .* normalize_weights: false",
+        "multislerp",
+        [("m1", {"weight": 1}), ("m2", {"weight": -1})],
+    )
+    for key, value in (("max_iter", 2.5), ("max_iter", 0), ("tol", -1)):
+        refused(
+            rf"parameters.{key}: got {value}(\.0)?, expected a n",
+            "karcher",
+            both,
+            parameters={key: value},
+        )
+    refused(
+        r"recipe: models\[0\].parameters.gamma: got 2.0, expected a number in \[0, 1\)"
+        r" \(for embed",
+        "breadcrumbs",
+        plain("m1", weight=1, density=0.5, gamma=2),
         base="base",
     )
     refused(
-        "parameters: epsilon: got 0.15 with density 0.9",
+        "parameters.epsilon: got 0.15 with density 0.9",
         "della",
         plain("m1", weight=1, density=0.9),
         base="base",
-    )
-    refused(
-        "rescale: breadcrumbs do not rescale",
-        "breadcrumbs",
-        plain("m1", weight=1),
-        base="base",
-        parameters={"rescale": True},
     )
     refused(
         "dtype: got 'int8', expected one of",
@@ -157,6 +164,13 @@ def test_models_that_are_not_there(tmp_path, name, message):
     content = {"merge_method": "karcher", "models": [{"model": name}]}
     with pytest.raises(CheckpointError, match=message):
         merging.merge_mergekit(content, tmp_path / "out")
+
+
+def test_errors_name_the_file(folder, tmp_path):
+    path = tmp_path / "recipe.yml"
+    path.write_text("merge_method: karcher\nmodels: [{model: nowhere}]")
+    with pytest.raises(CheckpointError, match=r"recipe.yml: models\[0\]: nowhere: no"):
+        merging.merge_mergekit(path, tmp_path / "out")
 
 
 def test_the_output_may_not_overlap(folder, tmp_path):

@@ -44,6 +44,11 @@ METHODS = {
         {"density": 0.6, "gamma": 0.1, "normalize": True},
         lambda: merging.breadcrumbs_ties(density=0.6, gamma=0.1, **MEAN),
     ),
+    "breadcrumbs, rescaled": (
+        [{"weight": 0.5}, {"weight": 1}],
+        {"density": 0.6, "rescale": True},
+        lambda: merging.breadcrumbs(density=0.6, rescale="l1"),
+    ),
     "multislerp": (
         [{"weight": 0.5}, {"weight": 1}],
         {},
@@ -74,7 +79,7 @@ def test_methods_by_mergekits_names(tmp_path, name):
     got, _ = run(
         folder,
         tmp_path / "recipe",
-        name,
+        name.split(",")[0],
         list(zip(names, each, strict=True)),
         base="base",
         parameters=common,
@@ -132,3 +137,59 @@ def test_random_masks_over_depth_are_one_job(tmp_path, name, monkeypatch):
         want = {k: v for k, v in load(out).items() if f"layers.{layer}." in k}
         assert len(want) == 2
         assert_same_bits({k: got[k] for k in want}, want)
+
+
+@pytest.mark.parametrize(
+    ("method", "normalize", "share"),
+    [("ties", True, 1), ("dare_linear", False, 0.5), ("dare_linear", True, 1 / 3)],
+)
+def test_densities_beyond_the_range_keep_all_or_nothing(
+    tmp_path, method, normalize, share
+):
+    """What is absent counts in the divisor of a sum, not of an election."""
+    folder = models_in(tmp_path, 2, layers=1)
+    density = [{"filter": "mlp", "value": 1.5}, {"value": 0}]
+    models = [
+        ("m1", {"weight": 1, "density": density}),
+        ("m2", {"weight": 0.5, "density": 2}),
+    ]
+    got, _ = run(
+        folder,
+        tmp_path / "out",
+        method,
+        models,
+        base="base",
+        parameters={"normalize": normalize},
+    )
+    base, m1, m2 = (load(folder / n) for n in ("base", "m1", "m2"))
+    k = "layers.0.attn.q.weight"
+    want = base[k] + share * (m2[k] - base[k])
+    np.testing.assert_allclose(got[k], want, rtol=1e-5, atol=1e-6)
+    k = "layers.0.mlp.weight"
+    assert not np.isclose(got[k], base[k] + share * (m2[k] - base[k])).all()
+    assert (got[k] != base[k]).any()
+    assert (m1[k] != base[k]).any()
+
+
+def test_sce_keeps_none_of_a_small_tensor(tmp_path):
+    """Of 6 entries a share of 0.1 is none, of 48 it is 4; ours alone keeps one."""
+    folder = models_in(tmp_path, 2, layers=1)
+    base = load(folder / "base")
+    both = [("m1", {}), ("m2", {})]
+    changed = {}
+    for topk in (0.1, 0, -1):
+        got, _ = run(
+            folder,
+            tmp_path / str(topk),
+            "sce",
+            both,
+            base="base",
+            parameters={"select_topk": topk},
+        )
+        changed[topk] = {k: int((got[k] != v).sum()) for k, v in base.items()}
+    assert changed[0.1]["norm.weight"] == 0
+    assert changed[0.1]["embed.weight"] == 4
+    assert not any([*changed[0].values(), *changed[-1].values()])
+    models = [load(folder / n) for n in ("m1", "m2")]
+    ours = merging.merge(merging.sce(topk=0.1), base, models)
+    assert (np.asarray(ours["norm.weight"]) != base["norm.weight"]).sum() == 1

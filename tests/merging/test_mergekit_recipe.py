@@ -97,12 +97,13 @@ WRONG = [
     (TIES, ("parameters", "weight"), float("nan"), "weight: got float 'nan'"),
     (TIES, ("parameters", "weight"), [1, {"value": 1}], r"weight\[0\]: got int '1'"),
     (TIES, ("parameters", "weight"), [{"filter": "x"}], r"weight\[0\].value: got noth"),
-    (TIES, ("parameters", "normalize"), 1, "normalize: got int '1', expected true or"),
+    (TIES, ("parameters", "normalize"), 2, "normalize: got int '2', expected true or"),
     (TIES, ("parameters", "normalize"), [True, False], "normalize: got list"),
     (TIES, ("slices",), SLICES["slices"], "models, slices: got both"),
     (TIES, ("models",), None, "models, slices: got neither"),
     (TIES, ("modules",), {}, "modules: not supported"),
-    (TIES, ("merge_method",), None, "merge_method: got nothing, expected text"),
+    (TIES, ("merge_method",), None, "merge_method: got nothing; expected one of l"),
+    (TIES, ("parameters", "weight"), int("9" * 400), "weight: got int '999"),
     (TIES, ("base_model",), {"path": "a", "lora": "b"}, "base_model.lora: not supp"),
     (TIES, ("tokenizer",), {"tokens": {"<x>": {}}}, "tokenizer.tokens: not supported"),
     (SLICES, ("slices", 0, "residual_weight"), 0.5, r"slices\[0\].residual_weight"),
@@ -137,10 +138,12 @@ def test_sources_of_a_slice_have_as_many_layers():
 def test_keys_without_effect_are_told():
     content = changed(TIES, ("parameters", "int8_mask"), True)
     content = changed(content, ("chat_template",), "chatml")
+    content = changed(content, ("name",), "mine")
+    content = changed(content, ("parameters", "random_seed"), 0)
     content = changed(content, ("models", 0, "parameters", "gamma"), 0.1)
     content = changed(content, ("models", 0, "parameters", "lambda"), 0.1)
     notes = recipe.load(content).notes
-    assert len(notes) == 4
+    assert len(notes) == 6
     assert any("gamma: not a parameter of the method ties" in n for n in notes)
     assert any("lambda: not a parameter of one model in ties" in n for n in notes)
 
@@ -160,6 +163,7 @@ BAD = [
     ("[" * 5000, "nested too deeply|not valid YAML"),
     ("a: 1\n---\nb: 2\n", "not valid YAML: but found another document"),
     ("\x07", "not valid YAML"),
+    ("a: [1,\n 2024-13-45]", ":2: not a value of YAML: month must be in 1..12"),
 ]
 
 
@@ -192,6 +196,12 @@ def test_bombs_are_refused(tmp_path):
         recipe.load(path)
     with pytest.raises(ValueError, match=r"no such file"):
         recipe.load(tmp_path / "none.yml")
+
+
+def test_switches_as_mergekit_reads_them():
+    for value, want in ((1.0, True), ("true", True), (0, False), ("False", False)):
+        r = recipe.load(changed(TIES, ("parameters", "normalize"), value))
+        assert r.parameters["normalize"].entries == ((None, (want,)),)
 
 
 def test_anchors_work():

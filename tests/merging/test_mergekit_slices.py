@@ -321,3 +321,23 @@ def test_dry_run_tells_where_tensors_come_from(folder):
     assert "layers       6, from 3 slices" in result.plan
     assert "model.embed_tokens.weight <- a" in result.plan
     assert result.output is None
+
+
+def test_filters_of_a_source_look_at_its_own_names(folder):
+    """Layer 3 of b is the output's layer 1; a typo is still refused."""
+    scale = [{"filter": "layers.3.mlp", "value": 0.5}, {"value": 1}]
+    content = {
+        "merge_method": "passthrough",
+        "slices": [
+            {"sources": [source("@a", 0, 1)]},
+            {"sources": [source("@b", 3, 4, scale=scale)]},
+        ],
+    }
+    out, _, _ = run(folder, content)
+    b = load(folder / "b")
+    for rest, factor in (("mlp.up_proj.weight", 0.5), ("self_attn.q_proj.weight", 1)):
+        want = factor * b[f"model.layers.3.{rest}"]
+        np.testing.assert_array_equal(out[f"model.layers.1.{rest}"], want)
+    scale[0]["filter"] = "layers.3.mpl"
+    with pytest.raises(ValueError, match=r"filter 'layers.3.mpl' is in none of"):
+        run(folder, content, overwrite=True)

@@ -62,11 +62,11 @@ def with_base(part: Slice, recipe: Recipe, paths: Mapping[str, Path]) -> Slice:
             )
         return part
     listed = [paths[s.model] for s in part.sources]
-    if paths[base] in listed or spec.base == "first":
+    if paths[base] in listed:
         return part
     if recipe.whole:
         source = Source(base, None, {}, "base_model")
-    elif spec.base == "model":
+    elif spec.base in ("model", "first"):
         return part
     else:
         ranges = {s.layers for s in part.sources}
@@ -168,7 +168,17 @@ def choose(
             spec, {**per_tensor, "seed": seed}, per_model, len(roles.models)
         )
     except ValueError as e:
-        raise ValueError(f"{target.name}: {e}") from None
+        raise _placed(e, recipe, target.name) from None
+
+
+def _placed(error: ValueError, recipe: Recipe, tensor: str) -> ValueError:
+    """An error that begins with a parameter's name, at its places in the recipe."""
+    name, _, rest = str(error).partition(": ")
+    places = [s.where for s in recipe.settings if s.where.endswith(f".{name}")]
+    if len(places) > 3:
+        places = [*places[:3], f"{len(places) - 3} more"]
+    where = ", ".join(places) or f"parameters.{name}"
+    return ValueError(f"{where}: {rest} (for {tensor})")
 
 
 # -- jobs ------------------------------------------------------------------------------
@@ -292,7 +302,9 @@ def _family(
     for name, choice in choices.items():
         groups.setdefault(choice.static, []).append(name)
     made = {
-        static: _method(spec, {n: choices[n] for n in names}, with_origin)
+        static: _method(
+            inputs.recipe, spec, {n: choices[n] for n in names}, with_origin
+        )
         for static, names in groups.items()
     }
     whole = plan_merge(
@@ -329,9 +341,9 @@ def _family(
 
 
 def _method(
-    spec: Spec, choices: Mapping[str, Choice], with_origin: bool
+    recipe: Recipe, spec: Spec, choices: Mapping[str, Choice], with_origin: bool
 ) -> core.Method:
     try:
         return methods.method_of(spec, choices, with_origin)
     except ValueError as e:
-        raise ValueError(f"parameters: {e} (for {next(iter(choices))})") from None
+        raise _placed(e, recipe, next(iter(choices))) from None

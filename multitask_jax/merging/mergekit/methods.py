@@ -37,6 +37,7 @@ class Spec:
     count: int | None = None  # of models besides an origin
     ranks: frozenset[str] = frozenset()
     traced: frozenset[str] = frozenset()
+    elects: bool = False  # signs, and averages over the models that agree
 
     @property
     def parameters(self) -> set[str]:
@@ -73,13 +74,43 @@ def choose(
     vanish = abs(sum(weights)) < 1e-8
     if spec is SPECS["nuslerp"] and vanish:
         weights = (0.5, 0.5)
-    if spec is SPECS["linear"] and vanish and static["normalize"]:
-        raise ValueError(
-            f"weight: got {weights}, which add up to 0: no average has such weights;"
-            " change them, or set normalize: false"
-        )
+    averages = {"linear": "normalize", "multislerp": "normalize_weights"}
+    for name, switch in averages.items():
+        if spec is SPECS[name] and vanish and static[switch]:
+            raise ValueError(
+                f"weight: got {weights}, which add up to 0: no average has such"
+                f" weights; change them, or set {switch}: false"
+            )
+    if "select_topk" in static:
+        topk = min(float(static["select_topk"]), 1.0)
+        if topk <= 0:  # nothing is selected: the base
+            topk, factor = 1.0, 0.0
+        static["select_topk"] = topk
+    if "density" in static:
+        weights = _keep_shares(static, weights, elects=spec.elects)
     traced = {name: static.pop(name) for name in spec.traced}
     return Choice(tuple(sorted(static.items())), weights, factor, traced)
+
+
+def _keep_shares(
+    static: dict[str, Any], weights: tuple[float, ...], *, elects: bool
+) -> tuple[float, ...]:
+    """Densities beyond (0, 1]: of 1 and more keep all, of 0 and less nothing.
+
+    A model of which nothing is kept gets the weight 0. Where entries are averaged over
+    the models that have one it is then absent, as in mergekit; a plain sum is divided
+    by its weight too.
+    """
+    densities = static["density"]
+    static["density"] = tuple(min(d, 1.0) if d > 0 else 1.0 for d in densities)
+    kept = [d > 0 for d in densities]
+    if all(kept):
+        return weights
+    total = sum(weights)
+    if static["normalize"] and not elects:
+        static["normalize"] = False
+        weights = tuple(w / total if abs(total) >= 1e-8 else w for w in weights)
+    return tuple(w if k else 0.0 for w, k in zip(weights, kept, strict=True))
 
 
 def method_of(spec: Spec, choices: Mapping[str, Choice], with_base: bool) -> Method:
@@ -158,9 +189,7 @@ def _dare_ties(o: Options, _: bool) -> Method:
 
 
 def _crumbs_options(o: Options) -> dict[str, Any]:
-    if o["rescale"]:
-        raise ValueError("rescale: breadcrumbs do not rescale here; leave it out")
-    return {"density": o["density"], "gamma": o["gamma"]}
+    return {"density": o["density"], "gamma": o["gamma"], "rescale": _rescale(o)}
 
 
 def _breadcrumbs(o: Options, _: bool) -> Method:
@@ -216,6 +245,10 @@ def _multislerp(o: Options, with_base: bool) -> Method:
 
 
 def _karcher(o: Options, _: bool) -> Method:
+    if o["max_iter"] < 1 or o["max_iter"] % 1:
+        raise ValueError(f"max_iter: got {o['max_iter']}, expected a natural number")
+    if o["tol"] < 0:
+        raise ValueError(f"tol: got {o['tol']}, expected a number from 0 on")
     return recipes_average.karcher(max_iter=int(o["max_iter"]), tol=o["tol"])
 
 
@@ -270,7 +303,11 @@ SPECS: dict[str, Spec] = {
         _task_arithmetic, per_model=_WEIGHT, per_tensor=_summed(False, False)
     ),
     "ties": Spec(
-        _ties, per_model=_SPARSE, per_tensor=_summed(True, False), ranks=_DENSITY
+        _ties,
+        per_model=_SPARSE,
+        per_tensor=_summed(True, False),
+        ranks=_DENSITY,
+        elects=True,
     ),
     "dare_linear": Spec(
         _dare_linear,
@@ -283,12 +320,14 @@ SPECS: dict[str, Spec] = {
         per_model=_SPARSE,
         per_tensor=_summed(False, True),
         traced=_DENSITY,
+        elects=True,
     ),
     "della": Spec(
         _della,
         per_model=_DELLA,
         per_tensor=_summed(True, True),
         traced=_PROBABILITIES,
+        elects=True,
     ),
     "della_linear": Spec(
         _della_linear,
@@ -307,9 +346,10 @@ SPECS: dict[str, Spec] = {
         per_model=_CRUMBS,
         per_tensor=_summed(False, False),
         ranks=_OUTLIERS,
+        elects=True,
     ),
     "sce": Spec(
-        lambda o, _: recipes_sparse.sce(topk=o["select_topk"]),
+        lambda o, _: recipes_sparse.sce(topk=o["select_topk"], at_least=0),
         per_tensor={"select_topk": 1.0},
     ),
     "ram": Spec(_ram, per_tensor={"epsilon": 1e-5}),

@@ -143,7 +143,7 @@ def prepare(
         aliases = [a for row in readers for r in row for a in r.aliases]
         origins = [i for part in slices for i in range(*(part.sources[0].layers or ()))]
         layers = (known[id(base)].count, origins)
-    check_filters(recipe.settings, [t.name for t in targets] + aliases)
+    _check_filters(recipe, readers, [t.name for t in targets] + aliases)
     if any(roles[0].method == m for m in ("linear", "karcher")) and (
         recipe.whole and len(slices[0].sources) > len(recipe.slices[0].sources)
     ):
@@ -166,6 +166,20 @@ def prepare(
     return Prepared(
         recipe, inputs, jobs, base, home, models, layers, [*notes, *said], read
     )
+
+
+def _check_filters(
+    recipe: Recipe, readers: Sequence[Sequence[Reader]], names: list[str]
+) -> None:
+    """Filters look at names of the output, those of a source at its own names too."""
+    above = [*names, *(n for row in readers for r in row for n in r.tensors)]
+    above = list(dict.fromkeys(above))
+    for level in (recipe.parameters, *(part.parameters for part in recipe.slices)):
+        check_filters(list(level.values()), above)
+    for part, row in zip(recipe.slices, readers, strict=True):
+        for source, reader in zip(part.sources, row, strict=False):  # base_model: last
+            own = list(dict.fromkeys([*names, *reader.tensors]))
+            check_filters(list(source.parameters.values()), own)
 
 
 def _alignment(

@@ -26,6 +26,8 @@ Value = float | bool
 # Keys that steer mergekit's own machinery, and what is said of each.
 _IGNORED = {
     "chat_template": "not applied: the chat template of the tokenizer's files is kept",
+    "name": "not used: the output is named by its path",
+    "random_seed": "the seed of random masks is an argument here",
     "int8_mask": "masks are never stored here",
     "eps": "norms of zero are guarded for in another way here",
 }
@@ -205,12 +207,15 @@ _TOP = (
     "tokenizer_source",
     "tokenizer",
     "chat_template",
+    "name",
 )
 
 
 def _recipe(content: Any, text: str) -> Recipe:
     top = _mapping(content, "", _TOP)
-    method = _text(top.get("merge_method"), "merge_method")
+    if "merge_method" not in top:
+        raise ValueError(f"merge_method: got nothing{near('', tuple(methods.SPECS))}")
+    method = _text(top["merge_method"], "merge_method")
     if method not in methods.SPECS:
         raise ValueError(
             f"merge_method: got {method!r}{near(method, tuple(methods.SPECS))}"
@@ -224,8 +229,9 @@ def _recipe(content: Any, text: str) -> Recipe:
         got = "both" if "models" in top else "neither"
         raise ValueError(f"models, slices: got {got}, expected one of them")
     notes: list[str] = []
-    if "chat_template" in top:
-        notes.append(f"chat_template: {_IGNORED['chat_template']}.")
+    for key in ("chat_template", "name"):
+        if key in top:
+            notes.append(f"{key}: {_IGNORED[key]}.")
 
     def settings(x: Mapping[str, Any], where: str) -> Settings:
         at = _join(where, "parameters")
@@ -328,7 +334,7 @@ def _settings(
     if x is None:
         return {}
     spec = methods.SPECS[method]
-    known = tuple(sorted(methods.ALL_PARAMETERS | {"int8_mask", "eps"}))
+    known = tuple(sorted(methods.ALL_PARAMETERS | _IGNORED.keys()))
     out = {}
     for name, value in _mapping(x, where, known).items():
         at = f"{where}.{name}"
@@ -365,9 +371,11 @@ def _entries(
 
 def _values(x: Any, where: str, switch: bool) -> tuple[Value, ...]:
     if switch:
-        if not isinstance(x, bool):
+        spelled = {"true": True, "false": False, "1": True, "0": False}
+        text = str(x).lower().removesuffix(".0")
+        if text not in spelled:
             raise ValueError(f"{where}: got {_kind(x)}, expected true or false")
-        return (x,)
+        return (spelled[text],)
     if x == []:
         raise ValueError(f"{where}: got an empty gradient, expected numbers")
     return tuple(_number(v, where) for v in (x if isinstance(x, list) else [x]))
@@ -377,7 +385,7 @@ def _number(x: Any, where: str) -> float:
     """YAML reads 1e-6 (without a dot) as text."""
     try:
         number = math.nan if isinstance(x, (bool, list, dict)) else float(x)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         raise ValueError(

@@ -79,9 +79,19 @@ def merge_mergekit(
         )
     threads = threads or min(8, 2 * (os.cpu_count() or 1))
     with contextlib.ExitStack() as stack:
-        prepared = prepare(
-            parsed, folder, stack, block_pattern, allow_missing=allow_missing, seed=seed
-        )
+        try:
+            prepared = prepare(
+                parsed,
+                folder,
+                stack,
+                block_pattern,
+                allow_missing=allow_missing,
+                seed=seed,
+            )
+        except ValueError as e:
+            kind = CheckpointError if isinstance(e, CheckpointError) else ValueError
+            where = Path(recipe) if is_path else "recipe"
+            raise kind(f"{where}: {e}") from None
         jobs, notes = prepared.jobs, list(prepared.notes)
         whole = whole_plan(prepared)
         memory = max(

@@ -26,7 +26,11 @@ def read_yaml(text: str, where: str) -> Any:
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         _check_node(node, {}, where)
-        return yaml.safe_load(text)
+        try:
+            return yaml.safe_load(text)
+        except (ValueError, OverflowError) as e:  # 2024-13-45, a number without end
+            line = _unreadable(node)
+            raise ValueError(f"{where}:{line}: not a value of YAML: {e}") from None
     except yaml.MarkedYAMLError as e:
         mark = e.problem_mark
         line = f"{where}:{mark.line + 1}" if mark else where
@@ -36,6 +40,25 @@ def read_yaml(text: str, where: str) -> Any:
         raise ValueError(f"{where}: not valid YAML: {e}") from None
     except RecursionError:
         raise ValueError(f"{where}: nested too deeply for a recipe") from None
+
+
+def _unreadable(root: Any) -> int | str:
+    """The line of the first scalar whose value can't be made."""
+    import yaml
+
+    todo = [root]
+    while todo:
+        node = todo.pop()
+        if node.id == "mapping":
+            todo += [x for pair in reversed(node.value) for x in reversed(pair)]
+        elif node.id == "sequence":
+            todo += reversed(node.value)
+        else:
+            try:
+                yaml.SafeLoader("").construct_object(node)
+            except (ValueError, OverflowError):
+                return node.start_mark.line + 1
+    return "?"
 
 
 def _check_node(node: Any, sizes: dict[int, int | None], where: str) -> int:
