@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import search
+from experiments import candidates, search
 from experiments.search import Outcome
 
 
@@ -134,3 +134,14 @@ def test_cma_es_names_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "cmaes", None)
     with pytest.raises(ValueError, match=r"pip install 'multitask-jax\[search\]'"):
         next(search.cma_es(RANGES, budget=10, seed=0))
+
+
+def test_names_nest_at_slashes():
+    flat = {"a/b": 1, "a/c/0": 2, "model.norm.weight": 3}
+    assert candidates.nested(flat) == {
+        "a": {"b": 1, "c": {"0": 2}},
+        "model.norm.weight": 3,
+    }
+    for names in (("a", "a/b"), ("a/b", "a")):
+        with pytest.raises(ValueError, match="a"):
+            candidates.nested(dict.fromkeys(names, 0))

@@ -382,17 +382,6 @@ def test_one_program_serves_all_traced_candidates(inputs):
     assert [p._cache_size() for p in programs] == [1] * 6
 
 
-def test_names_nest_at_slashes():
-    flat = {"a/b": 1, "a/c/0": 2, "model.norm.weight": 3}
-    assert candidates.nested(flat) == {
-        "a": {"b": 1, "c": {"0": 2}},
-        "model.norm.weight": 3,
-    }
-    for names in (("a", "a/b"), ("a/b", "a")):
-        with pytest.raises(ValueError, match="a"):
-            candidates.nested(dict.fromkeys(names, 0))
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
