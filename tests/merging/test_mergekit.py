@@ -380,3 +380,43 @@ def test_adapters_are_models(folder, tmp_path):
         np.testing.assert_allclose(got[k], want, rtol=1e-5, atol=1e-6)
     with pytest.raises(CheckpointError, match=r"a LoRA adapter changes a base"):
         run(tmp_path, tmp_path / "3", "linear", plain("lora", weight=1))
+
+
+@pytest.mark.parametrize("order", [("tied", "own"), ("own", "tied")])
+@pytest.mark.parametrize("base", [None, "first"])
+def test_a_tied_head_meets_one_of_its_own(tmp_path, order, base):
+    """The tied model's head is its embedding, whether it comes first or not."""
+    shapes = {"model.embed_tokens.weight": (6, 4), "model.layers.0.mlp.weight": (4, 4)}
+    rng = np.random.default_rng(0)
+    models = {}
+    for name in ("own", "tied"):
+        heads = {} if name == "tied" else {"lm_head.weight": (6, 4)}
+        models[name] = {
+            k: rng.standard_normal(s).astype(np.float32)
+            for k, s in (shapes | heads).items()
+        }
+        save(tmp_path / name, models[name])
+        config = {"tie_word_embeddings": name == "tied", "vocab_size": 6}
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    out = tmp_path / "out"
+    if base:
+        got, result = run(
+            tmp_path,
+            out,
+            "task_arithmetic",
+            plain(order[1], weight=0.25),
+            base=order[0],
+        )
+        weights = dict(zip(order, (0.75, 0.25), strict=True))
+    else:
+        each = [(n, {"weight": w}) for n, w in zip(order, (0.3, 0.5), strict=True)]
+        got, result = run(tmp_path, out, "linear", each)
+        weights = dict(zip(order, (0.375, 0.625), strict=True))
+    models["tied"]["lm_head.weight"] = models["tied"]["model.embed_tokens.weight"]
+    assert got.keys() == models["own"].keys()
+    for k, v in got.items():
+        want = sum(w * models[n][k] for n, w in weights.items())
+        np.testing.assert_allclose(v, want, rtol=1e-5, atol=1e-6, err_msg=k)
+    assert any("lm_head.weight of tied is its model.embed" in n for n in result.notes)
+    config = json.loads((out / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False

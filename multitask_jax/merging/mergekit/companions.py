@@ -10,6 +10,7 @@ from multitask_jax.checkpoints import CheckpointError
 
 # num_hidden_layers, n_layer, num_layers, num_decoder_layers, n_blocks, depth.
 _COUNT = re.compile(r"(?:(?:num|n)_(?:\w+_)?(?:layer|block)s?|depth)", re.IGNORECASE)
+_TIES = "tie_word_embeddings"
 _VOCABULARY = ("vocab_size", "padded_vocab_size")
 
 
@@ -74,6 +75,19 @@ def set_layers(config: dict[str, Any], old: int, origins: Sequence[int]) -> list
             if per_layer and max(origins) < old:
                 part[key] = [value[i] for i in origins]
     return changed
+
+
+def ties_embeddings(config: dict[str, Any] | None) -> bool:
+    """Whether tie_word_embeddings is true, of the whole model if it says."""
+    said = [p[_TIES] for p in _parts(config or {}) if _TIES in p]
+    return bool(said) and said[0] is True
+
+
+def untie_embeddings(config: dict[str, Any]) -> None:
+    """The head is stored on its own: loaders must not replace it by the embedding."""
+    for part in _parts(config):
+        if _TIES in part:
+            part[_TIES] = False
 
 
 def take_token_ids(config: dict[str, Any], other: dict[str, Any]) -> None:

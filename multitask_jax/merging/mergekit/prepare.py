@@ -11,7 +11,7 @@ from multitask_jax import checkpoints
 from multitask_jax.checkpoints import CheckpointError, Reader
 from multitask_jax.merging import disk
 from multitask_jax.merging.mergekit import alignment as aligning
-from multitask_jax.merging.mergekit import arrange, layout
+from multitask_jax.merging.mergekit import arrange, layout, tied
 from multitask_jax.merging.mergekit.parameters import check_filters
 from multitask_jax.merging.mergekit.recipe import Recipe
 from multitask_jax.merging.plan import Plan, describe
@@ -27,6 +27,7 @@ class Prepared(NamedTuple):
     home: Path  # whose config.json and other files the output gets
     models: list[Path]  # one a source; empty if slices differ in theirs
     layers: tuple[int, list[int]] | None  # of slices: old count, origin of each layer
+    untied: bool  # whether a tied head became one of its own
     notes: list[str]
     read: list[Path]  # all inputs, which an output must not touch
 
@@ -111,13 +112,16 @@ def prepare(
         opened.open(recipe.base_model, "base_model", None)
     for model, where in named.items():
         opened.open(model, where, recipe.base_model)
-    paths, readers_of = opened.paths, opened.readers
+    readers_of, untied = tied.untie(
+        opened.readers, opened.homes, any_rows=recipe.tokenizer is not None
+    )
+    paths = opened.paths
     slices = [arrange.with_base(part, recipe, paths) for part in recipe.slices]
     roles = [arrange.roles_of(part, recipe, paths) for part in slices]
     readers = [[readers_of[paths[s.model]] for s in part.sources] for part in slices]
     first_model = recipe.base_model or slices[0].sources[0].model
     base = readers_of[paths[first_model]]
-    notes = list(recipe.notes)
+    notes = [*recipe.notes, *untied]
     layers = None
     if recipe.whole:
         first = roles[0].models[0] if roles[0].origin is None else roles[0].origin
@@ -164,7 +168,16 @@ def prepare(
     if alignment is not None:
         read.append(alignment.source)
     return Prepared(
-        recipe, inputs, jobs, base, home, models, layers, [*notes, *said], read
+        recipe,
+        inputs,
+        jobs,
+        base,
+        home,
+        models,
+        layers,
+        bool(untied),
+        [*notes, *said],
+        read,
     )
 
 

@@ -211,5 +211,7 @@ def _write_companions(prepared: Prepared, directory: Path) -> list[str]:
         if config is not None and other is not None:
             companions.take_token_ids(config, other)
     if config is not None:
+        if prepared.untied:
+            companions.untie_embeddings(config)
         companions.write_config(directory, config)
     return notes
