@@ -158,22 +158,25 @@ def test_changes_too_small_to_multiply_keep_their_mask():
     np.testing.assert_array_equal(task.mask["w"], [True, True, False])
 
 
+def merged_on_disk(tmp_path, base, models, **options):
+    """The paths of the base and of the EMR merge of two models."""
+    paths = [save(tmp_path / n, m) for n, m in zip("xab", (base, *models), strict=True)]
+    out = tmp_path / "out"
+    merging.merge_checkpoints(
+        merging.emr(), paths[0], paths[1:], out, progress=False, **options
+    )
+    return paths[0], out
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_from_the_unified_delta(tmp_path, dtype):
     base, models = make_models(2, rows=8, blocks=1)
-    paths = [save(tmp_path / n, m) for n, m in zip("xab", (base, *models), strict=True)]
-    merging.merge_checkpoints(
-        merging.emr(),
-        paths[0],
-        paths[1:],
-        tmp_path / "out",
-        output_format="delta",
-        out_dtype=dtype,
-        progress=False,
+    origin, out = merged_on_disk(
+        tmp_path, base, models, output_format="delta", out_dtype=dtype
     )
-    task = tmp_path / "out" / "tasks" / "a.safetensors"
+    task = out / "tasks" / "a.safetensors"
     merging.specialise_checkpoint(
-        paths[0], tmp_path / "out", task, tmp_path / "a-again", progress=False
+        origin, out, task, tmp_path / "a-again", progress=False
     )
     merged = merging.merge(merging.emr(), base, models)
     want = merging.specialise(merged, merging.emr_tasks(base, models)[0], base=base)
@@ -185,20 +188,12 @@ def test_from_the_unified_delta(tmp_path, dtype):
 @pytest.mark.parametrize("format", ["orbax", "msgpack"])
 def test_beside_other_formats(tmp_path, format):
     base, models = make_models(2, rows=8, blocks=1)
-    paths = [save(tmp_path / n, m) for n, m in zip("xab", (base, *models), strict=True)]
-    merging.merge_checkpoints(
-        merging.emr(),
-        paths[0],
-        paths[1:],
-        tmp_path / "out",
-        output_format=format,
-        progress=False,
-    )
+    origin, out = merged_on_disk(tmp_path, base, models, output_format=format)
     merged = merging.merge(merging.emr(), base, models)
-    assert_same_bits(load(tmp_path / "out"), tree.flatten(merged))
-    task = tmp_path / "out" / "tasks" / "b.safetensors"
+    assert_same_bits(load(out), tree.flatten(merged))
+    task = out / "tasks" / "b.safetensors"
     merging.specialise_checkpoint(
-        paths[0], tmp_path / "out", task, tmp_path / "b-again", progress=False
+        origin, out, task, tmp_path / "b-again", progress=False
     )
     want = merging.specialise(merged, merging.emr_tasks(base, models)[1], base=base)
     for p, x in load(tmp_path / "b-again").items():
