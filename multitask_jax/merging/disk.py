@@ -4,7 +4,6 @@ import contextlib
 import json
 import math
 import os
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,18 +13,10 @@ import ml_dtypes
 import numpy as np
 
 from multitask_jax import checkpoints
-from multitask_jax.checkpoints import CheckpointError, Reader
-from multitask_jax.merging import core, delta, report
+from multitask_jax.checkpoints import Reader
+from multitask_jax.merging import core, delta, execution, report
 from multitask_jax.merging.census import MOST_MODELS, Census
-from multitask_jax.merging.plan import (
-    Plan,
-    describe,
-    human,
-    peak_memory,
-    plan_merge,
-    threads_for,
-)
-from multitask_jax.merging.streaming import Stream
+from multitask_jax.merging.plan import describe, plan_merge
 from multitask_jax.merging.task_statistics import StatisticsFile
 
 PathLike = str | os.PathLike[str]
@@ -104,9 +95,7 @@ def merge_checkpoints(
     models = [Path(m).expanduser() for m in models]
     weights = core.check_models(method, len(models), weights)
     _check_weights(method, weights)
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads: got {threads}, expected at least 1")
-    threads = threads_for(method, threads or min(8, 2 * (os.cpu_count() or 1)))
+    threads = execution.default_threads(threads)
     compute = float_dtype("dtype", dtype, computing=True)
     stored = float_dtype("out_dtype", out_dtype)
     notes = []
@@ -143,26 +132,8 @@ def merge_checkpoints(
         if output_format == "delta":
             method, plan = delta.as_delta(method), delta.delta_plan(plan, stored)
             tensors = delta.written(plan)
-        memory = peak_memory(plan, readers, threads, method)
-        if max_memory is not None and memory > max_memory:
-            raise CheckpointError(
-                f"the merge is expected to need {human(memory)}, more than max_memory"
-                f" = {human(max_memory)}; pass fewer threads or a larger limit"
-            )
-        census = None
-        if report_files:
-            exact = any(t.trims for t in method.transforms)
-            census = Census(len(models), exact=exact and len(models) <= MOST_MODELS)
-        stream = Stream(
-            method,
-            plan,
-            readers,
-            weights,
-            statistics=known or (),
-            census=census,
-            allow_nonfinite=allow_nonfinite,
-            threads=threads,
-        )
+        job = execution.Job(method, plan, readers, weights, known or ())
+        memory = execution.memory_of([job], threads, max_memory)
         target = {
             "format": output_format,
             "overwrite": overwrite,
@@ -177,23 +148,40 @@ def merge_checkpoints(
             target["max_shard_size"] = max_shard_size
         if output_format == "delta":
             target["base"] = readers[0]
-        with (
-            progress_bar([plan], progress) as stream.advance,
-            checkpoints.create(output, tensors, **target) as writer,
-        ):
-            notes += [*plan.notes, *stream.run(writer)]
+        census = None
+        if report_files:
+            exact = any(t.trims for t in method.transforms)
+            census = Census(len(models), exact=exact and len(models) <= MOST_MODELS)
+
+        def finish(directory: Path, found: list[str]) -> list[str]:
+            said = []
             if output_format != "delta":  # it is no model without its base
-                checkpoints.copy_companions(readers[0].path, writer.directory)
-            set_config_dtype(writer.directory, stored)
+                checkpoints.copy_companions(readers[0].path, directory)
+            set_config_dtype(directory, stored)
             if method.aside is not None:
                 names = report.unique_names(models)
-                notes += method.aside(writer.directory, plan, readers, names)
+                said += method.aside(directory, plan, readers, names)
             if census is not None:
                 seconds = time.perf_counter() - started
+                before = [*notes, *found, *said]
                 facts = report.Facts(
-                    given and base, models, weights, recipe or {}, plan, notes, seconds
+                    given and base, models, weights, recipe or {}, plan, before, seconds
                 )
-                notes += report.write(writer.directory, census, facts, block_pattern)
+                said += report.write(directory, census, facts, block_pattern)
+            return said
+
+        notes += plan.notes
+        notes += execution.execute(
+            [job],
+            output,
+            tensors,
+            target,
+            finish,
+            census=census,
+            allow_nonfinite=allow_nonfinite,
+            progress=progress,
+            threads=threads,
+        )
     seconds = time.perf_counter() - started
     text = describe(plan, models, memory)
     return MergeResult(Path(output), text, tuple(notes), seconds)
@@ -243,29 +231,3 @@ def set_config_dtype(directory: Path, dtype: np.dtype | None) -> None:
         if key in config:
             config[key] = dtype.name
     path.write_text(json.dumps(config, indent=2) + "\n")
-
-
-@contextlib.contextmanager
-def progress_bar(plans: Sequence[Plan], show: bool) -> Any:
-    """A progress bar over bytes with rate and time left."""
-    if not show:
-        yield lambda nbytes: None
-        return
-    from tqdm import tqdm
-
-    total = 0
-    for plan in plans:
-        merged = sum(e.nbytes for e in plan.merged)
-        total += merged * len(plan.passes) + plan.read_bytes - merged
-    with tqdm(
-        total=total, unit="B", unit_scale=True, desc="merging", mininterval=0.2
-    ) as bar:
-        lock = threading.Lock()
-
-        def advance(nbytes: int) -> None:
-            with lock:
-                # More passes than planned (a bracket that missed) move the goal.
-                bar.total = max(bar.total, bar.n + nbytes)
-                bar.update(nbytes)
-
-        yield advance

@@ -7,7 +7,7 @@ import pytest
 
 from multitask_jax import checkpoints, merging, tree
 from multitask_jax.checkpoints import CheckpointError
-from multitask_jax.merging.mergekit import run as mergekit_run
+from multitask_jax.merging import execution
 from tests.merging.common import assert_same_bits, load, save
 
 LAYERS = 4
@@ -69,13 +69,13 @@ MEAN = {
 def test_densities_over_depth(folder, tmp_path, monkeypatch):
     """Each layer as if merged alone; programs are compiled for one of them."""
     streams = []
-    original = mergekit_run.Stream
+    original = execution.Stream
 
     def spy(*args, **kwargs):
         streams.append(original(*args, **kwargs))
         return streams[-1]
 
-    monkeypatch.setattr(mergekit_run, "Stream", spy)
+    monkeypatch.setattr(execution, "Stream", spy)
     got, _ = run(
         folder,
         tmp_path / "recipe",

@@ -15,6 +15,7 @@ import numpy as np
 
 from multitask_jax.checkpoints import Reader, TensorInfo
 from multitask_jax.merging import core
+from multitask_jax.merging.execution import Job
 from multitask_jax.merging.mergekit import methods
 from multitask_jax.merging.mergekit.alignment import Alignment
 from multitask_jax.merging.mergekit.layout import Target
@@ -31,16 +32,6 @@ class Roles(NamedTuple):
     method: str  # passthrough where one source is all there is
     origin: int | None
     models: tuple[int, ...]
-
-
-class Job(NamedTuple):
-    """What one `Stream` does."""
-
-    method: core.Method
-    plan: Plan
-    readers: tuple[View, ...]  # the base, then the models
-    weights: dict[str, tuple[float, ...]]  # by tensor
-    program: Any  # jobs of the same key may share compiled programs
 
 
 # -- roles -----------------------------------------------------------------------------
@@ -336,7 +327,7 @@ def _family(
         shared = tuple((k, v) for k, v in static if k not in spec.ranks)
         scaled = any(choices[n].factor != 1 for n in names)
         program = (id(spec), with_origin, len(views), shared, scaled)
-        jobs.append(Job(method, plan, views, weights, program))
+        jobs.append(Job(method, plan, views, weights, program=program))
     return jobs, list(whole.notes)
 
 

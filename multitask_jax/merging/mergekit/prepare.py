@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from multitask_jax import checkpoints
 from multitask_jax.checkpoints import CheckpointError, Reader
 from multitask_jax.merging import disk
+from multitask_jax.merging.execution import Job
 from multitask_jax.merging.mergekit import alignment as aligning
 from multitask_jax.merging.mergekit import arrange, layout, tied
 from multitask_jax.merging.mergekit.parameters import check_filters
@@ -22,7 +23,7 @@ class Prepared(NamedTuple):
 
     recipe: Recipe
     inputs: arrange.Inputs
-    jobs: list[arrange.Job]
+    jobs: list[Job]
     base: Reader  # base_model, or the first model
     home: Path  # whose config.json and other files the output gets
     models: list[Path]  # one a source; empty if slices differ in theirs

@@ -9,9 +9,10 @@ from typing import Any, Literal
 
 from multitask_jax import checkpoints
 from multitask_jax.checkpoints import CheckpointError
-from multitask_jax.merging import disk, report
+from multitask_jax.merging import disk, execution, report
 from multitask_jax.merging.census import MOST_MODELS, Census
-from multitask_jax.merging.mergekit import arrange, companions, vocabularies
+from multitask_jax.merging.execution import Job
+from multitask_jax.merging.mergekit import companions, vocabularies
 from multitask_jax.merging.mergekit import report as slice_report
 from multitask_jax.merging.mergekit.prepare import (
     Prepared,
@@ -20,8 +21,6 @@ from multitask_jax.merging.mergekit.prepare import (
     whole_plan,
 )
 from multitask_jax.merging.mergekit.recipe import load
-from multitask_jax.merging.plan import human, peak_memory, threads_for
-from multitask_jax.merging.streaming import Stream
 
 PathLike = str | os.PathLike[str]
 
@@ -70,14 +69,12 @@ def merge_mergekit(
     parsed = load(recipe)
     is_path = not isinstance(recipe, Mapping)
     folder = Path(recipe).expanduser().parent if is_path else Path.cwd()
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads: got {threads}, expected at least 1")
+    threads = execution.default_threads(threads)
     if output_format == "delta":
         raise ValueError(
             "output_format: got delta, but a recipe makes a whole model; choose"
             " safetensors, orbax or msgpack"
         )
-    threads = threads or min(8, 2 * (os.cpu_count() or 1))
     with contextlib.ExitStack() as stack:
         try:
             prepared = prepare(
@@ -94,19 +91,7 @@ def merge_mergekit(
             raise kind(f"{where}: {e}") from None
         jobs, notes = prepared.jobs, list(prepared.notes)
         whole = whole_plan(prepared)
-        memory = max(
-            (
-                peak_memory(j.plan, j.readers, threads_for(j.method, threads), j.method)
-                for j in jobs
-                if j.plan.merged
-            ),
-            default=120 << 20,  # the interpreter and JAX
-        )
-        if max_memory is not None and memory > max_memory:
-            raise CheckpointError(
-                f"the merge is expected to need {human(memory)}, more than max_memory"
-                f" = {human(max_memory)}; pass fewer threads or a larger limit"
-            )
+        memory = execution.memory_of(jobs, threads, max_memory)
         target: dict[str, Any] = {
             "format": output_format,
             "overwrite": overwrite,
@@ -120,26 +105,9 @@ def merge_mergekit(
         if max_shard_size is not None:
             target["max_shard_size"] = max_shard_size
         census = _census(prepared) if report_files else None
-        with (
-            disk.progress_bar([j.plan for j in jobs], progress) as advance,
-            checkpoints.create(output, whole.outputs, **target) as writer,
-        ):
-            programs: dict[Any, Any] = {}
-            for job in jobs:
-                stream = Stream(
-                    job.method,
-                    job.plan,
-                    job.readers,
-                    job.weights,
-                    programs=programs.get(job.program),
-                    census=census,
-                    allow_nonfinite=allow_nonfinite,
-                    advance=advance,
-                    threads=threads_for(job.method, threads),
-                )
-                programs[job.program] = stream.programs
-                notes += stream.run(writer)
-            notes += _write_companions(prepared, writer.directory)
+
+        def finish(directory: Path, found: list[str]) -> list[str]:
+            said = _write_companions(prepared, directory)
             if report_files:
                 origin = prepared.inputs.roles[0].origin is not None
                 facts = report.Facts(
@@ -148,16 +116,27 @@ def merge_mergekit(
                     _weights(jobs, len(prepared.models)),
                     {**(flags or {}), "method": f"mergekit {parsed.method}"},
                     whole,
-                    notes,
+                    [*notes, *found, *said],
                     time.perf_counter() - started,
                     parsed.text,
                 )
                 if census is not None:
-                    notes += report.write(
-                        writer.directory, census, facts, block_pattern
-                    )
+                    said += report.write(directory, census, facts, block_pattern)
                 else:
-                    slice_report.write(writer.directory, facts, prepared.inputs)
+                    slice_report.write(directory, facts, prepared.inputs)
+            return said
+
+        notes += execution.execute(
+            jobs,
+            output,
+            whole.outputs,
+            target,
+            finish,
+            census=census,
+            allow_nonfinite=allow_nonfinite,
+            progress=progress,
+            threads=threads,
+        )
     seconds = time.perf_counter() - started
     return disk.MergeResult(Path(output), text, tuple(notes), seconds)
 
@@ -175,7 +154,7 @@ def _census(prepared: Prepared) -> Census | None:
     return Census(count, exact=trims and count <= MOST_MODELS)
 
 
-def _weights(jobs: Sequence[arrange.Job], count: int) -> list[float | None]:
+def _weights(jobs: Sequence[Job], count: int) -> list[float | None]:
     """A weight a model; None where it differs between tensors."""
     rows = {w for j in jobs for w in j.weights.values() if len(w) == count}
     return [

@@ -1,0 +1,142 @@
+"""Runs what was planned: jobs in, one checkpoint out, whole or not at all."""
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from multitask_jax import checkpoints
+from multitask_jax.checkpoints import CheckpointError, Reader, TensorInfo
+from multitask_jax.merging.census import Census
+from multitask_jax.merging.core import Method
+from multitask_jax.merging.plan import Plan, human, peak_memory, threads_for
+from multitask_jax.merging.streaming import Stream
+from multitask_jax.merging.task_statistics import StatisticsFile
+
+
+class Job(NamedTuple):
+    """Tensors that one method merges: what one `Stream` does."""
+
+    method: Method
+    plan: Plan
+    readers: Sequence[Reader]  # the base, then the models
+    weights: Sequence[float] | Mapping[str, Sequence[float]]  # T, or T by tensor
+    statistics: Sequence[StatisticsFile] = ()
+    program: Any = None  # jobs of the same key, not None, may share compiled programs
+
+
+def default_threads(threads: int | None) -> int:
+    """Two a core (some wait for the disk or for XLA), 8 at most.
+
+    Raises:
+      ValueError: the number given is not positive.
+    """
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads: got {threads}, expected at least 1")
+    return threads or min(8, 2 * (os.cpu_count() or 1))
+
+
+def memory_of(jobs: Sequence[Job], threads: int, max_memory: int | None) -> int:
+    """Estimate of anonymous memory in bytes.
+
+    Raises:
+      CheckpointError: it is more than max_memory.
+    """
+    memory = max(
+        (
+            peak_memory(j.plan, j.readers, threads_for(j.method, threads), j.method)
+            for j in jobs
+            if j.plan.merged
+        ),
+        default=120 << 20,  # the interpreter and JAX
+    )
+    if max_memory is not None and memory > max_memory:
+        raise CheckpointError(
+            f"the merge is expected to need {human(memory)}, more than max_memory"
+            f" = {human(max_memory)}; pass fewer threads or a larger limit"
+        )
+    return memory
+
+
+def execute(
+    jobs: Sequence[Job],
+    output: str | os.PathLike[str],
+    tensors: Sequence[TensorInfo],
+    target: Mapping[str, Any],
+    finish: Callable[[Path, list[str]], list[str]],
+    *,
+    census: Census | None = None,
+    allow_nonfinite: bool = False,
+    progress: bool = True,
+    threads: int,
+) -> list[str]:
+    """Streams all jobs into one new checkpoint.
+
+    Args:
+      jobs: which together write every tensor.
+      output: directory that appears when all is done.
+      tensors: of the output, in its order.
+      target: further arguments of `checkpoints.create`.
+      finish: (directory in the making, notes so far) -> more notes; writes what lies
+        beside the weights.
+      census: gathers what the report says, if there is one.
+      allow_nonfinite, progress, threads: as for `merge_checkpoints`.
+
+    Returns:
+      All notes.
+
+    Raises:
+      CheckpointError: inputs that hold NaN, a full disk; nothing is left at `output`.
+    """
+    notes: list[str] = []
+    programs: dict[Any, Any] = {}
+    with (
+        progress_bar([j.plan for j in jobs], progress) as advance,
+        checkpoints.create(output, tensors, **target) as writer,
+    ):
+        for job in jobs:
+            stream = Stream(
+                job.method,
+                job.plan,
+                job.readers,
+                job.weights,
+                programs=programs.get(job.program),
+                statistics=job.statistics,
+                census=census,
+                allow_nonfinite=allow_nonfinite,
+                advance=advance,
+                threads=threads_for(job.method, threads),
+            )
+            if job.program is not None:
+                programs[job.program] = stream.programs
+            notes += stream.run(writer)
+        notes += finish(writer.directory, notes)
+    return notes
+
+
+@contextlib.contextmanager
+def progress_bar(plans: Sequence[Plan], show: bool) -> Any:
+    """A progress bar over bytes with rate and time left."""
+    if not show:
+        yield lambda nbytes: None
+        return
+    from tqdm import tqdm
+
+    total = 0
+    for plan in plans:
+        merged = sum(e.nbytes for e in plan.merged)
+        total += merged * len(plan.passes) + plan.read_bytes - merged
+    with tqdm(
+        total=total, unit="B", unit_scale=True, desc="merging", mininterval=0.2
+    ) as bar:
+        lock = threading.Lock()
+
+        def advance(nbytes: int) -> None:
+            with lock:
+                # More passes than planned (a bracket that missed) move the goal.
+                bar.total = max(bar.total, bar.n + nbytes)
+                bar.update(nbytes)
+
+        yield advance
