@@ -1,9 +1,15 @@
 """Reading YAML that strangers wrote: bounded, no objects, no key lost."""
 
+import itertools
 from typing import Any
 
-MAX_BYTES = 1_000_000
+MAX_BYTES = 200_000
+# PyYAML reads some 20,000 values a second, and each slower the deeper it lies.
+MAX_VALUES, MAX_DEPTH = 20_000, 50
 MAX_NODES = 100_000  # after aliases are expanded
+# What PyYAML's constructors raise besides its own errors: for 2024-13-45, a number
+# without end, `!!float ''`, `!!bool maybe`, `!!timestamp soon`.
+_NO_VALUE = (ValueError, ArithmeticError, LookupError, AttributeError, TypeError)
 
 
 def read_yaml(text: str, where: str) -> Any:
@@ -23,12 +29,17 @@ def read_yaml(text: str, where: str) -> Any:
         raise ValueError(
             f"{where}: got {len(text):,} characters, at most {MAX_BYTES:,}"
         )
+    values = sum(map(text.count, ("\n", ",", "[", "{", "- ", "? ")))
+    if values > MAX_VALUES:
+        raise ValueError(f"{where}: got {values:,} values, at most {MAX_VALUES:,}")
+    if _brackets(text) > MAX_DEPTH:
+        raise ValueError(f"{where}: nested too deeply for a recipe")
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         _check_node(node, {}, where)
         try:
             return yaml.safe_load(text)
-        except (ValueError, OverflowError) as e:  # 2024-13-45, a number without end
+        except _NO_VALUE as e:
             line = _unreadable(node)
             raise ValueError(f"{where}:{line}: not a value of YAML: {e}") from None
     except yaml.MarkedYAMLError as e:
@@ -40,6 +51,12 @@ def read_yaml(text: str, where: str) -> Any:
         raise ValueError(f"{where}: not valid YAML: {e}") from None
     except RecursionError:
         raise ValueError(f"{where}: nested too deeply for a recipe") from None
+
+
+def _brackets(text: str) -> int:
+    """How deep brackets are nested, those in quotes and comments too."""
+    steps = (1 if c in "[{" else -1 for c in text if c in "[]{}")
+    return max(itertools.accumulate(steps), default=0)
 
 
 def _unreadable(root: Any) -> int | str:
@@ -56,7 +73,7 @@ def _unreadable(root: Any) -> int | str:
         else:
             try:
                 yaml.SafeLoader("").construct_object(node)
-            except (ValueError, OverflowError):
+            except _NO_VALUE:
                 return node.start_mark.line + 1
     return "?"
 
