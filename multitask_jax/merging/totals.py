@@ -7,11 +7,15 @@ from typing import Any, Literal
 import numpy as np
 
 from multitask_jax.merging import statistics
+from multitask_jax.merging.exact import ExactSum
 from multitask_jax.merging.selection import Selection, magnitude
 
 
 class SumTotal:
-    """Exact counts, or sums in float64."""
+    """Exact counts, or exact sums of the chunks' terms, rounded once.
+
+    Threads add chunks in any order: the result does not depend on it.
+    """
 
     def __init__(
         self,
@@ -27,18 +31,23 @@ class SumTotal:
 
     def add(self, chunk: Any) -> None:
         """Adds a chunk's terms; thread-safe."""
-        number = int if self._kind == "count" else float
-        terms = [number(x) for x in self._terms(chunk)]
+        counts = self._kind == "count"
+        terms = [int(x) if counts else float(x) for x in self._terms(chunk)]
         with self._lock:
-            sums = self._sums or [0] * len(terms)
-            self._sums = [a + b for a, b in zip(sums, terms, strict=True)]
+            if not self._sums:
+                self._sums = [0 if counts else ExactSum() for _ in terms]
+            for i, x in enumerate(terms):
+                if counts:
+                    self._sums[i] += x
+                else:
+                    self._sums[i].add(x)
 
     def result(self) -> tuple[Any, ...]:
         """As `merge` has it in memory: (high, low) pairs, or floats."""
         if self._kind == "count":
             pairs = [statistics.split(n) for n in self._sums]
             return tuple((np.int32(high), np.int32(low)) for high, low in pairs)
-        return tuple(self._dtype.type(x) for x in self._sums)
+        return tuple(self._dtype.type(float(x)) for x in self._sums)
 
 
 class KthTotal:

@@ -6,6 +6,7 @@ from typing import Any
 MAX_BYTES = 200_000
 # PyYAML reads some 20,000 values a second, and each slower the deeper it lies.
 MAX_VALUES, MAX_DEPTH = 20_000, 50
+_MAX_SCALAR = 10_000  # 1:1:1:... is a number in base 60
 MAX_NODES = 100_000  # after aliases are expanded
 # What PyYAML's constructors raise besides its own errors: for 2024-13-45, a number
 # without end, `!!float ''`, `!!bool maybe`, `!!timestamp soon`.
@@ -38,7 +39,7 @@ def read_yaml(text: str, where: str) -> Any:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         _check_node(node, {}, where)
         try:
-            return yaml.safe_load(text)
+            return None if node is None else _loader().construct_document(node)
         except _NO_VALUE as e:
             line = _unreadable(node)
             raise ValueError(f"{where}:{line}: not a value of YAML: {e}") from None
@@ -53,6 +54,12 @@ def read_yaml(text: str, where: str) -> Any:
         raise ValueError(f"{where}: nested too deeply for a recipe") from None
 
 
+def _loader() -> Any:
+    import yaml
+
+    return yaml.SafeLoader("")
+
+
 def _brackets(text: str) -> int:
     """How deep brackets are nested, those in quotes and comments too."""
     steps = (1 if c in "[{" else -1 for c in text if c in "[]{}")
@@ -61,8 +68,6 @@ def _brackets(text: str) -> int:
 
 def _unreadable(root: Any) -> int | str:
     """The line of the first scalar whose value can't be made."""
-    import yaml
-
     todo = [root]
     while todo:
         node = todo.pop()
@@ -72,7 +77,7 @@ def _unreadable(root: Any) -> int | str:
             todo += reversed(node.value)
         else:
             try:
-                yaml.SafeLoader("").construct_object(node)
+                _loader().construct_object(node)
             except _NO_VALUE:
                 return node.start_mark.line + 1
     return "?"
@@ -101,6 +106,11 @@ def _check_node(node: Any, sizes: dict[int, int | None], where: str) -> int:
             children += [key, value]
     elif node.id == "sequence":
         children = node.value
+    elif len(node.value) > _MAX_SCALAR:
+        raise ValueError(
+            f"{where}:{node.start_mark.line + 1}: got a value of {len(node.value):,}"
+            f" characters, at most {_MAX_SCALAR:,}"
+        )
     size = 1 + sum(_check_node(c, sizes, where) for c in children)
     if size > MAX_NODES:
         raise ValueError(
