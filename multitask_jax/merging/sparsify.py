@@ -100,23 +100,23 @@ def keep_probabilities(tau: Array, density: float, epsilon: float) -> Array:
     return _probabilities(tau, (density, density - epsilon, 2 * epsilon))
 
 
-def _probabilities(tau: Array, line: tuple[Any, Any, Any]) -> Array:
+def _probabilities(
+    tau: Array, line: tuple[Any, Any, Any], ranks: Array | None = None
+) -> Array:
     """`keep_probabilities` by the middle, the start and the rise of the line."""
     middle, start, rise = (jnp.asarray(x, jnp.float32) for x in line)
     n = tau.shape[-1] if tau.ndim else 1
     if n == 1:
         return jnp.full(tau.shape, middle)
-    order = _order(jax.lax.stop_gradient(tau).reshape(-1, n))
+    if ranks is None:
+        ranks = _ranks(jax.lax.stop_gradient(tau).reshape(-1, n)).reshape(tau.shape)
     # Looked up, not computed: no two programs may round a probability differently.
     table = start + times(rise, jnp.asarray(np.arange(n) / (n - 1), jnp.float32))
-    p = jax.vmap(
-        lambda o: jnp.zeros(n, table.dtype).at[o].set(table, unique_indices=True)
-    )(order)
-    return p.reshape(tau.shape)
+    return table[ranks.astype(jnp.int32)]
 
 
-def _order(rows: Array) -> Array:
-    """Columns of each row, from the smallest magnitude (in float32) to the largest.
+def _ranks(rows: Array) -> Array:
+    """Place of each magnitude (in float32) in its row; of equals, the first.
 
     Sorts integers that hold magnitude and column: four times as fast as an argsort,
     which XLA on a CPU does by comparing pairs.
@@ -126,7 +126,11 @@ def _order(rows: Array) -> Array:
         column = jax.lax.broadcasted_iota(jnp.int64, rows.shape, 1)
         packed = (keys.astype(jnp.int64) << 32) | column
         packed = jax.lax.sort(packed, dimension=1, is_stable=False)
-        return (packed & 0xFFFFFFFF).astype(jnp.int32)
+        order = (packed & 0xFFFFFFFF).astype(jnp.int32)
+    places = jnp.arange(rows.shape[1], dtype=jnp.int32)
+    return jax.vmap(lambda o: jnp.zeros_like(o).at[o].set(places, unique_indices=True))(
+        order
+    )
 
 
 def drop_by_rank(
@@ -166,7 +170,7 @@ def drop_by_rank(
         salt, leaf_lines = leaf.setting
         keep = per_model(leaf_lines, len(values), "density, epsilon")
         for t, (tau, line) in enumerate(zip(values, keep, strict=True)):
-            p = _probabilities(tau, line)
+            p = _probabilities(tau, line, leaf.ranks[t] if leaf.ranks else None)
             u = uniform(tau.shape, seed=salt, model=t, offset=leaf.offset)
             scaled = times(1 / p.astype(tau.dtype), tau) if divide else tau
             out.append(jnp.where(u < p, scaled, 0))
@@ -181,7 +185,7 @@ def drop_by_rank(
         measures=(l1_measure(masked),) if rescale == "l1" else (),
         settings=lambda paths: {p: (path_seed(p, seed), lines(p)) for p in paths},
         needs="row",
-        trims=True,
+        ranks=True,
     )
 
 
