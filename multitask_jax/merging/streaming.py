@@ -331,7 +331,7 @@ class Stream:
             ranks = tuple(row_ranks(x.reshape(-1, shape[-1])) for x in taus)
         if self._batched:
             self._ranks[c.entry.path, c.start, c.stop] = ranks
-        return tuple(_pad(x, shape) for x in ranks)
+        return tuple(_pad(x.reshape(-1), shape) for x in ranks)
 
     def _known(self, path: str, i: int) -> tuple[Any, ...]:
         """Statistics of transform i so far; None is unknown yet."""
