@@ -58,6 +58,8 @@ class Measure(NamedTuple):
     scope: Scope
     values: Callable[[Values, Leaf, tuple[Any, ...]], Values]
     rank: tuple[Callable[[int], int], ...] | Callable[..., Sequence[Any]] | None = None
+    # What to tell the user of a whole-model statistic: (it, T) -> a sentence.
+    says: Callable[[tuple[Any, ...], int], str] | None = None
 
 
 class Transform(NamedTuple):

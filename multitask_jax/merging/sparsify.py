@@ -37,22 +37,25 @@ def drop_extremes(
     density: Shares = 0.9,
     gamma: Shares = 0.01,
     rescale: Literal["none", "l1"] = "none",
+    at_least: Literal[0, 1] = 1,
 ) -> Transform:
     """Drops the largest and the smallest |tau_t| of each tensor (Model Breadcrumbs).
 
-    The int(gamma n) largest go, the next int(density n), at least one, stay. If that is
-    more than n, fewer large ones go (mergekit). Values that equal the first or the last
-    to stay, stay too: a tensor of equal magnitudes is kept whole.
+    The int(gamma n) largest go, the next int(density n), `at_least` one, stay. If that
+    is more than n, fewer large ones go (mergekit). Values that equal the first or the
+    last to stay, stay too: a tensor of equal magnitudes is kept whole.
 
     Args:
       density: share that is kept, one for all or one per model.
       gamma: share of outliers that is dropped, one for all or one per model.
       rescale: "l1" scales what is kept to the L1 norm before, per tensor (mergekit).
+      at_least: 0 keeps nothing of a tensor where int(density n) is 0 (mergekit).
 
     Raises:
       ValueError: density outside (0, 1], gamma outside [0, 1), unknown rescale.
     """
     check_choice("rescale", rescale, ("none", "l1"))
+    check_choice("at_least", at_least, (0, 1))
     densities = shares("density", density)
     gammas = numbers(gamma)
     for g in gammas:
@@ -79,7 +82,12 @@ def drop_extremes(
         for t, tau in enumerate(values):
             size = jnp.abs(tau.astype(jnp.float32))
             high, low = thresholds[t], thresholds[len(values) + t]
-            out.append(jnp.where((size <= high) & (size >= low), tau, 0))
+            stays = (size <= high) & (size >= low)
+            if not at_least:
+                stays &= (
+                    per_model(densities, len(values), "density")[t] * leaf.size >= 1
+                )
+            out.append(jnp.where(stays, tau, 0))
         return tuple(out)
 
     def apply(values: Values, leaf: Leaf, stats: tuple[Any, ...]) -> Values:

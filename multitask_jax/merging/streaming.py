@@ -114,7 +114,13 @@ class Stream:
                 result = total.result()
                 if result is not None:
                     self._model[p.model] = result
-        return self._copy(writer)
+        return [*self._said(), *self._copy(writer)]
+
+    def _said(self) -> list[str]:
+        """What whole-model statistics tell the user."""
+        models = len(self.readers) - 1
+        measures = {k: self.method.transforms[k[0]].measures[k[1]] for k in self._model}
+        return [m.says(self._model[k], models) for k, m in measures.items() if m.says]
 
     def _over_batches(self, p: Pass, work: Callable[[Chunk], None]) -> None:
         """One reading: statistics of a few tensors, then `work` on their chunks."""
