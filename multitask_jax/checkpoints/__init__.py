@@ -7,6 +7,7 @@ Nothing here unpickles anything.
 
 from multitask_jax.checkpoints.directory import (
     Writer,
+    attach,
     check_output,
     copy_companions,
     create,
@@ -19,6 +20,7 @@ __all__ = [
     "Reader",
     "TensorInfo",
     "Writer",
+    "attach",
     "check_output",
     "copy_companions",
     "create",

@@ -136,6 +136,15 @@ class Writer:
         """Stores flat entries [start, start + len(flat)) of a tensor; thread-safe."""
         self._inner.write(name, start, flat)
 
+    @property
+    def shards(self) -> list[list[str]]:
+        """Names of the tensors of each file, if the format has such files."""
+        return getattr(self._inner, "shards", [])
+
+    def skip(self, names: Sequence[str]) -> None:
+        """Says that tensors are written already: by another process, or before."""
+        self._inner.skip(names)
+
     def commit(self) -> None:
         """Finishes the files and renames the directory to its final path."""
         self._inner.finish()
@@ -316,6 +325,28 @@ def create(
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+    return Writer(path, staging, inner, overwrite)
+
+
+def attach(
+    staging: Path,
+    path: str | os.PathLike[str],
+    tensors: Sequence[TensorInfo],
+    *,
+    overwrite: bool = False,
+    **options: Any,
+) -> Writer:
+    """Goes on with a safetensors checkpoint in the making: `create`'s `directory`.
+
+    Args:
+      staging: of a writer of another process, or of one that was killed.
+      path, tensors, overwrite, options: as they were given to `create`.
+
+    Raises:
+      CheckpointError: the files are of another layout.
+    """
+    path = Path(path).expanduser().absolute()
+    inner = safetensors_file.create_writer(staging, tensors, attach=True, **options)
     return Writer(path, staging, inner, overwrite)
 
 

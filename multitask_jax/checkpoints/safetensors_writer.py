@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from multitask_jax.checkpoints.safetensors_file import NAMES
-from multitask_jax.checkpoints.types import TensorInfo
+from multitask_jax.checkpoints.types import CheckpointError, TensorInfo
 from multitask_jax.checkpoints.writing import Due, reserve, write_all
 
 
@@ -31,6 +31,17 @@ def plan_shards(
     return shards
 
 
+def _check_layout(path: Path, head: bytes, nbytes: int) -> None:
+    """A file in the making must be of these tensors."""
+    try:
+        with path.open("rb") as file:
+            same = file.read(len(head)) == head and path.stat().st_size == nbytes
+    except OSError:
+        same = False
+    if not same:
+        raise CheckpointError(f"{path}: missing, or the beginning of another merge")
+
+
 class SafetensorsWriter:
     """Files of known layout, written in place and in any order."""
 
@@ -42,12 +53,15 @@ class SafetensorsWriter:
         max_shard_size: int | None = None,
         metadata: Mapping[str, str] | None = None,
         stem: str = "model",
+        attach: bool = False,
     ):
+        """`attach`: to the files that a writer of the same arguments made before."""
         self._where: dict[str, tuple[int, int, TensorInfo]] = {}
         self._files: list[int] = []
         self._due = Due(tensors)
         metadata = {"format": "pt", **(metadata or {})}
         shards = plan_shards(tensors, max_shard_size)
+        self.shards = [[t.name for t in shard] for shard in shards]
         weight_map = {}
         for k, shard in enumerate(shards):
             # Wide dtypes first keep every tensor aligned, whatever came before it.
@@ -56,8 +70,8 @@ class SafetensorsWriter:
             if len(shards) > 1:
                 file_name = f"{stem}-{k + 1:05d}-of-{len(shards):05d}.safetensors"
             weight_map |= {t.name: file_name for t in shard}
-            self._open(staging / file_name, shard, metadata)
-        if len(shards) > 1:
+            self._open(staging / file_name, shard, metadata, attach)
+        if len(shards) > 1 and not attach:
             index = {
                 "metadata": {"total_size": sum(t.nbytes for t in tensors)},
                 "weight_map": {t.name: weight_map[t.name] for t in tensors},
@@ -66,7 +80,11 @@ class SafetensorsWriter:
             (staging / name).write_text(json.dumps(index, indent=2) + "\n")
 
     def _open(
-        self, path: Path, shard: Sequence[TensorInfo], metadata: Mapping[str, str]
+        self,
+        path: Path,
+        shard: Sequence[TensorInfo],
+        metadata: Mapping[str, str],
+        attach: bool,
     ) -> None:
         header: dict[str, Any] = {"__metadata__": dict(metadata)}
         offset = 0
@@ -80,9 +98,13 @@ class SafetensorsWriter:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-(8 + len(text)) % 64)  # the data start on a 64-byte line
         start = 8 + len(text)
-        fd = reserve(path, start + offset)
+        head = len(text).to_bytes(8, "little") + text
+        if attach:
+            _check_layout(path, head, start + offset)
+        fd = os.open(path, os.O_RDWR) if attach else reserve(path, start + offset)
         self._files.append(fd)
-        write_all(fd, len(text).to_bytes(8, "little") + text, 0)
+        if not attach:
+            write_all(fd, head, 0)
         for t in shard:
             begin = header[t.name]["data_offsets"][0]
             self._where[t.name] = (fd, start + begin, t)
@@ -93,6 +115,11 @@ class SafetensorsWriter:
         data = self._due.check(name, start, flat).view(np.uint8)
         write_all(fd, data, begin + start * info.dtype.itemsize)
         self._due.written(name, flat.size)
+
+    def skip(self, names: Sequence[str]) -> None:
+        """Says that tensors are written already: by another process, or before."""
+        for name in names:
+            self._due.written(name, self._where[name][2].size)
 
     def finish(self) -> None:
         """Closes the files; a tensor not fully written is an error."""

@@ -25,6 +25,7 @@ from multitask_jax.merging.selection import (
     Selection,
     bracket,
     keys_of,
+    row_ranks,
 )
 from multitask_jax.merging.statistics import chunk_sum
 from multitask_jax.merging.task_statistics import StatisticsFile
@@ -85,6 +86,9 @@ class Stream:
         # Statistics known so far: of the whole model, and of the tensors at hand.
         self._model: dict[tuple[int, int], Any] = {}
         self._tensor: dict[tuple[str, int, int], Any] = {}
+        # Of the chunks of a batch, where there are batches.
+        self._ranks: dict[tuple[str, int, int], tuple[np.ndarray, ...]] = {}
+        self._batched = False
         count = census is not None and census.exact
         self.programs = programs or functools.cache(
             lambda stage: jax.jit(
@@ -110,16 +114,24 @@ class Stream:
                 result = total.result()
                 if result is not None:
                     self._model[p.model] = result
-        return self._copy(writer)
+        return [*self._said(), *self._copy(writer)]
+
+    def _said(self) -> list[str]:
+        """What whole-model statistics tell the user."""
+        models = len(self.readers) - 1
+        measures = {k: self.method.transforms[k[0]].measures[k[1]] for k in self._model}
+        return [m.says(self._model[k], models) for k, m in measures.items() if m.says]
 
     def _over_batches(self, p: Pass, work: Callable[[Chunk], None]) -> None:
         """One reading: statistics of a few tensors, then `work` on their chunks."""
         models = len(self.readers) - 1
         batches = _batches(self.plan.merged, _BATCH // models) if p.tensor else None
+        self._batched = batches is not None
         for batch in batches or [self.plan.merged]:
             for i, j in p.tensor:
                 self._tensor_statistic(batch, i, j)
             self._sweep(work, batch)
+            self._ranks.clear()
 
     def _sweep(self, work: Callable[[Chunk], None], entries: Sequence[Entry]) -> None:
         parallel(work, self._chunks(entries), self.threads)
@@ -291,6 +303,7 @@ class Stream:
                 (np.uint32(c.start >> 32), np.uint32(c.start & 0xFFFFFFFF)),
                 scalar(float(c.entry.size)),
                 self._statistics(c, shape),
+                self._row_ranks(c, arrays, shape),
                 compute=c.entry.compute.name,
                 out=_from_jax(c.entry).name,
                 check=check,
@@ -307,6 +320,24 @@ class Stream:
             s.read(c.entry.path, c.start, c.stop, lambda x: _pad(x, shape))
             for s in files
         )
+
+    def _row_ranks(
+        self, c: Chunk, arrays: Sequence[np.ndarray], shape: tuple[int, ...]
+    ) -> tuple[np.ndarray, ...]:
+        """Places of task vectors in their rows, if the method starts with them.
+
+        Kept from what measures a tensor to what writes it: sorting is most of the time.
+        """
+        first = self.method.transforms[0] if self.method.transforms else None
+        if first is None or not first.ranks or self.method.start != "task_vectors":
+            return ()
+        ranks = self._ranks.get((c.entry.path, c.start, c.stop))
+        if ranks is None:
+            taus = self._deltas(c, arrays)[1:]
+            ranks = tuple(row_ranks(x.reshape(-1, shape[-1])) for x in taus)
+        if self._batched:
+            self._ranks[c.entry.path, c.start, c.stop] = ranks
+        return tuple(_pad(x.reshape(-1), shape) for x in ranks)
 
     def _known(self, path: str, i: int) -> tuple[Any, ...]:
         """Statistics of transform i so far; None is unknown yet."""
@@ -366,6 +397,7 @@ def _compute(
     offset: tuple[Any, Any],
     size: Any,
     statistics: tuple[Any, ...],
+    ranks: tuple[Any, ...],
     *,
     compute: str,
     out: str,
@@ -379,14 +411,14 @@ def _compute(
     base, *models = [x.astype(compute) for x in arrays]
     known = jax.tree.map(lambda x: x.astype(compute), statistics)
     scaled = tuple(w.astype(compute) for w in weights)
-    leaf = core.Leaf(base, scaled, (), offset, size, known)
+    leaf = core.Leaf(base, scaled, (), offset, size, known, ranks)
     before = after = values = core.start_values(method, base, tuple(models))
     total = base + core.add_up(values)
     bad = chunk_sum((~jnp.isfinite(total)).astype(jnp.int32)) if check else None
     what, stop, j = stage
     if what == "apply":
         for i, t in enumerate(method.transforms):
-            values = t.apply(values, leaf._replace(setting=settings[i]), stats[i])
+            values = t.apply(values, core.at_transform(leaf, i, settings), stats[i])
             if t.trims and len(values) == len(before):
                 after = values
         theta = core.finish(method, values, base).astype(out)
@@ -394,7 +426,7 @@ def _compute(
         return (theta, counted), bad
     values = core.run_transforms(method, values, leaf, settings, stats, stop)
     measure = method.transforms[stop].measures[j]
-    leaf = leaf._replace(setting=settings[stop])
+    leaf = core.at_transform(leaf, stop, settings)
     terms = measure.values(values, leaf, stats[stop][:j])
     if what == "values":
         return terms, bad

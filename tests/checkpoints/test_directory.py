@@ -214,3 +214,21 @@ def test_companions_are_copied_but_not_weights_or_cards(tmp_path):
         "chat_template.jinja",
         "merges.txt",
     }
+
+
+def test_attach_goes_on_with_files_in_the_making(tmp_path):
+    infos = [TensorInfo(n, (4,), np.dtype(np.float32)) for n in "abc"]
+    first = checkpoints.create(tmp_path / "out", infos, max_shard_size=32)
+    first.write("a", 0, np.full(4, 1, np.float32))
+    args = (first.directory, tmp_path / "out")
+    with pytest.raises(CheckpointError, match="of another merge"):
+        checkpoints.attach(*args, [infos[2], infos[1]])
+    second = checkpoints.attach(*args, infos, max_shard_size=32)
+    assert second.shards == [["a", "b"], ["c"]]
+    second.skip(["a"])
+    second.write("b", 0, np.full(4, 2, np.float32))
+    second.write("c", 0, np.full(4, 3, np.float32))
+    second.commit()
+    reader = checkpoints.open(tmp_path / "out")
+    assert [reader.read(n)[0] for n in "abc"] == [1, 2, 3]
+    reader.close()
