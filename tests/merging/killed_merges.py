@@ -17,7 +17,6 @@ import threading
 from pathlib import Path
 
 import jax
-import matplotlib.figure  # noqa: F401  imported once, before the forks
 
 from multitask_jax import merging
 from multitask_jax.checkpoints import directory
@@ -103,6 +102,7 @@ def main(folder, kills, seed):
     before(journal.Progress, "end", "end")
     before(directory.Writer, "commit", "commit")
     before(report, "write", "report")
+    report._figures = lambda *args, **kwargs: None
     journal.Progress._line = torn_line
     whole = child(folder, folder / "whole", None)
     print(json.dumps(whole), flush=True)
