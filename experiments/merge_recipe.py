@@ -16,6 +16,8 @@ _FLAGS = (
     "output_format",
     "max_shard_size",
     "overwrite",
+    "resume",
+    "verify",
     "report",
     "dry_run",
     "max_memory",
@@ -49,7 +51,7 @@ def merge(config: Any, *, max_shard_size: int | None, max_memory: int | None) ->
     given = {
         f.name: getattr(config, f.name)
         for f in dataclasses.fields(config)
-        if getattr(config, f.name) != f.default
+        if getattr(config, f.name) != f.default and f.name != "resume"
     }
     return merging.merge_mergekit(
         config.mergekit_config,
@@ -60,6 +62,8 @@ def merge(config: Any, *, max_shard_size: int | None, max_memory: int | None) ->
         allow_missing=config.allow_missing,
         allow_nonfinite=config.allow_nonfinite,
         overwrite=config.overwrite,
+        resume=config.resume,
+        verify=config.verify,
         report_files=config.report,
         flags=given,
         max_memory=max_memory,

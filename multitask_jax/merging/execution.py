@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from multitask_jax import checkpoints
-from multitask_jax.checkpoints import CheckpointError, Reader, TensorInfo
+from multitask_jax.checkpoints import CheckpointError, Reader, TensorInfo, checksums
+from multitask_jax.merging import resuming
 from multitask_jax.merging.census import Census
 from multitask_jax.merging.core import Method
 from multitask_jax.merging.plan import Plan, human, peak_memory, threads_for
@@ -71,6 +71,9 @@ def execute(
     allow_nonfinite: bool = False,
     progress: bool = True,
     threads: int,
+    resume: bool = False,
+    verify: bool = False,
+    about: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Streams all jobs into one new checkpoint.
 
@@ -82,21 +85,32 @@ def execute(
       finish: (directory in the making, notes so far) -> more notes; writes what lies
         beside the weights.
       census: gathers what the report says, if there is one.
-      allow_nonfinite, progress, threads: as for `merge_checkpoints`.
+      allow_nonfinite, progress, threads, resume, verify: as for `merge_checkpoints`.
+      about: flags or recipe, for what a changed one must not go on with.
 
     Returns:
       All notes.
 
     Raises:
-      CheckpointError: inputs that hold NaN, a full disk; nothing is left at `output`.
+      CheckpointError: inputs that hold NaN or change meanwhile, a full disk; nothing
+        is left at `output`.
     """
-    notes: list[str] = []
     programs: dict[Any, Any] = {}
     with (
         progress_bar([j.plan for j in jobs], progress) as advance,
-        checkpoints.create(output, tensors, **target) as writer,
+        resuming.under_way(
+            jobs,
+            output,
+            tensors,
+            target,
+            census=census,
+            resume=resume,
+            about=about or {},
+            allow_nonfinite=allow_nonfinite,
+        ) as writer,
     ):
-        for job in jobs:
+        notes = writer.notes
+        for job, past in zip(jobs, writer.past, strict=True):
             stream = Stream(
                 job.method,
                 job.plan,
@@ -108,11 +122,15 @@ def execute(
                 allow_nonfinite=allow_nonfinite,
                 advance=advance,
                 threads=threads_for(job.method, threads),
+                past=past,
             )
             if job.program is not None:
                 programs[job.program] = stream.programs
             notes += stream.run(writer)
+        writer.complete()
         notes += finish(writer.directory, notes)
+        if verify:
+            checksums.write(writer.directory, threads)
     return notes
 
 
