@@ -4,6 +4,7 @@ The header is parsed here rather than by the `safetensors` package because that 
 hands out whole tensors only; a merge reads and writes slices of them.
 """
 
+import functools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from multitask_jax.checkpoints.types import CheckpointError, FormatWriter, Tenso
 INDEX_NAME = "model.safetensors.index.json"
 # The reference implementation refuses longer headers too.
 MAX_HEADER_BYTES = 100_000_000
+MOST_MAPS = 32  # files of a checkpoint that are mapped at a time
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -107,23 +109,25 @@ def _entry(name: str, entry: Any, data_bytes: int, where: Path) -> tuple[Any, in
 
 
 class _File:
-    """One mapped file: its tensors in file order and where they lie."""
+    """One file: its tensors in file order and where they lie."""
 
     def __init__(self, path: Path):
         size = path.stat().st_size
         if size < 8:
             raise CheckpointError(f"{path}: got {size} bytes, not a safetensors file")
-        self._map = np.memmap(path, np.uint8, mode="r")
-        header = int.from_bytes(self._map[:8].tobytes(), "little")
+        self._path, self._size = path, size
+        mapped = np.memmap(path, np.uint8, mode="r")
+        header = int.from_bytes(mapped[:8].tobytes(), "little")
         if header > min(size - 8, MAX_HEADER_BYTES):
             raise CheckpointError(
                 f"{path}: the header claims {header} bytes, but the file has {size}"
                 f" (limit {MAX_HEADER_BYTES}): truncated, or not a safetensors file"
             )
-        self._data = self._map[8 + header :]
-        content = parse_json(self._map[8 : 8 + header].tobytes(), path)
+        self._start = 8 + header
+        data_bytes = size - self._start
+        content = parse_json(mapped[8 : self._start].tobytes(), path)
         self.metadata = content.pop("__metadata__", None) or {}
-        found = [_entry(k, v, len(self._data), path) for k, v in content.items()]
+        found = [_entry(k, v, data_bytes, path) for k, v in content.items()]
         found.sort(key=lambda item: (item[1], item[1] + item[0].nbytes))
         end = 0
         for info, offset in found:
@@ -133,19 +137,31 @@ class _File:
                     f" expected {end}: overlapping tensors or a hole between them"
                 )
             end = offset + info.nbytes
-        if end != len(self._data):
+        if end != data_bytes:
             raise CheckpointError(
-                f"{path}: the tensors end at byte {end} of {len(self._data)}:"
+                f"{path}: the tensors end at byte {end} of {data_bytes}:"
                 " the header does not describe the whole file"
             )
         self.tensors = {info.name: info for info, _ in found}
         self._offsets = {info.name: offset for info, offset in found}
 
-    def read(self, name: str, start: int, stop: int) -> np.ndarray:
+    def map(self) -> np.ndarray:
+        """The bytes of all tensors; the map takes a file descriptor."""
+        # A plain array: views of np.memmap are slow to make.
+        mapped = np.asarray(np.memmap(self._path, np.uint8, mode="r"))
+        if len(mapped) != self._size:
+            raise CheckpointError(
+                f"{self._path}: has {len(mapped)} bytes now, {self._size} when it was"
+                " opened: it was changed meanwhile"
+            )
+        return mapped[self._start :]
+
+    def view(self, data: np.ndarray, name: str, start: int, stop: int) -> np.ndarray:
+        """Entries [start, stop) of a tensor, where `data` is the map."""
         dtype = self.tensors[name].dtype
         begin = self._offsets[name]
         item = dtype.itemsize
-        return self._data[begin + start * item : begin + stop * item].view(dtype)
+        return data[begin + start * item : begin + stop * item].view(dtype)
 
 
 class SafetensorsReader:
@@ -155,6 +171,8 @@ class SafetensorsReader:
 
     def __init__(self, path: Path):
         self.path = path
+        # Checkpoints of a thousand files would take a descriptor each.
+        self._map = functools.lru_cache(MOST_MAPS)(_File.map)
         found, weight_map = _files(path)
         files = {p.name: _File(p) for p in found}
         self.metadata = next(iter(files.values())).metadata if files else {}
@@ -186,11 +204,13 @@ class SafetensorsReader:
         """Flat entries [start, stop) of a tensor, as a read-only view of the file."""
         name = self.aliases.get(name, name)
         stop = self.tensors[name].size if stop is None else stop
-        return self._home[name].read(name, start, stop)
+        file = self._home[name]
+        return file.view(self._map(file), name, start, stop)
 
     def close(self) -> None:
         """Drops the maps (the files close when no view is left)."""
         self._home = {}
+        self._map.cache_clear()
 
     def _tied(self) -> dict[str, str]:
         """Embedding-like matrices that config.json ties and that are stored twice."""
