@@ -306,7 +306,7 @@ def _text(x: Any) -> str:
 
 
 def draw(workdir: Path) -> None:
-    """RssAnon against bytes read, of the sparse and the lazy models."""
+    """RssAnon against passes over the inputs, of the sparse and the lazy models."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -321,15 +321,15 @@ def draw(workdir: Path) -> None:
         lines = [json.loads(line) for line in log.read_text().splitlines()]
         row = json.loads(result.read_text())["rows"][0]
         axes.plot(
-            [x["read_gb"] for x in lines],
+            [x["read_gb"] / row["input_gb"] for x in lines],
             [x["rss_anon_mb"] for x in lines],
             lw=1,
-            label=f"{label}: {row['input_gb']:.3g} GB, {row['passes']} passes",
+            label=f"{label}: inputs of {row['input_gb']:.3g} GB",
         )
         drawn = True
     if not drawn:
         return
-    axes.set_xlabel("GB read")
+    axes.set_xlabel("passes over the inputs")
     axes.set_ylabel("anonymous memory, MB")
     axes.set_ylim(0)
     axes.grid(alpha=0.3)

@@ -19,6 +19,8 @@ INDEX_NAME = "model.safetensors.index.json"
 # The reference implementation refuses longer headers too.
 MAX_HEADER_BYTES = 100_000_000
 MOST_MAPS = 32  # files of a checkpoint that are mapped at a time
+# A slice of at most this many bytes, of a tensor of many more, is one of a sample.
+_GLANCE = 1 << 16
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -156,6 +158,17 @@ class _File:
             )
         return mapped[self._start :]
 
+    def glance(self, name: str, start: int, stop: int) -> np.ndarray:
+        """A copy of a few entries. A map would read megabytes around each."""
+        dtype = self.tensors[name].dtype
+        place = self._start + self._offsets[name] + start * dtype.itemsize
+        with self._path.open("rb", buffering=0) as file:
+            file.seek(place)
+            data = file.read((stop - start) * dtype.itemsize)
+        if len(data) != (stop - start) * dtype.itemsize:
+            raise CheckpointError(f"{self._path}: ends before {name!r}: it was changed")
+        return np.frombuffer(data, dtype)
+
     def view(self, data: np.ndarray, name: str, start: int, stop: int) -> np.ndarray:
         """Entries [start, stop) of a tensor, where `data` is the map."""
         dtype = self.tensors[name].dtype
@@ -201,10 +214,12 @@ class SafetensorsReader:
             del self.tensors[alias]
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Flat entries [start, stop) of a tensor, as a read-only view of the file."""
+        """Flat entries [start, stop), read-only: a view of the file, unless few."""
         name = self.aliases.get(name, name)
-        stop = self.tensors[name].size if stop is None else stop
-        file = self._home[name]
+        info, file = self.tensors[name], self._home[name]
+        stop = info.size if stop is None else stop
+        if 32 * (stop - start) * info.dtype.itemsize < min(32 * _GLANCE, info.nbytes):
+            return file.glance(name, start, stop)
         return file.view(self._map(file), name, start, stop)
 
     def close(self) -> None:

@@ -84,3 +84,22 @@ def test_open_files_keeps_the_latest(tmp_path):
     with files.use(paths[0]):  # may be used again
         pass
     files.close()
+
+
+def test_a_few_entries_of_a_large_tensor_are_read_as_a_map_has_them(tmp_path):
+    size = 1 << 20
+    infos = [TensorInfo(name, (size,), np.dtype(np.float32)) for name in "ab"]
+    values = np.arange(2 * size, dtype=np.float32).reshape(2, size)
+    with checkpoints.create(tmp_path / "x", infos) as writer:
+        for info, row in zip(infos, values, strict=True):
+            writer.write(info.name, 0, row)
+    file = tmp_path / "x" / "model.safetensors"
+    reader = checkpoints.open(file)
+    for start, stop in ((0, 5), (7, 7), (size - 3, size), (100, 20_000), (5, size)):
+        got = reader.read("b", start, stop)
+        np.testing.assert_array_equal(got, values[1, start:stop])
+        assert not got.flags.writeable
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(CheckpointError, match=r"ends before 'b': it was changed"):
+        reader.read("b", size - 3, size)
+    reader.close()
