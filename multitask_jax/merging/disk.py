@@ -1,6 +1,7 @@
 """Merging from disk to disk: `merge_checkpoints`."""
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -9,14 +10,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import jax
 import ml_dtypes
 import numpy as np
 
-from multitask_jax import checkpoints
+from multitask_jax import checkpoints, sharding
 from multitask_jax.checkpoints import Reader
-from multitask_jax.merging import core, delta, execution, report
+from multitask_jax.merging import core, delta, execution, mesh_plan, on_mesh, report
 from multitask_jax.merging.census import MOST_MODELS, Census
 from multitask_jax.merging.plan import describe, plan_merge
+from multitask_jax.merging.streaming import Stream
 from multitask_jax.merging.task_statistics import StatisticsFile
 
 PathLike = str | os.PathLike[str]
@@ -55,6 +58,8 @@ def merge_checkpoints(
     dry_run: bool = False,
     progress: bool = True,
     threads: int | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    rules: sharding.Rules | None = None,
 ) -> MergeResult:
     """Merges checkpoints, streamed: memory does not grow with the model.
 
@@ -85,6 +90,9 @@ def merge_checkpoints(
       dry_run: plan only.
       progress: show a bar over bytes.
       threads: two a core by default (some wait for the disk or for XLA), 8 at most.
+      mesh: of this process's devices, to merge on (`sharding.make_mesh`): parameters
+        are read into shards and written from them.
+      rules: how tensors lie on the mesh; by default `sharding.leaf_spec` says.
 
     Raises:
       CheckpointError: inputs that are damaged, differ or hold NaN, an output that
@@ -133,7 +141,14 @@ def merge_checkpoints(
             method, plan = delta.as_delta(method), delta.delta_plan(plan, stored)
             tensors = delta.written(plan)
         job = execution.Job(method, plan, readers, weights, known or ())
-        memory = execution.memory_of([job], threads, max_memory)
+        runner: Any = Stream
+        if mesh is None:
+            memory = execution.memory_of([job], threads, max_memory)
+        else:
+            plan = on_mesh.as_mesh_plan(plan)
+            job = job._replace(plan=plan)
+            memory = mesh_plan.memory_of(job, mesh, rules, max_memory)
+            runner = functools.partial(on_mesh.OnMesh, mesh=mesh, rules=rules)
         target = {
             "format": output_format,
             "overwrite": overwrite,
@@ -143,6 +158,8 @@ def merge_checkpoints(
             checkpoints.check_output(output, **target)
         if dry_run:
             text = describe(plan, models, memory)
+            if mesh is not None:
+                text += "\n" + mesh_plan.describe(job, mesh, rules)
             return MergeResult(None, text, (*notes, *plan.notes), 0.0)
         if max_shard_size is not None:
             target["max_shard_size"] = max_shard_size
@@ -181,6 +198,7 @@ def merge_checkpoints(
             allow_nonfinite=allow_nonfinite,
             progress=progress,
             threads=threads,
+            runner=runner,
         )
     seconds = time.perf_counter() - started
     text = describe(plan, models, memory)

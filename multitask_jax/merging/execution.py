@@ -71,6 +71,7 @@ def execute(
     allow_nonfinite: bool = False,
     progress: bool = True,
     threads: int,
+    runner: Callable[..., Any] = Stream,
 ) -> list[str]:
     """Streams all jobs into one new checkpoint.
 
@@ -83,6 +84,7 @@ def execute(
         beside the weights.
       census: gathers what the report says, if there is one.
       allow_nonfinite, progress, threads: as for `merge_checkpoints`.
+      runner: what does a job; built as a `Stream` is.
 
     Returns:
       All notes.
@@ -97,7 +99,7 @@ def execute(
         checkpoints.create(output, tensors, **target) as writer,
     ):
         for job in jobs:
-            stream = Stream(
+            stream = runner(
                 job.method,
                 job.plan,
                 job.readers,

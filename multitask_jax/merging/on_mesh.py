@@ -1,0 +1,272 @@
+"""A merge on a mesh of devices: parameters are born sharded, and written from shards.
+
+Stacks of tensors go over the mesh one after another, so that the memory of a device is
+that of two of them. Methods with a statistic over the whole model (TIES, LiNeS by norm)
+keep base and models on the mesh instead: they are read once, and no statistic takes
+another pass over the disk.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from multitask_jax.checkpoints import Reader, Writer
+from multitask_jax.merging import core, interference, mesh_programs
+from multitask_jax.merging.census import Census
+from multitask_jax.merging.mesh_programs import Inputs, Known, Stack
+from multitask_jax.merging.plan import Entry, Pass, Plan
+from multitask_jax.merging.statistics import BITS
+from multitask_jax.merging.streaming import (
+    Chunk,
+    Stream,
+    check_fits,
+    parallel,
+    refuse_nonfinite,
+)
+from multitask_jax.sharding import Rules
+
+MOST = 64 << 20  # bytes of a stack's inputs a device, where stacks come and go
+
+
+def as_mesh_plan(plan: Plan) -> Plan:
+    """What is read once, whatever the method measures.
+
+    Raises:
+      ValueError: a tensor is to be computed in float64.
+    """
+    for e in plan.merged:
+        if e.compute == np.float64:
+            raise ValueError(
+                f"{e.path}: float64 is not computed on a mesh (most accelerators lack"
+                " it); pass dtype='float32', or merge without a mesh"
+            )
+    return plan._replace(passes=(Pass((), None),))
+
+
+def stacks_of(
+    method: core.Method, plan: Plan, mesh: Mesh, rules: Rules | None
+) -> list[Stack]:
+    """The stacks of a merge: whole if all stay on the mesh, else of bounded size."""
+    stay = bool(mesh_programs.model_measures(method))
+    return mesh_programs.stack_up(plan, mesh, rules, None if stay else MOST)
+
+
+class OnMesh:
+    """One merge on its way from readers over a mesh to a writer; as `Stream`."""
+
+    def __init__(
+        self,
+        method: core.Method,
+        plan: Plan,
+        readers: Sequence[Reader],
+        weights: Sequence[float],
+        *,
+        mesh: Mesh,
+        rules: Rules | None = None,
+        programs: Callable[..., Any] | None = None,
+        statistics: Sequence[Any] = (),
+        census: Census | None = None,
+        allow_nonfinite: bool = False,
+        advance: Callable[[int], None] = lambda nbytes: None,
+        threads: int = 2,
+    ):
+        """`readers`: the base, then the models. `advance` hears of bytes read.
+
+        Raises:
+          ValueError: a tensor that no sharding rule matches, or that can't be cut so;
+            statistics, which need whole tensors.
+        """
+        if statistics:
+            raise ValueError("methods with statistics of data don't run on a mesh yet")
+        self.method, self.plan, self.readers, self.mesh = method, plan, readers, mesh
+        self.census, self.advance, self.threads = census, advance, threads
+        self._check = not allow_nonfinite
+        self._weights = tuple(map(np.float32, weights))
+        self._settings = core.settings_of(method, [t.name for t in plan.outputs])
+        self._stacks = stacks_of(method, plan, mesh, rules)
+        self.programs = programs or functools.cache(lambda make, *of: make(*of))
+
+    def run(self, writer: Writer) -> list[str]:
+        """Reads, merges and writes; returns notes on tensors that were copied."""
+        # A stream without passes: a sample for the census, tensors that are copied.
+        rest = self.plan._replace(passes=())
+        notes = Stream(
+            self.method,
+            rest,
+            self.readers,
+            self._weights,
+            census=self.census,
+            advance=self.advance,
+            threads=self.threads,
+        ).run(writer)
+        # Devices merge a stack while the one before is written.
+        merging: tuple[Stack, jax.Array] | None = None
+        for stack, merged in self._merged():
+            if merging is not None:
+                self._write(writer, *merging)
+            merging = stack, merged
+        assert merging is not None  # a plan merges at least one tensor
+        self._write(writer, *merging)
+        return notes
+
+    def _merged(self) -> Iterator[tuple[Stack, jax.Array]]:
+        known: dict[tuple[int, int], Any] = {}
+        if measures := mesh_programs.model_measures(self.method):
+            held = [self._load(s) for s in self._stacks]
+            specs = tuple(s.spec for s in self._stacks)
+            for i, j in measures:
+                program = self.programs(
+                    mesh_programs.statistic_program, self.method, self.mesh, specs, i, j
+                )
+                known[i, j] = program(held, self._weights, known)
+        for k, stack in enumerate(self._stacks):
+            if measures:
+                inputs, held[k] = held[k], None  # type: ignore[call-overload]
+            else:
+                inputs = self._load(stack)
+            arguments = (*inputs, self._weights, known)
+            if self.census is not None:
+                self._take_census(stack, arguments)
+            program = self.programs(*program_of(self.method, self.mesh, stack))
+            merged = program(*arguments)
+            del inputs, arguments
+            yield stack, merged
+
+    def _load(self, stack: Stack) -> Inputs:
+        """Base and models of a stack on the mesh; refuses NaN and infinity."""
+        names = [e.path for e in stack.entries]
+        placed = stack.sharding(self.mesh)
+
+        def load(reader: Reader, dtype: np.dtype) -> jax.Array:
+            return born_sharded(reader, names, placed, dtype)
+
+        with ThreadPoolExecutor(self.threads) as pool:
+            base, *models = pool.map(load, self.readers, stack.dtypes)
+        inputs = Inputs(base, tuple(models), settings_of(stack, self._settings))
+        if self._check:
+            flags = self.programs(mesh_programs.nonfinite_program, self.mesh, stack.spec)
+            self._refuse(stack, flags(base, inputs.models))
+        self.advance(sum(e.nbytes for e in stack.entries))
+        return inputs
+
+    def _refuse(self, stack: Stack, flags: jax.Array) -> None:
+        bad = np.zeros(len(stack.entries), bool)
+        for shard in flags.addressable_shards:
+            bad |= np.asarray(shard.data).reshape(-1)
+        for k in np.flatnonzero(bad):
+            e = stack.entries[k]
+            arrays = [r.read(e.path) for r in self.readers]
+            refuse_nonfinite(self.readers, Chunk(e, 0, e.size), arrays)
+
+    def _take_census(self, stack: Stack, arguments: Sequence[Any]) -> None:
+        assert self.census is not None
+        program = self.programs(
+            mesh_programs.census_program, self.method, self.census.exact
+        )
+        sums = jax.device_get(program(*arguments))
+        for k, e in enumerate(stack.entries):
+            found = leaf_statistics(e, jax.tree.map(lambda x, k=k: x[k], sums))
+            sampled = self.census.leaves.get(e.path)
+            parts = [found] if sampled is None else [found, sampled]
+            self.census.leaves[e.path] = interference.add(parts)
+
+    def _write(self, writer: Writer, stack: Stack, merged: jax.Array) -> None:
+        """Puts each tensor together on the host; no device ever has all of it."""
+        shards = [
+            (s.index[1:], np.asarray(s.data))
+            for s in merged.addressable_shards
+            if s.replica_id == 0
+        ]
+
+        def write(k: int) -> None:
+            e = stack.entries[k]
+            whole = np.empty(e.shape, merged.dtype)
+            for box, data in shards:
+                whole[box] = data[k]
+            with np.errstate(over="ignore"):
+                flat = whole.reshape(-1).astype(e.out, copy=False)
+            if self._check:
+                check_fits(e, flat)
+            writer.write(e.path, 0, flat)
+
+        parallel(write, range(len(stack.entries)), self.threads)
+
+
+def program_of(method: core.Method, mesh: Mesh, stack: Stack) -> tuple[Any, ...]:
+    """What makes the program that merges a stack, and its arguments."""
+    donate = stack.dtypes[0] == stack.out
+    out = stack.out.name
+    return mesh_programs.merge_program, method, mesh, stack.spec, out, donate
+
+
+def settings_of(stack: Stack, settings: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Each transform's scalars of a stack's tensors, as (L,) arrays."""
+
+    def column(*xs: Any) -> np.ndarray:
+        return np.asarray(xs, np.uint32 if isinstance(xs[0], int) else np.float32)
+
+    paths = [e.path for e in stack.entries]
+    return [jax.tree.map(column, *(s.get(p, ()) for p in paths)) for s in settings]
+
+
+def born_sharded(
+    reader: Reader, names: Sequence[str], placed: NamedSharding, dtype: np.dtype
+) -> jax.Array:
+    """Tensors of one shape from a checkpoint, stacked, each device reading its part.
+
+    Args:
+      reader: an open checkpoint. Formats without boxes (msgpack, adapters, deltas) read
+        a tensor whole, once for all devices, on the host.
+      names: L tensors of one shape.
+      placed: of the stack; its first axis is not cut.
+      dtype: to convert to, on the host.
+
+    Returns:
+      (L, *shape), no device holding more than its part.
+    """
+    of_tensor = reader.tensors[reader.aliases.get(names[0], names[0])].shape
+    shape = (len(names), *of_tensor)
+    parts: dict[Any, np.ndarray] = {}  # by box: what is replicated is read once
+    boxes = {_key(b): b for b in placed.addressable_devices_indices_map(shape).values()}
+    for key, box in boxes.items():
+        size = [len(range(*s.indices(n))) for s, n in zip(box, shape, strict=True)]
+        parts[key] = np.empty(size, dtype)
+    for k, name in enumerate(names):
+        read = getattr(reader, "read_box", None)
+        if read is None:
+            whole = reader.read(name).reshape(of_tensor)
+        for key, box in boxes.items():
+            part = read(name, box[1:]) if read else whole[box[1:]]
+            parts[key][k] = part
+    return jax.make_array_from_callback(shape, placed, lambda box: parts[_key(box)])
+
+
+def _key(box: Sequence[slice]) -> tuple[Any, ...]:
+    return tuple((s.start, s.stop) for s in box)
+
+
+def leaf_statistics(entry: Entry, sums: Any) -> interference.LeafStatistics:
+    """What `mesh_programs.census_program` found of one tensor."""
+    models = len(sums["gram"]) - 1
+    out = interference.LeafStatistics.zeros(models)
+    out.size = entry.size
+    for i, row in enumerate(sums["gram"]):
+        for j, value in enumerate(row):
+            out.gram[i, j] = out.gram[j, i] = value
+    if "kept" in sums:
+        out.counted = float(entry.size)
+        out.kept[:] = [_number(n) for n in sums["kept"]]
+        out.mass[:] = np.diag(out.gram)[:-1]
+        out.kept_mass[:] = sums["kept_mass"]
+        out.contested = _number(sums["contested"])
+        out.conflicts = _number(sums["conflicts"])
+    return out
+
+
+def _number(pair: Any) -> float:
+    return float((int(pair[0]) << BITS) + int(pair[1]))
