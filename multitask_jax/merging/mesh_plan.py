@@ -75,18 +75,18 @@ def programs(job: Job, mesh: Mesh, rules: Rules | None) -> list[Program]:
     known: dict[tuple[int, int], Any] = {}
     out: list[Program] = []
     for i, j in mesh_programs.model_measures(job.method):
-        specs = tuple(s.spec for s in stacks)
-        program = mesh_programs.statistic_program(job.method, mesh, specs, i, j)
+        kinds = tuple(s.kind for s in stacks)
+        program = mesh_programs.statistic_program(job.method, mesh, kinds, i, j)
         traced = program.trace(inputs, weights, known)
         kind = job.method.transforms[i].measures[j].kind
         out.append(_compiled(f"statistic ({kind})", traced))
         known[i, j] = traced.out_info
     found: dict[Any, Program] = {}
     for stack, x in zip(stacks, inputs, strict=True):
-        make, *of = on_mesh.program_of(job.method, mesh, stack)
-        key = (stack.shape, stack.dtypes, *of[2:])
+        key = (stack.shape, stack.kind)
         if key not in found:
-            traced = make(*of).trace(*x, weights, known)
+            program = mesh_programs.merge_program(job.method, mesh, stack.kind)
+            traced = program.trace(*x, weights, known)
             found[key] = _compiled(f"merge {_shape(stack)}", traced)
         found[key] = found[key]._replace(runs=found[key].runs + 1)
     return [*out, *found.values()]
@@ -96,8 +96,8 @@ def abstract(stack: Stack, mesh: Mesh, settings: Sequence[Any]) -> Inputs:
     """Shapes, dtypes and shardings of a stack's inputs."""
     placed = stack.sharding(mesh)
     base, *models = [
-        jax.ShapeDtypeStruct(stack.shape, dtype, sharding=placed)
-        for dtype in stack.dtypes
+        jax.ShapeDtypeStruct(stack.shape, mesh_programs.carried(d), sharding=placed)
+        for d in stack.kind.dtypes
     ]
     return Inputs(base, tuple(models), on_mesh.settings_of(stack, settings))
 
@@ -118,7 +118,7 @@ def _compiled(name: str, traced: Any) -> Program:
 
 def _shape(stack: Stack) -> str:
     length, *shape = stack.shape
-    cut = ", ".join(map(str, stack.spec)) or "replicated"
+    cut = ", ".join(map(str, stack.kind.spec)) or "replicated"
     return f"{length} x {tuple(shape)} as ({cut})"
 
 
@@ -126,10 +126,10 @@ def device_bytes(stacks: Sequence[Stack], mesh: Mesh, stay: bool) -> int:
     """Inputs and outputs that a device holds at once, without temporaries."""
     inputs, outputs = [], []
     for s in stacks:
-        parts = math.prod(mesh.shape[n] for n in names_in(s.spec))
+        parts = math.prod(mesh.shape[n] for n in names_in(s.kind.spec))
         entries = math.prod(s.shape) // parts
-        inputs.append(entries * sum(d.itemsize for d in s.dtypes))
-        outputs.append(entries * s.out.itemsize)
+        inputs.append(entries * sum(d.itemsize for d in s.kind.dtypes))
+        outputs.append(entries * s.kind.out.itemsize)
     if stay:
         return sum(inputs) + 2 * max(outputs)
     return 2 * max(i + o for i, o in zip(inputs, outputs, strict=True))

@@ -9,6 +9,7 @@ Legend: L tensors of a stack, T models, G stacks, R ranks.
 
 import functools
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -27,44 +28,55 @@ from multitask_jax.merging.plan import Entry, Plan
 Known = Mapping[tuple[int, int], Any]
 
 
+class Kind(NamedTuple):
+    """What tensors share that share a program, besides their shape."""
+
+    spec: PartitionSpec  # of a tensor
+    dtypes: tuple[np.dtype, ...]  # of base and models on the mesh
+    out: np.dtype  # of the merged tensors on the mesh
+
+
 class Stack(NamedTuple):
-    """L tensors of one shape, dtypes and sharding; one program merges them."""
+    """L tensors of one shape and kind."""
 
     entries: tuple[Entry, ...]
-    spec: PartitionSpec  # of a tensor
+    kind: Kind
 
     @property
     def shape(self) -> tuple[int, ...]:
         """(L, *shape)."""
         return (len(self.entries), *self.entries[0].shape)
 
-    @property
-    def dtypes(self) -> tuple[np.dtype, ...]:
-        """Of base and models on the mesh: as stored, or float32 in place of others."""
-        first = self.entries[0]
-        return tuple(map(_on_device, (first.base, *first.models)))
-
-    @property
-    def out(self) -> np.dtype:
-        """Of the merged tensors on the mesh."""
-        return _on_device(self.entries[0].out)
-
     def sharding(self, mesh: Mesh) -> NamedSharding:
         """A tensor's, behind an axis of L that is not cut."""
-        return NamedSharding(mesh, stacked(self.spec))
+        return NamedSharding(mesh, stacked(self.kind.spec))
 
 
 class Inputs(NamedTuple):
-    """What a program sees of a stack."""
+    """What a program sees of a stack; without the axis of L, of a tensor."""
 
-    base: Array  # (L, *shape)
+    base: Array  # (L, *shape), `carried`
     models: Values  # T of these
     settings: Sequence[Any]  # of each transform, scalars as (L,) arrays
 
 
-def _on_device(dtype: np.dtype) -> np.dtype:
+def on_device(dtype: np.dtype) -> np.dtype:
     """float64 and float8 are converted on the host: few accelerators have them."""
     return np.dtype(dtype if dtype.itemsize in (2, 4) else np.float32)
+
+
+def carried(dtype: np.dtype) -> np.dtype:
+    """What arrays of a dtype are on the mesh: half-precision floats are their bits.
+
+    To slice a stack of bfloat16 in a loop, XLA on a CPU makes a float32 copy of it.
+    """
+    return np.dtype(np.uint16 if dtype.itemsize == 2 else dtype)
+
+
+def as_float(x: Array, dtype: np.dtype) -> Array:
+    """From what is carried to a float32 that computes."""
+    x = x if x.dtype == dtype else lax.bitcast_convert_type(x, dtype)
+    return x.astype(jnp.float32)
 
 
 def stacked(spec: PartitionSpec) -> PartitionSpec:
@@ -83,16 +95,18 @@ def stack_up(
     alike: dict[Any, list[Entry]] = {}
     for e in plan.merged:
         spec = sharding.leaf_spec(e.path, e.shape, mesh, rules)
-        alike.setdefault((spec, e._replace(path="")), []).append(e)
+        dtypes = tuple(map(on_device, (e.base, *e.models)))
+        kind = Kind(spec, dtypes, on_device(e.out))
+        alike.setdefault((e.shape, kind), []).append(e)
     stacks = []
-    for (spec, first), entries in alike.items():
-        parts = math.prod(mesh.shape[n] for n in sharding.names_in(spec))
+    for (_, kind), entries in alike.items():
+        parts = math.prod(mesh.shape[n] for n in sharding.names_in(kind.spec))
         room = len(entries)
         if most is not None:
-            room = min(room, max(1, most * parts // first.nbytes))
+            room = min(room, max(1, most * parts // max(e.nbytes for e in entries)))
         length = -(-len(entries) // -(-len(entries) // room))  # even ones
         for i in range(0, len(entries), length):
-            stacks.append(Stack(tuple(entries[i : i + length]), spec))
+            stacks.append(Stack(tuple(entries[i : i + length]), kind))
     return stacks
 
 
@@ -114,40 +128,37 @@ def is_elementwise(method: Method) -> bool:
     )
 
 
-def each(method: Method, f: Callable[..., Any]) -> Callable[..., Any]:
-    """`f` over the tensors of a stack.
+def each(method: Method, f: Callable[[Inputs], Any], stack: Inputs) -> Any:
+    """`f` of the tensors of a stack.
 
     Element-wise chains all at once, which XLA fuses into one loop; others one tensor
     after another, so that the temporaries are those of one.
     """
-    if is_elementwise(method):
-        return jax.vmap(f)
-    return lambda *stacks: lax.map(lambda x: f(*x), stacks)
+    return jax.vmap(f)(stack) if is_elementwise(method) else lax.map(f, stack)
 
 
 def walk(
     method: Method,
+    kind: Kind,
     weights: Values,
     known: Known,
-    base: Array,
-    models: Values,
-    settings: Sequence[Any],
+    x: Inputs,
     *,
     stop: tuple[int, int] | None = None,
-) -> tuple[Values, Values, Values]:
+) -> tuple[Array, Values, Values, Values]:
     """One tensor through the chain, computed in float32.
 
     Statistics of the tensor are taken on the way, those of the model are `known`.
 
     Returns:
-      The values at the end, the task vectors and what trimming left of them; or thrice
-      the terms of measure `stop`.
+      The base, the values at the end (or the terms of measure `stop`), the task vectors
+      and what trimming left of them.
     """
-    base, *models = (x.astype(jnp.float32) for x in (base, *models))
+    base, *models = map(as_float, (x.base, *x.models), kind.dtypes)
     leaf = core.Leaf(base, weights, size=float(base.size))
     before = after = values = core.start_values(method, base, tuple(models))
     for i, t in enumerate(method.transforms):
-        at = leaf._replace(setting=settings[i])
+        at = leaf._replace(setting=x.settings[i])
         stats: tuple[Any, ...] = ()
         for j, m in enumerate(t.measures):
             if m.scope == "model" and (i, j) != stop:
@@ -155,139 +166,157 @@ def walk(
                 continue
             terms = m.values(values, at, stats)
             if (i, j) == stop:
-                return terms, terms, terms
+                return base, terms, before, after
             stats = (*stats, *core.reduce_terms(m, [[terms]], [stats]))
         values = t.apply(values, at, stats)
         if t.trims and len(values) == len(before):
             after = values
-    return values, before, after
+    return base, values, before, after
 
 
-def merge_program(
-    method: Method, mesh: Mesh, spec: PartitionSpec, out: str, donate: bool
-) -> Any:
-    """(base, models, settings, weights, known) -> the merged stack, in dtype `out`.
+def merge_program(method: Method, mesh: Mesh, kind: Kind) -> Any:
+    """(base, models, settings, weights, known) -> the merged stack, carried.
 
-    With `donate` it takes the base's memory, which has to be of that dtype.
+    It takes the base's memory where that is of its dtype.
     """
 
     def merge(base, models, settings, weights, known):
-        def one(base, models, settings):
-            values, _, _ = walk(method, weights, known, base, models, settings)
-            return core.finish(method, values, base.astype(jnp.float32)).astype(out)
+        def one(x: Inputs) -> Array:
+            theta_0, values, _, _ = walk(method, kind, weights, known, x)
+            theta = core.finish(method, values, theta_0).astype(kind.out)
+            half = carried(kind.out) != kind.out
+            return lax.bitcast_convert_type(theta, jnp.uint16) if half else theta
 
-        return each(method, one)(base, models, settings)
+        return each(method, one, Inputs(base, models, settings))
 
+    same = carried(kind.out) == carried(kind.dtypes[0])
     return jax.jit(
         merge,
-        out_shardings=NamedSharding(mesh, stacked(spec)),
-        donate_argnums=(0,) if donate else (),
+        out_shardings=NamedSharding(mesh, stacked(kind.spec)),
+        donate_argnums=(0,) if same else (),
     )
 
 
 def statistic_program(
-    method: Method, mesh: Mesh, specs: Sequence[PartitionSpec], i: int, j: int
+    method: Method, mesh: Mesh, kinds: Sequence[Kind], i: int, j: int
 ) -> Any:
     """(G inputs, weights, known) -> measure j of transform i over the whole model."""
     m = method.transforms[i].measures[j]
-
-    def terms_of(stacks, weights, known):
-        def one(base, models, settings):
-            at = walk(method, weights, known, base, models, settings, stop=(i, j))
-            return at[0]
-
-        return [each(method, one)(*s) for s in stacks]
+    specs = [k.spec for k in kinds]
 
     def statistic(stacks: Sequence[Inputs], weights: Values, known: Known) -> Any:
         earlier = tuple(known[i, before] for before in range(j))
-        terms = terms_of(stacks, weights, known)
-        if m.kind == "sum":
-            return core.reduce_terms(m, [terms], [earlier])[0]
-        columns = list(zip(*terms, strict=True))
+
+        def of(kind: Kind) -> Callable[[Inputs], Values]:
+            return lambda x: walk(method, kind, weights, known, x, stop=(i, j))[1]
+
+        terms = [*map(of, kinds)]
         if m.kind == "count":
-            return tuple(count(columns, specs, mesh))
+            return tuple(count(terms, stacks, specs, mesh))
+        if m.kind == "sum":
+            whole = [each(method, f, x) for f, x in zip(terms, stacks, strict=True)]
+            return core.reduce_terms(m, [whole], [earlier])[0]
         d = sum(s.base.size for s in stacks)
-        ranks = core.ranks_of(m, d, len(columns), earlier)
-
-        def keys(found: Any) -> Any:
-            """What is ranked. Element-wise terms are formed anew in each round.
-
-            Reading the bfloat16 parameters is less than to keep T float32 copies.
-            """
-            if not is_elementwise(method):
-                return columns
-            again, _ = lax.optimization_barrier((stacks, found))
-            return list(zip(*terms_of(again, weights, known), strict=True))
-
-        return kth_magnitudes(keys, ranks, specs, mesh)
+        ranks = core.ranks_of(m, d, len(of_first(terms[0], stacks[0])), earlier)
+        if is_elementwise(method):  # cheap to form anew in each round
+            return kth_magnitudes(terms, ranks, stacks, specs, mesh)
+        ranked = [lax.map(f, x) for f, x in zip(terms, stacks, strict=True)]
+        return kth_magnitudes([tuple] * len(ranked), ranks, ranked, specs, mesh)
 
     return jax.jit(statistic)
 
 
+def of_first(f: Callable[[Any], Any], stack: Any) -> Any:
+    """Shapes of what `f` gives of a tensor of the stack."""
+    return jax.eval_shape(lambda s: f(jax.tree.map(lambda x: x[0], s)), stack)
+
+
 def count(
-    columns: Sequence[Sequence[Array]], specs: Sequence[PartitionSpec], mesh: Mesh
+    columns: Sequence[Callable[[Any], Sequence[Array]]],
+    stacks: Sequence[Any],
+    specs: Sequence[PartitionSpec],
+    mesh: Mesh,
 ) -> list[tuple[Array, Array]]:
-    """Of each column of G stacks, the number of True entries as (high, low).
+    """How many entries of each column are True, over all stacks, as (high, low).
 
-    Each device counts its parts, then 2 integers a column are added over the mesh.
+    Each device counts its parts, one tensor after another; then two integers a column
+    are added over the mesh, and nothing else.
+
+    Args:
+      columns: for each of G stacks: a tensor of it -> R arrays of bool.
+      stacks, specs: G of each.
+      mesh: where they lie.
     """
-    shared = [set(mesh.axis_names) - set(sharding.names_in(s)) for s in specs]
+    apart = PartitionSpec(*mesh.axis_names)  # each device its own counts
+    totals: Any = 0
+    for f, stack, spec in zip(columns, stacks, specs, strict=True):
+        # What several devices hold, the first of them counts.
+        used = sharding.names_in(spec)
+        shared = tuple(name for name in mesh.axis_names if name not in used)
+        here = functools.partial(_count_here, shared, len(mesh.axis_names))
+        counted = jax.shard_map(here, mesh=mesh, in_specs=spec, out_specs=apart)
 
-    def mine(x: Array, axes: set[str]) -> Array:
-        """What several devices hold, one of them counts."""
-        for name in sorted(axes):
-            x = x & (lax.axis_index(name) == 0)
-        return x
+        def add(total: Array, x: Any, f: Any = f, counted: Any = counted) -> Any:
+            return _carry(total + counted(*f(x))), None
 
-    def local(columns):
-        counts = [
-            jnp.stack(statistics.count([*map(mine, column, shared)]))
-            for column in columns
-        ]
-        return lax.psum(jnp.stack(counts), mesh.axis_names)
+        rows = len(of_first(f, stack))
+        zeros = jnp.zeros((*mesh.devices.shape, rows, 2), jnp.int32)
+        zeros = lax.with_sharding_constraint(zeros, NamedSharding(mesh, apart))
+        totals = _carry(totals + lax.scan(add, zeros, stack)[0])
+    pairs = _carry(jnp.sum(totals, axis=range(len(mesh.axis_names))))
+    return [(n[0], n[1]) for n in pairs]
 
-    totals = jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=([tuple(map(stacked, specs))] * len(columns),),
-        out_specs=PartitionSpec(),
-    )([*map(tuple, columns)])
-    return [(n[0] + (n[1] >> statistics.BITS), n[1] & statistics.LOW) for n in totals]
+
+def _count_here(shared: Sequence[str], axes: int, *columns: Array) -> Array:
+    """(1, ..., 1, R, 2): (high, low) of each column, on a device."""
+    first = [lax.axis_index(name) == 0 for name in shared]
+    mine = [functools.reduce(operator.and_, first, x) for x in columns]
+    pairs = jnp.stack([jnp.stack(statistics.count([x])) for x in mine])
+    return pairs.reshape((1,) * axes + pairs.shape)
+
+
+def _carry(pairs: Array) -> Array:
+    """(..., 2) numbers high * 2**16 + low, with low within 16 bits again."""
+    high, low = pairs[..., 0], pairs[..., 1]
+    return jnp.stack([high + (low >> statistics.BITS), low & statistics.LOW], axis=-1)
 
 
 def kth_magnitudes(
-    columns_of: Callable[[Any], Sequence[Sequence[Array]]],
+    terms: Sequence[Callable[[Any], Sequence[Array]]],
     ranks: Sequence[Any],
+    stacks: Sequence[Any],
     specs: Sequence[PartitionSpec],
     mesh: Mesh,
 ) -> tuple[Array, ...]:
-    """As `statistics.kth_magnitudes`, of columns of stacks on a mesh.
+    """As `statistics.kth_magnitudes`, of the terms of all tensors on a mesh.
 
     31 rounds, in each of which every device counts and R pairs of integers are added.
     """
+    wanted = [statistics.split(k) if isinstance(k, int) else k for k in ranks]
 
     def try_bit(n: Array, found: tuple[Array, ...]) -> tuple[Array, ...]:
-        columns = [[*map(statistics.magnitude_bits, c)] for c in columns_of(found)]
         tried = [key | (jnp.int32(1) << (30 - n)) for key in found]
-        reached = [
-            [x >= key for x in columns[r % len(columns)]] for r, key in enumerate(tried)
-        ]
-        wanted = [statistics.split(k) if isinstance(k, int) else k for k in ranks]
-        enough = map(statistics.at_least, count(reached, specs, mesh), wanted)
+
+        def reached(f: Any, x: Any) -> list[Array]:
+            keys = [*map(statistics.magnitude_bits, f(x))]
+            return [keys[r % len(keys)] >= key for r, key in enumerate(tried)]
+
+        columns = [functools.partial(reached, f) for f in terms]
+        enough = map(statistics.at_least, count(columns, stacks, specs, mesh), wanted)
         return tuple(map(jnp.where, enough, tried, found))
 
     found = lax.fori_loop(0, 31, try_bit, (jnp.int32(0),) * len(ranks))
     return tuple(lax.bitcast_convert_type(key, jnp.float32) for key in found)
 
 
-def nonfinite_program(mesh: Mesh, spec: PartitionSpec) -> Any:
+def nonfinite_program(mesh: Mesh, kind: Kind) -> Any:
     """(base, models) -> per device and tensor, whether a part of it is not finite.
 
     An array of (*mesh, L), each device's flags staying where they are.
     """
 
     def local(base: Array, models: Values) -> Array:
-        total = core.add_up([x.astype(jnp.float32) for x in (base, *models)])
+        total = core.add_up([*map(as_float, (base, *models), kind.dtypes)])
         bad = ~jnp.isfinite(total).reshape(len(total), -1)
         return jnp.any(bad, axis=1).reshape((1,) * len(mesh.axis_names) + (-1,))
 
@@ -295,45 +324,44 @@ def nonfinite_program(mesh: Mesh, spec: PartitionSpec) -> Any:
         jax.shard_map(
             local,
             mesh=mesh,
-            in_specs=(stacked(spec), stacked(spec)),
+            in_specs=(stacked(kind.spec), stacked(kind.spec)),
             out_specs=PartitionSpec(*mesh.axis_names),
-            check_vma=False,  # what is replicated has the same flags everywhere
         )
     )
 
 
-def census_program(method: Method, exact: bool) -> Any:
+def census_program(method: Method, kind: Kind, exact: bool) -> Any:
     """As `merge_program` -> the sums of `interference.LeafStatistics`, one a tensor.
 
     Without `exact` only the inner products.
     """
 
-    def one(weights, known, base, models, settings):
-        base = base.astype(jnp.float32)
-        _, before, after = walk(method, weights, known, base, models, settings)
-        taus = [m.astype(jnp.float32) - base for m in models]
-        vectors = [*taus, base]
-        dot = lambda x, y: statistics.total([x * y])  # noqa: E731
-        # The lower triangle; the host mirrors it.
-        gram = [[dot(x, y) for y in vectors[: i + 1]] for i, x in enumerate(vectors)]
-        if not exact:
-            return {"gram": gram}
-        kept = [x != 0 for x in after]
-        positive = sum((x > 0).astype(jnp.int32) for x in after)
-        negative = sum((x < 0).astype(jnp.int32) for x in after)
-        total = lambda x: statistics.count([x])  # noqa: E731
-        return {
-            "gram": gram,
-            "kept": [total(k) for k in kept],
-            "kept_mass": [
-                dot(jnp.where(k, b, 0), b) for k, b in zip(kept, before, strict=True)
-            ],
-            "contested": total(positive + negative >= 2),
-            "conflicts": total((positive > 0) & (negative > 0)),
-        }
-
     def census(base, models, settings, weights, known):
-        f = functools.partial(one, weights, known)
-        return lax.map(lambda x: f(*x), (base, models, settings))
+        def dot(x: Array, y: Array) -> Array:
+            return statistics.total([x * y])
+
+        def one(x: Inputs) -> dict[str, Any]:
+            theta_0, _, before, after = walk(method, kind, weights, known, x)
+            thetas = map(as_float, x.models, kind.dtypes[1:])
+            vectors = [*(theta - theta_0 for theta in thetas), theta_0]
+            # The lower triangle; the host mirrors it.
+            gram = [[dot(x, y) for y in vectors[: i + 1]] for i, x in enumerate(vectors)]
+            if not exact:
+                return {"gram": gram}
+            kept = [x != 0 for x in after]
+            positive = sum((x > 0).astype(jnp.int32) for x in after)
+            negative = sum((x < 0).astype(jnp.int32) for x in after)
+            return {
+                "gram": gram,
+                "kept": [statistics.count([k]) for k in kept],
+                "kept_mass": [
+                    dot(jnp.where(k, tau, 0), tau)
+                    for k, tau in zip(kept, before, strict=True)
+                ],
+                "contested": statistics.count([positive + negative >= 2]),
+                "conflicts": statistics.count([(positive > 0) & (negative > 0)]),
+            }
+
+        return lax.map(one, Inputs(base, models, settings))
 
     return jax.jit(census)

@@ -118,10 +118,10 @@ class OnMesh:
         known: dict[tuple[int, int], Any] = {}
         if measures := mesh_programs.model_measures(self.method):
             held = [self._load(s) for s in self._stacks]
-            specs = tuple(s.spec for s in self._stacks)
+            kinds = tuple(s.kind for s in self._stacks)
             for i, j in measures:
                 program = self.programs(
-                    mesh_programs.statistic_program, self.method, self.mesh, specs, i, j
+                    mesh_programs.statistic_program, self.method, self.mesh, kinds, i, j
                 )
                 known[i, j] = program(held, self._weights, known)
         for k, stack in enumerate(self._stacks):
@@ -132,7 +132,9 @@ class OnMesh:
             arguments = (*inputs, self._weights, known)
             if self.census is not None:
                 self._take_census(stack, arguments)
-            program = self.programs(*program_of(self.method, self.mesh, stack))
+            program = self.programs(
+                mesh_programs.merge_program, self.method, self.mesh, stack.kind
+            )
             merged = program(*arguments)
             del inputs, arguments
             yield stack, merged
@@ -143,13 +145,14 @@ class OnMesh:
         placed = stack.sharding(self.mesh)
 
         def load(reader: Reader, dtype: np.dtype) -> jax.Array:
-            return born_sharded(reader, names, placed, dtype)
+            carried = mesh_programs.carried(dtype)
+            return born_sharded(reader, names, placed, dtype, carried)
 
         with ThreadPoolExecutor(self.threads) as pool:
-            base, *models = pool.map(load, self.readers, stack.dtypes)
+            base, *models = pool.map(load, self.readers, stack.kind.dtypes)
         inputs = Inputs(base, tuple(models), settings_of(stack, self._settings))
         if self._check:
-            flags = self.programs(mesh_programs.nonfinite_program, self.mesh, stack.spec)
+            flags = self.programs(mesh_programs.nonfinite_program, self.mesh, stack.kind)
             self._refuse(stack, flags(base, inputs.models))
         self.advance(sum(e.nbytes for e in stack.entries))
         return inputs
@@ -166,7 +169,7 @@ class OnMesh:
     def _take_census(self, stack: Stack, arguments: Sequence[Any]) -> None:
         assert self.census is not None
         program = self.programs(
-            mesh_programs.census_program, self.method, self.census.exact
+            mesh_programs.census_program, self.method, stack.kind, self.census.exact
         )
         sums = jax.device_get(program(*arguments))
         for k, e in enumerate(stack.entries):
@@ -178,14 +181,14 @@ class OnMesh:
     def _write(self, writer: Writer, stack: Stack, merged: jax.Array) -> None:
         """Puts each tensor together on the host; no device ever has all of it."""
         shards = [
-            (s.index[1:], np.asarray(s.data))
+            (s.index[1:], np.asarray(s.data).view(stack.kind.out))
             for s in merged.addressable_shards
             if s.replica_id == 0
         ]
 
         def write(k: int) -> None:
             e = stack.entries[k]
-            whole = np.empty(e.shape, merged.dtype)
+            whole = np.empty(e.shape, stack.kind.out)
             for box, data in shards:
                 whole[box] = data[k]
             with np.errstate(over="ignore"):
@@ -195,13 +198,6 @@ class OnMesh:
             writer.write(e.path, 0, flat)
 
         parallel(write, range(len(stack.entries)), self.threads)
-
-
-def program_of(method: core.Method, mesh: Mesh, stack: Stack) -> tuple[Any, ...]:
-    """What makes the program that merges a stack, and its arguments."""
-    donate = stack.dtypes[0] == stack.out
-    out = stack.out.name
-    return mesh_programs.merge_program, method, mesh, stack.spec, out, donate
 
 
 def settings_of(stack: Stack, settings: Sequence[Mapping[str, Any]]) -> list[Any]:
@@ -215,7 +211,11 @@ def settings_of(stack: Stack, settings: Sequence[Mapping[str, Any]]) -> list[Any
 
 
 def born_sharded(
-    reader: Reader, names: Sequence[str], placed: NamedSharding, dtype: np.dtype
+    reader: Reader,
+    names: Sequence[str],
+    placed: NamedSharding,
+    dtype: np.dtype,
+    carried: np.dtype | None = None,
 ) -> jax.Array:
     """Tensors of one shape from a checkpoint, stacked, each device reading its part.
 
@@ -225,6 +225,7 @@ def born_sharded(
       names: L tensors of one shape.
       placed: of the stack; its first axis is not cut.
       dtype: to convert to, on the host.
+      carried: to view it as then.
 
     Returns:
       (L, *shape), no device holding more than its part.
@@ -243,7 +244,11 @@ def born_sharded(
         for key, box in boxes.items():
             part = read(name, box[1:]) if read else whole[box[1:]]
             parts[key][k] = part
-    return jax.make_array_from_callback(shape, placed, lambda box: parts[_key(box)])
+    
+    def part_of(box: Sequence[slice]) -> np.ndarray:
+        return parts[_key(box)].view(carried or dtype)
+
+    return jax.make_array_from_callback(shape, placed, part_of)
 
 
 def _key(box: Sequence[slice]) -> tuple[Any, ...]:
