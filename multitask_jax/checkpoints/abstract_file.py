@@ -101,7 +101,10 @@ def _llama(config: dict[str, Any], path: Path) -> dict[str, TensorInfo]:
 
     d, layers = number("hidden_size"), number("num_hidden_layers")
     heads, ffn = number("num_attention_heads"), number("intermediate_size")
-    kv_heads, head = number("num_key_value_heads", heads), number("head_dim", d // heads)
+    kv_heads, head = (
+        number("num_key_value_heads", heads),
+        number("head_dim", d // heads),
+    )
     if layers > 10_000:
         raise CheckpointError(f"{path}: num_hidden_layers: got {layers}")
     stored = config.get("torch_dtype", config.get("dtype", "float32"))
@@ -121,7 +124,8 @@ def _llama(config: dict[str, Any], path: Path) -> dict[str, TensorInfo]:
         "post_attention_layernorm.weight": (d,),
     }
     if kind == "qwen2":
-        block |= {f"self_attn.{x}_proj.bias": (n,) for x, n in zip("qkv", (q, kv, kv))}
+        sizes = {"q": q, "k": kv, "v": kv}
+        block |= {f"self_attn.{x}_proj.bias": (n,) for x, n in sizes.items()}
     shapes = {"model.embed_tokens.weight": (number("vocab_size"), d)}
     for i in range(layers):
         shapes |= {f"model.layers.{i}.{name}": shape for name, shape in block.items()}

@@ -145,9 +145,9 @@ def merge_checkpoints(
         if mesh is None:
             memory = execution.memory_of([job], threads, max_memory)
         else:
-            plan = on_mesh.as_mesh_plan(plan)
+            plan = on_mesh.as_mesh_plan(method, plan, mesh)
             job = job._replace(plan=plan)
-            memory = mesh_plan.memory_of(job, mesh, rules, max_memory)
+            memory = mesh_plan.memory_of(job, mesh, rules, max_memory, dry_run)
             runner = functools.partial(on_mesh.OnMesh, mesh=mesh, rules=rules)
         target = {
             "format": output_format,

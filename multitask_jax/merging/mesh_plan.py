@@ -124,30 +124,32 @@ def _shape(stack: Stack) -> str:
 
 def device_bytes(stacks: Sequence[Stack], mesh: Mesh, stay: bool) -> int:
     """Inputs and outputs that a device holds at once, without temporaries."""
-    inputs, outputs = [], []
-    for s in stacks:
-        parts = math.prod(mesh.shape[n] for n in names_in(s.kind.spec))
-        entries = math.prod(s.shape) // parts
-        inputs.append(entries * sum(d.itemsize for d in s.kind.dtypes))
-        outputs.append(entries * s.kind.out.itemsize)
+    held = [math.prod(s.shape) // _parts(s, mesh) for s in stacks]
+    inputs = [n * _input(s) for n, s in zip(held, stacks, strict=True)]
+    outputs = [n * s.kind.out.itemsize for n, s in zip(held, stacks, strict=True)]
     if stay:
         return sum(inputs) + 2 * max(outputs)
     return 2 * max(i + o for i, o in zip(inputs, outputs, strict=True))
 
 
-def memory_of(job: Job, mesh: Mesh, rules: Rules | None, max_memory: int | None) -> int:
-    """Estimate of this process's memory in bytes; simulated devices are part of it.
+def memory_of(
+    job: Job, mesh: Mesh, rules: Rules | None, max_memory: int | None, abstract: bool
+) -> int:
+    """Estimate of this process's memory in bytes.
+
+    Simulated devices are part of it, unless they stand for others (`abstract`).
 
     Raises:
       CheckpointError: it is more than max_memory.
       ValueError: a tensor that no rule matches, or that can't be cut so.
     """
     stacks = on_mesh.stacks_of(job.method, job.plan, mesh, rules)
-    stay = bool(mesh_programs.model_measures(job.method))
-    largest = max(sum(e.nbytes for e in s.entries) for s in stacks)
-    memory = (120 << 20) + 2 * largest  # read into parts, put together from parts
-    if mesh.devices.flat[0].platform == "cpu":
-        memory += device_bytes(stacks, mesh, stay) * mesh.size
+    # Parts on their way to a device, and what a stack's parts are put together to.
+    read = max(math.prod(s.shape) * _input(s) // _parts(s, mesh) for s in stacks)
+    written = max(math.prod(s.shape) * s.kind.out.itemsize for s in stacks)
+    memory = (120 << 20) + read + 2 * written
+    if mesh.devices.flat[0].platform == "cpu" and not abstract:
+        memory += device_bytes(stacks, mesh, _stay(job)) * mesh.size
     if max_memory is not None and memory > max_memory:
         raise CheckpointError(
             f"the merge is expected to need {human(memory)} on this host, more than"
@@ -157,13 +159,26 @@ def memory_of(job: Job, mesh: Mesh, rules: Rules | None, max_memory: int | None)
     return memory
 
 
+def _stay(job: Job) -> bool:
+    return bool(mesh_programs.model_measures(job.method))
+
+
+def _parts(stack: Stack, mesh: Mesh) -> int:
+    return math.prod(mesh.shape[n] for n in names_in(stack.kind.spec))
+
+
+def _input(stack: Stack) -> int:
+    """Bytes of an entry of base and models."""
+    return sum(d.itemsize for d in stack.kind.dtypes)
+
+
 def describe(job: Job, mesh: Mesh, rules: Rules | None) -> str:
     """The programs of a merge, their memory and collectives, for `--dry_run`."""
     started = time.perf_counter()
     found = programs(job, mesh, rules)
     seconds = time.perf_counter() - started
     stacks = on_mesh.stacks_of(job.method, job.plan, mesh, rules)
-    stay = bool(mesh_programs.model_measures(job.method))
+    stay = _stay(job)
     axes = ", ".join(f"{k}={v}" for k, v in mesh.shape.items())
     held = device_bytes(stacks, mesh, stay)
     temporaries = max(p.temporaries for p in found)
@@ -175,7 +190,7 @@ def describe(job: Job, mesh: Mesh, rules: Rules | None) -> str:
     lines = [
         f"mesh         {axes}: {mesh.size} devices; {how}",
         f"a device     {human(held + temporaries)}: {human(held)} of inputs and outputs"
-        f" at once, {human(temporaries)} of temporaries",
+        f" at once, {human(temporaries)} of temporaries; on a CPU times {mesh.size}",
         f"programs     {len(found)}, compiled in {seconds:.1f} s; bytes of a device:",
     ]
     for p in found:

@@ -7,6 +7,7 @@ another pass over the disk.
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -18,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from multitask_jax.checkpoints import Reader, Writer
 from multitask_jax.merging import core, interference, mesh_programs
 from multitask_jax.merging.census import Census
-from multitask_jax.merging.mesh_programs import Inputs, Known, Stack
+from multitask_jax.merging.mesh_programs import Inputs, Stack
 from multitask_jax.merging.plan import Entry, Pass, Plan
 from multitask_jax.merging.statistics import BITS
 from multitask_jax.merging.streaming import (
@@ -33,12 +34,24 @@ from multitask_jax.sharding import Rules
 MOST = 64 << 20  # bytes of a stack's inputs a device, where stacks come and go
 
 
-def as_mesh_plan(plan: Plan) -> Plan:
+def as_mesh_plan(method: core.Method, plan: Plan, mesh: Mesh) -> Plan:
     """What is read once, whatever the method measures.
 
     Raises:
-      ValueError: a tensor is to be computed in float64.
+      ValueError: the method needs statistics of data, or a tensor float64; devices of
+        other processes.
     """
+    if any(d.process_index != jax.process_index() for d in mesh.devices.flat):
+        raise ValueError(
+            "the mesh has devices of other processes, which a merge can't write from;"
+            " make it of jax.local_devices()"
+        )
+    kind = core.statistics_kind(method)
+    if kind is not None:
+        raise ValueError(
+            f"a method with statistics of each model's data ({kind}) does not run on a"
+            " mesh; merge without one"
+        )
     for e in plan.merged:
         if e.compute == np.float64:
             raise ValueError(
@@ -78,11 +91,9 @@ class OnMesh:
         """`readers`: the base, then the models. `advance` hears of bytes read.
 
         Raises:
-          ValueError: a tensor that no sharding rule matches, or that can't be cut so;
-            statistics, which need whole tensors.
+          ValueError: a tensor that no sharding rule matches, or that can't be cut so.
         """
-        if statistics:
-            raise ValueError("methods with statistics of data don't run on a mesh yet")
+        assert not statistics  # `as_mesh_plan` refuses them
         self.method, self.plan, self.readers, self.mesh = method, plan, readers, mesh
         self.census, self.advance, self.threads = census, advance, threads
         self._check = not allow_nonfinite
@@ -152,7 +163,9 @@ class OnMesh:
             base, *models = pool.map(load, self.readers, stack.kind.dtypes)
         inputs = Inputs(base, tuple(models), settings_of(stack, self._settings))
         if self._check:
-            flags = self.programs(mesh_programs.nonfinite_program, self.mesh, stack.kind)
+            flags = self.programs(
+                mesh_programs.nonfinite_program, self.mesh, stack.kind
+            )
             self._refuse(stack, flags(base, inputs.models))
         self.advance(sum(e.nbytes for e in stack.entries))
         return inputs
@@ -220,39 +233,49 @@ def born_sharded(
     """Tensors of one shape from a checkpoint, stacked, each device reading its part.
 
     Args:
-      reader: an open checkpoint. Formats without boxes (msgpack, adapters, deltas) read
-        a tensor whole, once for all devices, on the host.
+      reader: an open checkpoint.
       names: L tensors of one shape.
       placed: of the stack; its first axis is not cut.
       dtype: to convert to, on the host.
       carried: to view it as then.
 
     Returns:
-      (L, *shape), no device holding more than its part.
+      (L, *shape), of which neither a device nor the host ever holds more than a part.
     """
-    of_tensor = reader.tensors[reader.aliases.get(names[0], names[0])].shape
-    shape = (len(names), *of_tensor)
-    parts: dict[Any, np.ndarray] = {}  # by box: what is replicated is read once
-    boxes = {_key(b): b for b in placed.addressable_devices_indices_map(shape).values()}
-    for key, box in boxes.items():
-        size = [len(range(*s.indices(n))) for s, n in zip(box, shape, strict=True)]
-        parts[key] = np.empty(size, dtype)
-    for k, name in enumerate(names):
-        read = getattr(reader, "read_box", None)
-        if read is None:
-            whole = reader.read(name).reshape(of_tensor)
-        for key, box in boxes.items():
-            part = read(name, box[1:]) if read else whole[box[1:]]
-            parts[key][k] = part
-    
-    def part_of(box: Sequence[slice]) -> np.ndarray:
-        return parts[_key(box)].view(carried or dtype)
+    info = reader.tensors[reader.aliases.get(names[0], names[0])]
+    shape = (len(names), *info.shape)
+    boxes: dict[Any, list[Any]] = {}  # what several devices hold is read once
+    for device, box in placed.addressable_devices_indices_map(shape).items():
+        ranges = tuple(s.indices(n)[:2] for s, n in zip(box, shape, strict=True))
+        boxes.setdefault(ranges, []).append(device)
+    # Where chunks are large, all parts of a tensor while its chunk is decoded.
+    together = bool(getattr(reader, "cache_bytes", 0))
+    arrays = {}
+    for group in [list(boxes)] if together else [[b] for b in boxes]:
+        parts = [np.empty([stop - start for start, stop in b], dtype) for b in group]
+        for k, name in enumerate(names):
+            for b, part in zip(group, parts, strict=True):
+                part[k] = _read_box(reader, name, info.shape, b[1:])
+        for b, part in zip(group, parts, strict=True):
+            for device in boxes[b]:
+                arrays[device] = jax.device_put(part.view(carried or dtype), device)
+    ordered = [arrays[d] for d in placed.addressable_devices_indices_map(shape)]
+    return jax.make_array_from_single_device_arrays(shape, placed, ordered)
 
-    return jax.make_array_from_callback(shape, placed, part_of)
 
-
-def _key(box: Sequence[slice]) -> tuple[Any, ...]:
-    return tuple((s.start, s.stop) for s in box)
+def _read_box(
+    reader: Reader, name: str, shape: Sequence[int], ranges: Sequence[tuple[int, int]]
+) -> np.ndarray:
+    """A box of a tensor; of formats that read ranges alone, from the rows around it."""
+    box = tuple(slice(*r) for r in ranges)
+    if hasattr(reader, "read_box"):
+        return reader.read_box(name, box)
+    if not shape:
+        return reader.read(name).reshape(())
+    row = math.prod(shape[1:])
+    start, stop = ranges[0]
+    rows = reader.read(name, start * row, stop * row).reshape(-1, *shape[1:])
+    return rows[(slice(None), *box[1:])]
 
 
 def leaf_statistics(entry: Entry, sums: Any) -> interference.LeafStatistics:
