@@ -252,35 +252,29 @@ def nonfinite_program(mesh: Mesh, kind: Kind) -> Any:
 def census_program(method: Method, kind: Kind, exact: bool) -> Any:
     """As `merge_program` -> the sums of `interference.LeafStatistics`, one a tensor.
 
-    Without `exact` only the inner products.
+    In float32, for the report alone. Without `exact` only the inner products.
     """
 
     def census(base, models, settings, weights, known):
-        def dot(x: Array, y: Array) -> Array:
-            return statistics.total([x * y])
-
-        def one(x: Inputs) -> dict[str, Any]:
+        def one(x: Inputs) -> dict[str, Array]:
             theta_0, _, before, after = walk(method, kind, weights, known, x)
             thetas = map(as_float, x.models, kind.dtypes[1:])
-            vectors = [*(theta - theta_0 for theta in thetas), theta_0]
-            # The lower triangle; the host mirrors it.
-            gram = [
-                [dot(x, y) for y in vectors[: i + 1]] for i, x in enumerate(vectors)
-            ]
+            vectors = jnp.stack([*(theta - theta_0 for theta in thetas), theta_0])
+            axes = list(range(1, vectors.ndim))
+            gram = jnp.tensordot(vectors, vectors, (axes, axes), precision="highest")
             if not exact:
                 return {"gram": gram}
-            kept = [x != 0 for x in after]
             positive = sum((x > 0).astype(jnp.int32) for x in after)
             negative = sum((x < 0).astype(jnp.int32) for x in after)
+            total = jax.vmap(lambda x: statistics.total([x]))
+            pairs = zip(before, after, strict=True)
+            masses = [jnp.where(x != 0, tau * tau, 0) for tau, x in pairs]
+            clashes = [positive + negative >= 2, (positive > 0) & (negative > 0)]
             return {
                 "gram": gram,
-                "kept": [statistics.count([k]) for k in kept],
-                "kept_mass": [
-                    dot(jnp.where(k, tau, 0), tau)
-                    for k, tau in zip(kept, before, strict=True)
-                ],
-                "contested": statistics.count([positive + negative >= 2]),
-                "conflicts": statistics.count([(positive > 0) & (negative > 0)]),
+                "kept": total(jnp.stack([x != 0 for x in after])),
+                "kept_mass": total(jnp.stack(masses)),
+                "clashes": total(jnp.stack(clashes)),
             }
 
         return lax.map(one, Inputs(base, models, settings))

@@ -21,7 +21,6 @@ from multitask_jax.merging import core, interference, mesh_programs
 from multitask_jax.merging.census import Census
 from multitask_jax.merging.mesh_programs import Inputs, Stack
 from multitask_jax.merging.plan import Entry, Pass, Plan
-from multitask_jax.merging.statistics import BITS
 from multitask_jax.merging.streaming import (
     Chunk,
     Stream,
@@ -280,21 +279,13 @@ def _read_box(
 
 def leaf_statistics(entry: Entry, sums: Any) -> interference.LeafStatistics:
     """What `mesh_programs.census_program` found of one tensor."""
-    models = len(sums["gram"]) - 1
-    out = interference.LeafStatistics.zeros(models)
+    out = interference.LeafStatistics.zeros(len(entry.models))
     out.size = entry.size
-    for i, row in enumerate(sums["gram"]):
-        for j, value in enumerate(row):
-            out.gram[i, j] = out.gram[j, i] = value
+    out.gram += sums["gram"]
     if "kept" in sums:
         out.counted = float(entry.size)
-        out.kept[:] = [_number(n) for n in sums["kept"]]
-        out.mass[:] = np.diag(out.gram)[:-1]
-        out.kept_mass[:] = sums["kept_mass"]
-        out.contested = _number(sums["contested"])
-        out.conflicts = _number(sums["conflicts"])
+        out.kept += sums["kept"]
+        out.mass += np.diag(out.gram)[:-1]
+        out.kept_mass += sums["kept_mass"]
+        out.contested, out.conflicts = map(float, sums["clashes"])
     return out
-
-
-def _number(pair: Any) -> float:
-    return float((int(pair[0]) << BITS) + int(pair[1]))
