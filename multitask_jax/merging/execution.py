@@ -74,6 +74,7 @@ def execute(
     resume: bool = False,
     verify: bool = False,
     about: Mapping[str, Any] | None = None,
+    runner: Callable[..., Any] = Stream,
 ) -> list[str]:
     """Streams all jobs into one new checkpoint.
 
@@ -87,6 +88,7 @@ def execute(
       census: gathers what the report says, if there is one.
       allow_nonfinite, progress, threads, resume, verify: as for `merge_checkpoints`.
       about: flags or recipe, for what a changed one must not go on with.
+      runner: what does a job; built as a `Stream` is.
 
     Returns:
       All notes.
@@ -111,7 +113,7 @@ def execute(
     ):
         notes = writer.notes
         for job, past in zip(jobs, writer.past, strict=True):
-            stream = Stream(
+            stream = runner(
                 job.method,
                 job.plan,
                 job.readers,
