@@ -144,10 +144,14 @@ def memory_of(
       ValueError: a tensor that no rule matches, or that can't be cut so.
     """
     stacks = on_mesh.stacks_of(job.method, job.plan, mesh, rules)
-    # Parts on their way to a device, and what a stack's parts are put together to.
+    # Parts on their way to a device, and tensors that threads put together from parts.
     read = max(math.prod(s.shape) * _input(s) // _parts(s, mesh) for s in stacks)
-    written = max(math.prod(s.shape) * s.kind.out.itemsize for s in stacks)
-    memory = (120 << 20) + read + 2 * written
+    threads = [min(8, len(s.entries)) for s in stacks]
+    written = max(
+        n * math.prod(s.shape[1:]) * s.kind.out.itemsize
+        for n, s in zip(threads, stacks, strict=True)
+    )
+    memory = (120 << 20) + read + written
     if mesh.devices.flat[0].platform == "cpu" and not abstract:
         memory += device_bytes(stacks, mesh, _stay(job)) * mesh.size
     if max_memory is not None and memory > max_memory:

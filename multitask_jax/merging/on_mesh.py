@@ -128,28 +128,26 @@ class OnMesh:
         return notes
 
     def _merged(self) -> Iterator[tuple[Stack, jax.Array]]:
+        held: dict[int, Inputs] = {}
         known: dict[tuple[int, int], Any] = {}
         if measures := mesh_programs.model_measures(self.method):
-            held = [self._load(s) for s in self._stacks]
+            held = {k: self._load(s) for k, s in enumerate(self._stacks)}
             kinds = tuple(s.kind for s in self._stacks)
             for i, j in measures:
-                program = self.programs(
+                measure = self.programs(
                     mesh_programs.statistic_program, self.method, self.mesh, kinds, i, j
                 )
-                known[i, j] = program(held, self._weights, known)
+                known[i, j] = measure([*held.values()], self._weights, known)
         for k, stack in enumerate(self._stacks):
-            if measures:
-                inputs, held[k] = held[k], None  # type: ignore[call-overload]
-            else:
-                inputs = self._load(stack)
+            inputs = held.pop(k) if held else self._load(stack)
             arguments = (*inputs, self._weights, known)
             if self.census is not None:
                 self._take_census(stack, arguments)
-            program = self.programs(
+            merge = self.programs(
                 mesh_programs.merge_program, self.method, self.mesh, stack.kind
             )
-            merged = program(*arguments)
-            del inputs, arguments
+            merged = merge(*arguments)
+            del inputs, arguments  # models go as soon as they are merged
             yield stack, merged
 
     def _load(self, stack: Stack) -> Inputs:
@@ -195,8 +193,11 @@ class OnMesh:
 
     def _write(self, writer: Writer, stack: Stack, merged: jax.Array) -> None:
         """Puts each tensor together on the host; no device ever has all of it."""
+        simulated = self.mesh.devices.flat[0].platform == "cpu"
         shards = [
-            (s.index[1:], np.asarray(s.data).view(stack.kind.out))
+            # A simulated device's memory is the host's; from others parts of one
+            # tensor come at a time.
+            (s.index[1:], np.asarray(s.data) if simulated else s.data)
             for s in merged.addressable_shards
             if s.replica_id == 0
         ]
@@ -205,7 +206,7 @@ class OnMesh:
             e = stack.entries[k]
             whole = np.empty(e.shape, stack.kind.out)
             for box, data in shards:
-                whole[box] = data[k]
+                whole[box] = np.asarray(data[k]).view(stack.kind.out)
             with np.errstate(over="ignore"):
                 flat = whole.reshape(-1).astype(e.out, copy=False)
             if self._check:
