@@ -1,7 +1,6 @@
 """Opening any checkpoint, and creating one aside so that it appears whole or not."""
 
 import errno
-import itertools
 import os
 import shutil
 from collections.abc import Sequence
@@ -11,7 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from multitask_jax.checkpoints import delta_file, lora_file, safetensors_file
+from multitask_jax.checkpoints import (
+    delta_file,
+    lora_file,
+    safetensors_file,
+    staging_names,
+)
 from multitask_jax.checkpoints.types import (
     CheckpointError,
     FormatWriter,
@@ -131,6 +135,7 @@ class Writer:
         self.directory = staging
         self._inner = inner
         self._replace = replace
+        self._pulse = staging_names.Pulse(staging)
 
     def write(self, name: str, start: int, flat: np.ndarray) -> None:
         """Stores flat entries [start, start + len(flat)) of a tensor; thread-safe."""
@@ -145,14 +150,19 @@ class Writer:
         """Says that tensors are written already: by another process, or before."""
         self._inner.skip(names)
 
+    def leave(self) -> None:
+        """Finishes the files of a writer from `attach`; `create`'s commits them."""
+        self._pulse.stop()
+        self._inner.finish()
+
     def commit(self) -> None:
         """Finishes the files and renames the directory to its final path."""
-        self._inner.finish()
+        self.leave()
         if not self._replace:
             _refuse_existing(self.path)
         old = None
         if self.path.exists():
-            old = self.path.parent / f".{self.path.name}.replaced-{os.getpid()}"
+            old = staging_names.replaced(self.path)
             self.path.rename(old)
         try:
             self.directory.rename(self.path)
@@ -165,6 +175,7 @@ class Writer:
 
     def abort(self) -> None:
         """Removes everything written so far."""
+        self._pulse.stop()
         close = getattr(self._inner, "close", None)
         if close is not None:
             close()
@@ -246,35 +257,6 @@ def check_output(
     return path
 
 
-# Two writers of one process to one path get a staging directory each.
-_serial = itertools.count()
-
-
-def _remove_stale(path: Path) -> None:
-    """Repairs what killed processes left: staging, or an output moved half-way."""
-    start = f".{path.name}."
-    for left in path.parent.glob(f"{start}*-*"):
-        kind, *_, pid = left.name[len(start) :].split("-")
-        if kind not in ("partial", "replaced"):
-            continue
-        if not pid.isdigit() or not _gone(int(pid)):
-            continue
-        if kind == "replaced" and not path.exists():
-            left.rename(path)  # killed between the two renames of `commit`
-        else:
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _gone(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        return False
-    return False
-
-
 def create(
     path: str | os.PathLike[str],
     tensors: Sequence[TensorInfo],
@@ -299,12 +281,12 @@ def create(
       CheckpointError: the path is taken or overlaps an input; the disk is too small.
     """
     path = Path(path).expanduser().absolute()
-    _remove_stale(path)
+    staging_names.remove_stale(path)
     check_output(path, format=format, overwrite=overwrite, inputs=inputs)
     module = _module(format)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        staging = path.parent / f".{path.name}.partial-{next(_serial)}-{os.getpid()}"
+        staging = staging_names.partial(path)
         staging.mkdir()
     except OSError as e:
         raise CheckpointError(

@@ -17,6 +17,7 @@ from multitask_jax.checkpoints import Reader
 from multitask_jax.merging import core, delta, execution, report
 from multitask_jax.merging.census import MOST_MODELS, Census
 from multitask_jax.merging.plan import describe, plan_merge
+from multitask_jax.merging.processes import ALONE, Group
 from multitask_jax.merging.task_statistics import StatisticsFile
 
 PathLike = str | os.PathLike[str]
@@ -55,6 +56,7 @@ def merge_checkpoints(
     dry_run: bool = False,
     progress: bool = True,
     threads: int | None = None,
+    group: Group = ALONE,
 ) -> MergeResult:
     """Merges checkpoints, streamed: memory does not grow with the model.
 
@@ -84,7 +86,10 @@ def merge_checkpoints(
       max_memory: bytes; a merge that is expected to need more is refused.
       dry_run: plan only.
       progress: show a bar over bytes.
-      threads: two a core by default (some wait for the disk or for XLA), 8 at most.
+      threads: two a core by default (some wait for the disk or for XLA), 8 at most;
+        fewer where several processes share a host.
+      group: the processes that share the merge (`processes.join`), each of which makes
+        this call; safetensors only.
 
     Raises:
       CheckpointError: inputs that are damaged, differ or hold NaN, an output that
@@ -95,7 +100,7 @@ def merge_checkpoints(
     models = [Path(m).expanduser() for m in models]
     weights = core.check_models(method, len(models), weights)
     _check_weights(method, weights)
-    threads = execution.default_threads(threads)
+    threads = execution.default_threads(threads, group)
     compute = float_dtype("dtype", dtype, computing=True)
     stored = float_dtype("out_dtype", out_dtype)
     notes = []
@@ -181,6 +186,7 @@ def merge_checkpoints(
             allow_nonfinite=allow_nonfinite,
             progress=progress,
             threads=threads,
+            group=group,
         )
     seconds = time.perf_counter() - started
     text = describe(plan, models, memory)

@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from multitask_jax import checkpoints
 from multitask_jax.checkpoints import CheckpointError, Reader, TensorInfo
+from multitask_jax.merging import shares
 from multitask_jax.merging.census import Census
 from multitask_jax.merging.core import Method
 from multitask_jax.merging.plan import Plan, human, peak_memory, threads_for
+from multitask_jax.merging.processes import ALONE, Group
 from multitask_jax.merging.streaming import Stream
 from multitask_jax.merging.task_statistics import StatisticsFile
 
@@ -27,15 +28,15 @@ class Job(NamedTuple):
     program: Any = None  # jobs of the same key, not None, may share compiled programs
 
 
-def default_threads(threads: int | None) -> int:
-    """Two a core (some wait for the disk or for XLA), 8 at most.
+def default_threads(threads: int | None, group: Group = ALONE) -> int:
+    """Two a core (some wait for the disk or for XLA), 8 at most, for all on this host.
 
     Raises:
       ValueError: the number given is not positive.
     """
     if threads is not None and threads < 1:
         raise ValueError(f"threads: got {threads}, expected at least 1")
-    return threads or min(8, 2 * (os.cpu_count() or 1))
+    return threads or max(1, min(8, 2 * (os.cpu_count() or 1)) // group.neighbours)
 
 
 def memory_of(jobs: Sequence[Job], threads: int, max_memory: int | None) -> int:
@@ -71,6 +72,7 @@ def execute(
     allow_nonfinite: bool = False,
     progress: bool = True,
     threads: int,
+    group: Group = ALONE,
 ) -> list[str]:
     """Streams all jobs into one new checkpoint.
 
@@ -82,21 +84,25 @@ def execute(
       finish: (directory in the making, notes so far) -> more notes; writes what lies
         beside the weights.
       census: gathers what the report says, if there is one.
-      allow_nonfinite, progress, threads: as for `merge_checkpoints`.
+      allow_nonfinite, progress, threads, group: as for `merge_checkpoints`.
 
     Returns:
-      All notes.
+      All notes, in every process.
 
     Raises:
       CheckpointError: inputs that hold NaN, a full disk; nothing is left at `output`.
     """
-    notes: list[str] = []
+    by_job: list[list[str]] = []
     programs: dict[Any, Any] = {}
+    plans = [j.plan for j in jobs]
+    group.agree("inputs or options", (tensors, plans, [j.weights for j in jobs]))
+    mine = shares.split(plans, tensors, group)
+    parts = [shares.part_of(p, mine) for p in plans]
     with (
-        progress_bar([j.plan for j in jobs], progress) as advance,
-        checkpoints.create(output, tensors, **target) as writer,
+        progress_bar(parts, progress and not group.index) as advance,
+        shares.create(group, output, tensors, mine, target) as writer,
     ):
-        for job in jobs:
+        for job, part in zip(jobs, parts, strict=True):
             stream = Stream(
                 job.method,
                 job.plan,
@@ -108,12 +114,18 @@ def execute(
                 allow_nonfinite=allow_nonfinite,
                 advance=advance,
                 threads=threads_for(job.method, threads),
+                group=group,
+                share=part,
             )
             if job.program is not None:
                 programs[job.program] = stream.programs
-            notes += stream.run(writer)
-        notes += finish(writer.directory, notes)
-    return notes
+            by_job.append(stream.run(writer))
+        notes = shares.gather_notes(group, by_job)
+        if census is not None:
+            shares.gather_census(group, census, tensors)
+        if group.index == 0:
+            notes += finish(writer.directory, notes)
+    return group.combine(notes, lambda all_notes: all_notes[0])
 
 
 @contextlib.contextmanager

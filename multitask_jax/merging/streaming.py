@@ -19,6 +19,7 @@ from multitask_jax.checkpoints import CheckpointError, Reader, Writer
 from multitask_jax.merging import core, statistics
 from multitask_jax.merging.census import Census, mark_kept
 from multitask_jax.merging.plan import BUCKETS, CHUNK, Entry, Pass, Plan
+from multitask_jax.merging.processes import ALONE, Group
 from multitask_jax.merging.selection import (
     INFINITE,
     Bracket,
@@ -66,8 +67,12 @@ class Stream:
         allow_nonfinite: bool = False,
         advance: Callable[[int], None] = lambda nbytes: None,
         threads: int = 2,
+        group: Group = ALONE,
+        share: Plan | None = None,
     ):
         """`readers`: the base, then the models. `advance` hears of bytes read.
+
+        `share`: of the plan, what this process of the group does; all by default.
 
         `weights`: T, or T by leaf path. `programs`: of a stream whose method differs in
         ranks alone, so that nothing is compiled again.
@@ -76,10 +81,11 @@ class Stream:
         self.statistics = tuple(statistics)
         self.weights = weights
         self.census, self.advance, self.threads = census, advance, threads
+        self._group, self._share = group, share or plan
         self._check = not allow_nonfinite
         needs = {t.needs for t in method.transforms}
         self._rows = "row" in needs
-        self._unseen = {e.path for e in plan.merged}
+        self._unseen = {e.path for e in self._share.merged}
         paths = [t.name for t in plan.outputs]
         self._settings = core.settings_of(method, paths)
         # Statistics known so far: of the whole model, and of the tensors at hand.
@@ -95,7 +101,7 @@ class Stream:
 
     def run(self, writer: Writer) -> list[str]:
         """All passes; returns notes on tensors that were copied."""
-        if self.census is not None and not self.census.exact:
+        if self.census is not None and not self.census.exact and not self._group.index:
             sample = self._sample(self.plan.merged, _SLICES)
             self.census.sampled(
                 [(c.entry.path, self._deltas(c, self._read(c))[1:]) for c in sample]
@@ -107,7 +113,7 @@ class Stream:
             total = self._total(*p.model, self.plan.merged)
             while p.model not in self._model:  # again where a bracket missed
                 self._over_batches(p, lambda c, total=total: total.add(c))
-                result = total.result()
+                result = total.result(self._group)
                 if result is not None:
                     self._model[p.model] = result
         return self._copy(writer)
@@ -115,8 +121,9 @@ class Stream:
     def _over_batches(self, p: Pass, work: Callable[[Chunk], None]) -> None:
         """One reading: statistics of a few tensors, then `work` on their chunks."""
         models = len(self.readers) - 1
-        batches = _batches(self.plan.merged, _BATCH // models) if p.tensor else None
-        for batch in batches or [self.plan.merged]:
+        mine = self._share.merged
+        batches = _batches(mine, _BATCH // models) if p.tensor else None
+        for batch in batches or [mine]:
             for i, j in p.tensor:
                 self._tensor_statistic(batch, i, j)
             self._sweep(work, batch)
@@ -332,7 +339,7 @@ class Stream:
         """Tensors that come from the base; tells where the models' integers differ."""
         notes = []
         base, *models = self.readers
-        for info in self.plan.copied:
+        for info in self._share.copied:
             differ = set()
             for start in range(0, info.size, CHUNK):
                 stop = min(start + CHUNK, info.size)
