@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-PATIENCE = 10.0  # seconds without a beat
+PATIENCE = 8.0  # seconds without a beat
 _FAILED, _BEATS, _LEFT = ("multitask_jax/" + x for x in ("failed/", "beats/", "left/"))
 
 
@@ -25,7 +25,8 @@ class Watch:
         self._interval = min(0.5, patience / 4)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
-        self._seen: dict[str, tuple[str, float]] = {}  # beat, and when it came
+        # Of each process its last beat, and when it came.
+        self._seen = dict.fromkeys(range(count), ("", time.monotonic()))
         # Held where ending must wait; never released by who ends the process.
         self.ending = threading.Lock()
         # What the process does last, whoever failed: quick, and without exceptions.
@@ -54,7 +55,7 @@ class Watch:
             try:
                 mine = f"{_BEATS}{self._index}"
                 self._client.key_value_set(mine, str(beats), allow_overwrite=True)
-                failed = self._failures()
+                failed = self._values(_FAILED)
                 if not failed and self._index == 0:
                     failed = self._missing()
                     for i, reason in failed.items():
@@ -70,20 +71,21 @@ class Watch:
                     print(f"error: process {i}: {reason}", file=sys.stderr)
                 self._end()
 
-    def _failures(self) -> dict[int, str]:
-        found = self._client.key_value_dir_get(_FAILED)
-        return {int(k.rpartition("/")[2]): reason for k, reason in found}
+    def _values(self, folder: str) -> dict[int, str]:
+        """What processes wrote there, by process."""
+        found = self._client.key_value_dir_get(folder)
+        return {int(key.rpartition("/")[2]): value for key, value in found}
 
     def _missing(self) -> dict[int, str]:
-        """Processes whose beats stand still; some that never beat may be starting."""
+        """Processes whose beats stand still."""
         now = time.monotonic()
-        for key, beat in self._client.key_value_dir_get(_BEATS):
-            if self._seen.get(key, ("", 0.0))[0] != beat:
-                self._seen[key] = (beat, now)
+        for i, beat in self._values(_BEATS).items():
+            if self._seen[i][0] != beat:
+                self._seen[i] = (beat, now)
         return {
-            int(key.rpartition("/")[2]): f"no sign of life for {now - since:.0f} s:"
-            " killed (out of memory?), or its host is gone"
-            for key, (_, since) in self._seen.items()
+            i: f"no sign of life for {now - since:.0f} s: killed (out of memory?), or"
+            " its host is gone"
+            for i, (_, since) in self._seen.items()
             if now - since > self._patience
         }
 
@@ -95,7 +97,7 @@ class Watch:
             self._client.key_value_set(f"{_LEFT}{self._index}", "", True)
             deadline = time.monotonic() + 6 * self._interval
             while self._index == 0 and time.monotonic() < deadline:
-                if len(self._client.key_value_dir_get(_LEFT)) == self._count:
+                if len(self._values(_LEFT)) == self._count:
                     break
                 time.sleep(0.05)
         sys.stdout.flush()
