@@ -25,7 +25,7 @@ import multitask_jax
 from experiments import flags, merge_recipe, parsing
 from experiments.flags import flag
 from multitask_jax import merging
-from multitask_jax.merging import processes
+from multitask_jax.merging import distributed
 from multitask_jax.merging.processes import ALONE, Group
 
 
@@ -266,7 +266,7 @@ def processes_of(config: Config) -> Iterator[Group]:
             " --num_processes and --process_id, or --distributed alone where JAX finds"
             " them (TPU pods, Slurm, Open MPI)"
         )
-    with processes.join(**by_hand) as group:
+    with distributed.join(**by_hand) as group:
         group.agree("flags", (recipe_of(config), multitask_jax.__version__))
         yield group
 

@@ -88,8 +88,8 @@ def merge_checkpoints(
       progress: show a bar over bytes.
       threads: two a core by default (some wait for the disk or for XLA), 8 at most;
         fewer where several processes share a host.
-      group: the processes that share the merge (`processes.join`), each of which makes
-        this call; safetensors only.
+      group: the processes that share the merge (`distributed.join`), each of which
+        makes this call; safetensors only.
 
     Raises:
       CheckpointError: inputs that are damaged, differ or hold NaN, an output that

@@ -29,14 +29,16 @@ class Job(NamedTuple):
 
 
 def default_threads(threads: int | None, group: Group = ALONE) -> int:
-    """Two a core (some wait for the disk or for XLA), 8 at most, for all on this host.
+    """Two a core (some wait for the disk or for XLA), 8 at most.
+
+    A process of a group has its part of the cores of its host.
 
     Raises:
       ValueError: the number given is not positive.
     """
     if threads is not None and threads < 1:
         raise ValueError(f"threads: got {threads}, expected at least 1")
-    return threads or max(1, min(8, 2 * (os.cpu_count() or 1)) // group.neighbours)
+    return threads or max(1, min(8, 2 * (os.cpu_count() or 1) // group.neighbours))
 
 
 def memory_of(jobs: Sequence[Job], threads: int, max_memory: int | None) -> int:

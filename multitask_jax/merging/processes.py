@@ -1,27 +1,20 @@
 """Several processes that do one merge together: who they are, and what they exchange.
 
 Every process runs the same program on the same flags and does its share of the tensors.
-What they must know of each other (counts, sums, notes) goes through the key-value store
-of JAX's coordination service; process 0 is the hub. `join` starts all that; a process
-on its own is `ALONE`, to which every exchange is trivial.
-
-    with processes.join("host0:1234", num_processes=4, process_id=2) as group:
-        merging.merge_checkpoints(method, base, models, output, group=group)
+What they must know of each other (counts, sums, notes) goes through a key-value store;
+process 0 is the hub. A process on its own is `ALONE`, to which every exchange is
+trivial; `distributed.join` makes groups of several.
 """
 
 import contextlib
 import hashlib
 import json
-import socket
-import sys
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
-from multitask_jax.merging.liveness import PATIENCE, Watch
+from multitask_jax.merging.liveness import Watch
 
 _PIECE = 1 << 20  # bytes of a message at most; longer values go in pieces
-_WEEK = 7 * 24 * 3600 * 1000  # ms: a peer may be busy for long; if it dies, Watch tells
 
 
 class Store(Protocol):
@@ -134,92 +127,3 @@ class Group:
 
 
 ALONE = Group()
-
-
-class _Service:
-    """The store of JAX's coordination service."""
-
-    def __init__(self, client: Any):
-        self._client = client
-
-    def set(self, key: str, value: bytes) -> None:
-        self._client.key_value_set_bytes(key, value)
-
-    def get(self, key: str) -> bytes:
-        return self._client.blocking_key_value_get_bytes(key, _WEEK)
-
-    def delete(self, key: str) -> None:
-        self._client.key_value_delete(key)
-
-
-@contextlib.contextmanager
-def join(
-    coordinator: str | None = None,
-    num_processes: int | None = None,
-    process_id: int | None = None,
-    *,
-    patience: float = PATIENCE,
-    timeout: int = 300,
-) -> Iterator[Group]:
-    """Joins the other processes by `jax.distributed`; they end or fail together.
-
-    Where this process raises, the others learn the reason, print it and end; where
-    another one fails or disappears, this one prints why and ends. Ending is
-    `os._exit(1)`: JAX's own shutdown would wait for processes that are gone.
-
-    Args:
-      coordinator: "host:port" of process 0, any free port. All three arguments are
-        found by JAX on TPU pods and under Slurm or Open MPI, if None.
-      num_processes, process_id: how many there are, and which this is, from 0.
-      patience: seconds without a sign of life before a process counts as dead.
-      timeout: seconds to wait for all processes to come.
-
-    Raises:
-      ValueError: nothing tells who the processes are; they can't find each other.
-    """
-    import jax
-    from jax._src import distributed  # the client has no public name
-
-    started_here = not jax.distributed.is_initialized()
-    if started_here:
-        # It would swallow SIGTERM, so that nothing short of SIGKILL stops a merge.
-        jax.config.update("jax_enable_preemption_service", False)
-        try:
-            jax.distributed.initialize(
-                coordinator,
-                num_processes,
-                process_id,
-                initialization_timeout=timeout,
-                # The second line: Watch is quicker (JAX notices after 10 to 20 s, by
-                # aborting) and says more.
-                heartbeat_timeout_seconds=20,
-            )
-        except (ValueError, RuntimeError) as e:
-            raise ValueError(
-                "the processes did not find each other: pass --coordinator=HOST:PORT"
-                " (of process 0, reachable from all, a free port), --num_processes and"
-                " --process_id to each; --distributed finds them by itself on TPU pods"
-                f" and under Slurm or Open MPI only ({str(e).splitlines()[0]})"
-            ) from None
-    state = distributed.global_state
-    index, count = state.process_id, state.num_processes
-    watch = Watch(state.client, index, count, patience)
-    group = Group(index, count, _Service(state.client), watch)
-    watch.start()
-    try:
-        # Devices are found by all processes together: also by one without tensors.
-        jax.local_devices()
-        hosts = group.combine(socket.gethostname(), list)
-        group.neighbours = hosts.count(hosts[index])
-        yield group
-        group.barrier()
-    except BaseException as e:
-        if not isinstance(e, (ValueError, OSError, KeyboardInterrupt, SystemExit)):
-            traceback.print_exc()
-        interrupted = isinstance(e, KeyboardInterrupt)
-        reason = "interrupted" if interrupted else str(e) or type(e).__name__
-        print(f"error: {reason}", file=sys.stderr)
-        watch.fail(reason)
-    watch.stop()
-    if started_here:
-        jax.distributed.shutdown()

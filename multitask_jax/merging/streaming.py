@@ -156,14 +156,20 @@ class Stream:
         ranks = [_integer(k) for k in core.ranks_of(measure, d, terms, earlier)]
         starts: list[Any] = [None] * len(ranks)
         if d > _SMALL:
-            count = _SLICES if len(entries) > 1 else _SLICES // 32
-            sample = [self._keys(c, i, j) for c in self._sample(entries, count)]
+            if self._group.index and measure.scope == "model":
+                sample = None  # process 0 takes it for all
+            else:
+                count = _SLICES if len(entries) > 1 else _SLICES // 32
+                sample = [self._keys(c, i, j) for c in self._sample(entries, count)]
             starts = [  # no sample of tiny tensors: a bracket that is missed
                 bracket(np.stack([s[t % terms][:_SLICE] for s in sample]), k / d)
                 if sample
                 else Bracket()
                 for t, k in enumerate(ranks)
             ]
+            if measure.scope == "model":
+                starts = self._group.combine(starts, lambda starts: starts[0])
+                starts = [Bracket(*start) for start in starts]
         selections = [Selection(k, s) for k, s in zip(ranks, starts, strict=True)]
         return KthTotal(selections, lambda c: self._keys(c, i, j, look=True))
 

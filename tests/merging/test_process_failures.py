@@ -25,13 +25,13 @@ SCENARIO = """
 import os, signal, sys, time
 import jax, numpy as np
 from multitask_jax.checkpoints import TensorInfo
-from multitask_jax.merging import processes, shares
+from multitask_jax.merging import distributed, shares
 
 port, index, victim, how, states, out = sys.argv[1:]
 index, victim = int(index), int(victim)
 info = [TensorInfo(f"t{i}", (4,), np.dtype(np.float32)) for i in range(4)]
 with (
-    processes.join(f"localhost:{port}", 4, index, patience=3, timeout=120) as group,
+    distributed.join(f"localhost:{port}", 4, index, patience=3, timeout=120) as group,
     shares.create(group, out, info, frozenset({f"t{index}"}), {}) as writer,
 ):
     writer.write(f"t{index}", 0, np.ones(2, np.float32))
@@ -210,3 +210,15 @@ def test_what_one_process_finds_ends_all(inputs):
 def test_flags_of_processes_are_checked():
     with pytest.raises(ValueError, match="--num_processes, --process_id: got none"):
         merge.run(merge.Config(output="o", coordinator="localhost:1234"))
+
+
+def test_a_process_that_stays_alone_says_so():
+    code = """
+import sys
+from multitask_jax.merging import distributed
+with distributed.join("localhost:" + sys.argv[1], 2, 1, timeout=1):
+    pass
+"""
+    ((status, errors),) = ends([start(["-c", code, free_port()])], 60)
+    assert status == 1
+    assert errors.startswith("error: not all processes came within 1 s: pass --coordin")

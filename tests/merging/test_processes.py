@@ -229,6 +229,7 @@ def compile_once(monkeypatch):
 @pytest.mark.parametrize("name", METHODS)
 def test_the_bytes_are_those_of_one_process(inputs, tmp_path, name):
     kwargs = {"max_shard_size": 1 << 20, "recipe": {"method": name}}
+    kwargs["report_files"] = name != "lines norm"
     alone = merge(inputs, tmp_path / "1", METHODS[name], **kwargs)
     # 14 are more than there are tensors with entries.
     counts = {"ties": (2, 4), "lines norm": (3,), "per tensor, random": (14,)}[name]
@@ -240,7 +241,7 @@ def test_the_bytes_are_those_of_one_process(inputs, tmp_path, name):
             ),
         )
         assert digests(tmp_path / f"{count}") == digests(tmp_path / "1")
-        assert len(digests(tmp_path / "1")) > 8
+        assert len(digests(tmp_path / "1")) > (8 if kwargs["report_files"] else 4)
         for r in results:
             assert any("steps (int64) differs in" in note for note in r.notes)
             assert sorted(r.notes) == sorted(alone.notes)
