@@ -3,6 +3,7 @@
     make benchmark                                      # about half an hour
     python -m experiments.benchmark_merge --nomergekit  # without mergekit
     python -m experiments.benchmark_merge --only=dare,della --repeats=1
+    python -m experiments.benchmark_merge --only=svd --layers=2 --nomergekit
 
 For every method the report is on (the default) and off (--noreport); mergekit computes
 in float32 and stores bfloat16, as we do. Makes a *synthetic* base and three fine-tunes
@@ -78,8 +79,9 @@ ROWS = {
     "karcher": Row(("--method=karcher",), "karcher", base=False),
     "model_stock": Row(("--method=model_stock",), "model_stock"),
 }
-# Ours alone: whole matrices, one after another (`--only=svd` runs these).
-SVD = ("iso_c", "tsv_m")
+# Ours alone: whole matrices, one after another (`--only=svd` runs these; try 2 layers,
+# their time a parameter is what counts).
+SVD = ("iso_c", "iso_cts", "tsv_m", "knots", "wudi")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,9 +288,9 @@ def run(config: Config) -> list[dict[str, Any]]:
                 runs[name].append(measure(command))
                 seconds, memory = runs[name][-1]
                 print(f"{name}: {seconds:.1f} s, {memory:.0f} MB", flush=True)
-    results = summarise(runs, rows)
-    (workdir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     size = sum(t.size for t in llama_layout(config))
+    results = summarise(runs, rows, size)
+    (workdir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     load = os.getloadavg()[0]
     text = (
         f"{size / 1e6:.0f} M parameters, base + 3 models (slerp, nuslerp: 2);"
@@ -300,9 +302,9 @@ def run(config: Config) -> list[dict[str, Any]]:
 
 
 def summarise(
-    runs: dict[str, list[tuple[float, float]]], rows: dict[str, Row]
+    runs: dict[str, list[tuple[float, float]]], rows: dict[str, Row], size: int
 ) -> list[dict[str, Any]]:
-    """Medians, and ratios to the floor and to mergekit's same method."""
+    """Medians, and ratios to the floor, to mergekit's same method and to the size."""
     median = {k: statistics.median(s for s, _ in r) for k, r in runs.items() if r}
     out = []
     for name, results in runs.items():
@@ -316,6 +318,7 @@ def summarise(
                 "fastest": min(seconds),
                 "slowest": max(seconds),
                 "memory_mb": max(m for _, m in results),
+                "ns_per_parameter": 1e9 * median[name] / size,
                 "times_floor": median[name] / median[FLOOR],
                 "times_faster": theirs / median[name] if theirs else None,
             }
@@ -326,15 +329,17 @@ def summarise(
 def as_table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
     lines = [
-        "| | seconds (fastest-slowest) | x floor | faster than mergekit | RssAnon MB |",
-        "|---|---|---|---|---|",
+        "| | seconds (fastest-slowest) | x floor | faster than mergekit | RssAnon MB |"
+        " ns a parameter |",
+        "|---|---|---|---|---|---|",
     ]
     for r in rows:
         ratio = f"{r['times_floor']:.1f}" if r["times_floor"] else ""
         faster = f"{r['times_faster']:.1f} x" if r["times_faster"] else ""
         spread = f"{r['seconds']:.1f} ({r['fastest']:.1f}-{r['slowest']:.1f})"
         lines.append(
-            f"| {r['name']} | {spread} | {ratio} | {faster} | {r['memory_mb']:.0f} |"
+            f"| {r['name']} | {spread} | {ratio} | {faster} | {r['memory_mb']:.0f}"
+            f" | {r['ns_per_parameter']:.1f} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -23,7 +23,7 @@ import numpy as np
 from multitask_jax.checkpoints import safetensors_file
 from multitask_jax.checkpoints.changed import Change, ChangedReader, sum_dtype
 from multitask_jax.checkpoints.safetensors_writer import SafetensorsWriter
-from multitask_jax.checkpoints.types import CheckpointError, Reader, TensorInfo
+from multitask_jax.checkpoints.types import CheckpointError, Reader, TensorInfo, brief
 
 FORMAT, STEM = "multitask_jax.delta", "delta"
 BLOCK = 1 << 16  # entries that 16 bits can tell apart
@@ -63,6 +63,7 @@ class Sparse(NamedTuple):
     values: np.ndarray
     positions: np.ndarray
     starts: np.ndarray
+    where: str = "a sparse delta"  # what errors begin with
 
     def add(self, theta: np.ndarray, start: int, stop: int) -> np.ndarray:
         """theta + tau for flat entries [start, stop), in theta's dtype."""
@@ -72,7 +73,7 @@ class Sparse(NamedTuple):
         here = slice(int(self.starts[first]), int(self.starts[last]))
         flat = np.repeat(np.arange(first, last) * BLOCK, counts) + self.positions[here]
         if (flat[1:] <= flat[:-1]).any():
-            raise CheckpointError("the positions of a sparse delta are out of order")
+            raise CheckpointError(f"{self.where}: positions out of order: damaged")
         inside = slice(*np.searchsorted(flat, (start, stop)))
         out[flat[inside] - start] += self.values[here][inside].astype(out.dtype)
         return out
@@ -92,14 +93,14 @@ def open_reader(path: Path, base: Reader) -> ChangedReader:
     about = file.metadata
     if about.get("format") != FORMAT or about.get("version") != "1":
         raise CheckpointError(
-            f"{path}: got metadata {str(about)[:200]}, expected the format {FORMAT},"
+            f"{path}: got metadata {brief(about)}, expected the format {FORMAT},"
             " version 1; rename the file if it is a model"
         )
     if about.get("base") != fingerprint(base):
         raise CheckpointError(
             f"{path}: the delta was made for a base of other names, shapes, dtypes or"
-            f" values than {base.path} (then it was {about.get('base_name')}); pass"
-            " that base"
+            f" values than {base.path} (then it was {brief(about.get('base_name'))});"
+            " pass that base"
         )
     changes = {}
     for stored in file.tensors:
@@ -108,13 +109,21 @@ def open_reader(path: Path, base: Reader) -> ChangedReader:
             continue
         info = base.tensors.get(name)
         if info is None or kind not in ("dense", "values") or name in changes:
-            raise CheckpointError(f"{path}: unexpected tensor {stored!r}: damaged")
+            raise CheckpointError(
+                f"{path}: unexpected tensor {stored[:120]!r}: damaged"
+            )
         changes[name] = _change(path, kind, info, file)
     return ChangedReader(path, "delta", base, changes)
 
 
 def _change(path: Path, kind: str, info: TensorInfo, file: Reader) -> Change:
     dtype = sum_dtype(info.dtype)
+    stored = file.tensors[f"{kind}/{info.name}"].dtype
+    if not {stored, info.dtype} <= safetensors_file.FLOATS:
+        raise CheckpointError(
+            f"{path}: {kind}/{info.name}: got {stored} for a tensor of {info.dtype} in"
+            " the base, expected floats for floats"
+        )
     if kind == "dense":
         key = f"dense/{info.name}"
         if file.tensors[key].shape != info.shape:
@@ -125,15 +134,24 @@ def _change(path: Path, kind: str, info: TensorInfo, file: Reader) -> Change:
         return Change(
             dtype, lambda theta, i, j: theta + file.read(key, i, j).astype(dtype)
         )
-    sparse = Sparse(*(_part(path, k, info.name, file) for k in Sparse._fields))
+    parts = (_part(path, k, info.name, file) for k in Sparse._fields[:3])
+    sparse = Sparse(*parts, f"{path}: {info.name}")
     blocks = -(-info.size // BLOCK)
-    starts = sparse.starts.astype(np.int64)
+    starts = sparse.starts
     sound = (
-        (sparse.positions.dtype, sparse.starts.dtype) == (_POSITION, _START)
+        (sparse.positions.dtype, starts.dtype) == (_POSITION, _START)
         and len(starts) == blocks + 1
         and len(sparse.positions) == len(sparse.values) == starts[-1]
         and starts[0] == 0
-        and (np.diff(starts) >= 0).all()
+        # Compared first: a difference of unsigned numbers is never negative.
+        and (starts[1:] >= starts[:-1]).all()
+        and (np.diff(starts) <= BLOCK).all()
+        # The last entry, if it is in the last block, lies within the tensor.
+        and (
+            blocks == 0
+            or starts[-1] == starts[-2]
+            or int(sparse.positions[-1]) < info.size - (blocks - 1) * BLOCK
+        )
     )
     if not sound:
         raise CheckpointError(

@@ -1,16 +1,20 @@
 """adapter_config.json of a PEFT LoRA adapter: scaling, ranks, and what is refused."""
 
+import functools
 import math
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from multitask_jax.checkpoints.safetensors_file import parse_json
-from multitask_jax.checkpoints.types import CheckpointError
+from multitask_jax.checkpoints.json_file import read_json
+from multitask_jax.checkpoints.types import CheckpointError, brief
 
 CONFIG = "adapter_config.json"
 MAX_BYTES = 1 << 24
+# Steps that matching all patterns with all modules may take: some seconds at most.
+_MAX_STEPS, _MAX_PATTERNS = 1e9, 5000
 # What PEFT writes that says nothing about the weights, or is read below. Anything else
 # that is set means another method (DoRA, QALoRA, ...) or a newer one.
 _KNOWN = frozenset(
@@ -59,26 +63,25 @@ def read_config(path: Path) -> Config:
       CheckpointError: not LoRA, a variant that changes weights in another way, or a
         value of another type than expected; names the key.
     """
-    if path.stat().st_size > MAX_BYTES:
-        raise CheckpointError(f"{path}: more than {MAX_BYTES} bytes: no config")
-    raw = parse_json(path.read_bytes(), path)
+    raw = read_json(path, MAX_BYTES)
     if raw.get("peft_type") != "LORA":
         raise CheckpointError(
-            f"{path}: got peft_type {raw.get('peft_type')!r}, expected 'LORA'; merge"
-            " other adapters into their base with PEFT's merge_and_unload first"
+            f"{path}: got peft_type {brief(raw.get('peft_type'))}, expected 'LORA';"
+            " merge other adapters into their base with PEFT's merge_and_unload first"
         )
     for key in sorted(set(raw) - _KNOWN):
         if raw[key] not in (None, False, [], {}, ""):
+            shown = key if key.isidentifier() else repr(key)[:80]
             raise CheckpointError(
-                f"{path}: {key} = {str(raw[key])[:80]} is not supported: it may change"
+                f"{path}: {shown} = {brief(raw[key])} is not supported: it may change"
                 " weights otherwise than by B A; merge the adapter into its base with"
                 " PEFT's merge_and_unload and pass that model"
             )
     start = raw.get("init_lora_weights", True)
     if not any(start is s or (isinstance(s, str) and start == s) for s in _STARTS):
         raise CheckpointError(
-            f"{path}: init_lora_weights = {start!r} changed the base's weights, which"
-            " the adapter is relative to; save it with PEFT's"
+            f"{path}: init_lora_weights = {brief(start)} changed the base's weights,"
+            " which the adapter is relative to; save it with PEFT's"
             " path_initial_model_for_weight_conversion, or merged"
         )
 
@@ -86,26 +89,28 @@ def read_config(path: Path) -> Config:
         value = raw.get(key)
         value = default if value is None else value
         if not isinstance(value, kind) or (kind is not bool and value is True):
-            raise CheckpointError(f"{path}: {key}: got {str(value)[:80]!r}")
+            raise CheckpointError(f"{path}: {key}: got {brief(value)}")
         return value
 
     def positive(key: str, x: Any, whole: bool) -> Any:
         kinds = int if whole else (int, float)
         if isinstance(x, bool) or not isinstance(x, kinds) or not 0 < x < 1e9:
             expected = "a positive whole number" if whole else "a positive number"
-            raise CheckpointError(f"{path}: {key}: got {x!r}, expected {expected}")
+            raise CheckpointError(f"{path}: {key}: got {brief(x)}, expected {expected}")
         return x
 
     def patterns(key: str, whole: bool) -> dict[str, Any]:
         found = get(key, dict, {})
         return {
-            _safe(path, key, k): positive(f"{key}[{k!r}]", x, whole)
+            _safe(path, key, k): positive(f"{key}[{k[:80]!r}]", x, whole)
             for k, x in found.items()
         }
 
     targets = get("target_modules", (str, list), [])
     if not all(isinstance(t, str) for t in targets):
-        raise CheckpointError(f"{path}: target_modules: expected names, got {targets}")
+        raise CheckpointError(
+            f"{path}: target_modules: expected names, got {brief(targets)}"
+        )
     return Config(
         positive("r", raw.get("r"), True),
         positive("lora_alpha", raw.get("lora_alpha"), False),
@@ -118,23 +123,65 @@ def read_config(path: Path) -> Config:
 
 
 def _safe(path: Path, key: str, pattern: str) -> str:
-    """Patterns are regexes by strangers: no nested or many repetitions, so no hang."""
-    many = len(re.findall(r"[*+{]", pattern)) > 3
-    if len(pattern) > 1000 or many or re.search(r"\)\s*[*+?{]", pattern):
+    """A pattern of modest size that compiles; `check_cost` sees to what it may take."""
+    if len(pattern) > 1000 or re.search(r"\)\s*[*+?{]", pattern):
         raise CheckpointError(
             f"{path}: {key}: got the pattern {pattern[:80]!r}, expected a module's name"
             " or a simple regex; spell the names out"
         )
     try:
-        re.compile(pattern)
-    except re.error as e:
-        raise CheckpointError(f"{path}: {key}: {pattern!r} is no regex: {e}") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            _compiled(pattern)
+    except (re.error, OverflowError, RecursionError, Warning) as e:
+        raise CheckpointError(
+            f"{path}: {key}: {pattern[:80]!r} is no regex: {e}"
+        ) from None
     return pattern
+
+
+def _steps(pattern: str, length: int) -> float:
+    """More steps than a match with a name of this length takes, of any regex.
+
+    Every repetition may end anywhere, everything optional be there or not, and every
+    alternative (one and the number of bars, in each group) be tried. Repetitions are
+    not nested (`_safe`).
+    """
+    repeats = len(re.findall(r"[*+{]", pattern))
+    ways = float(length + 1) ** min(repeats + 1, 50) / math.factorial(repeats)
+    for part in pattern.split(")"):
+        ways *= 1 + part.count("|")
+        ways *= 2.0 ** part.count("?")
+        ways = min(ways, 1e300)
+    return len(pattern) + ways
+
+
+def check_cost(path: Path, config: Config, modules: Collection[str]) -> None:
+    """Refuses patterns by strangers that would take too long to match.
+
+    Raises:
+      CheckpointError: too many patterns, or too much backtracking.
+    """
+    patterns = [*config.ranks, *config.alphas]
+    longest = max(map(len, modules), default=0)
+    steps = sum(_steps(p, longest) for p in patterns) * len(modules)
+    if steps > _MAX_STEPS or len(patterns) > _MAX_PATTERNS:
+        worst = max(patterns, key=lambda p: _steps(p, longest))
+        raise CheckpointError(
+            f"{path}: rank_pattern, alpha_pattern: matching {len(patterns)} patterns"
+            f" with {len(modules)} modules may take too long; spell the names out,"
+            f" instead of {worst[:80]!r}"
+        )
+
+
+@functools.lru_cache(_MAX_PATTERNS)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def _matching(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     """PEFT's rule: the first pattern that is the module's name or its end."""
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if _compiled(pattern).match(module):
             return value
     return default

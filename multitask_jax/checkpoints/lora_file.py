@@ -8,6 +8,7 @@ Conv1D; embeddings) dW^T is added; a convolution's kernel [out, in, ...] is the 
 Of a tied matrix both uses change, as in PEFT's merge_and_unload.
 """
 
+import bisect
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,12 @@ import numpy as np
 
 from multitask_jax.checkpoints import safetensors_file
 from multitask_jax.checkpoints.changed import Change, ChangedReader, sum_dtype
-from multitask_jax.checkpoints.lora_config import CONFIG, Config, read_config
+from multitask_jax.checkpoints.lora_config import (
+    CONFIG,
+    Config,
+    check_cost,
+    read_config,
+)
 from multitask_jax.checkpoints.types import CheckpointError, Reader, TensorInfo
 
 WEIGHTS = "adapter_model.safetensors"
@@ -50,6 +56,8 @@ class LowRank(NamedTuple):
     def read(self, start: int, stop: int, dtype: np.dtype) -> np.ndarray:
         """Flat entries [start, stop)."""
         columns = self.right.shape[1]
+        if start >= stop:  # of a matrix without columns, perhaps
+            return np.empty(0, dtype)
         first, last = start // columns, -(-stop // columns)
         offset = start - first * columns
         right = self.right
@@ -109,17 +117,22 @@ def _changes(
             lines.append(f"  {key}: not a matrix of LoRA (DoRA, or another variant?)")
         else:
             wholes[name.replace(".base_layer.", ".")] = key
-    for target in config.targets:
-        if target != "all-linear" and not any(
-            p == target or p.endswith("." + target) for p in pairs
-        ):
-            lines.append(f"  target_modules: {target!r} has no matrices in {WEIGHTS}")
+    check_cost(home / CONFIG, config, pairs)
+    ends = {end for p in pairs for end in (p, *_suffixes(p))} | {"all-linear"}
+    lines += [
+        f"  target_modules: {target[:80]!r} has no matrices in {WEIGHTS}"
+        for target in config.targets
+        if target not in ends
+    ]
     find = _Finder(base)
     stored: dict[str, str] = {}
     for parameter, key in wholes.items():
         name, problem = find(parameter, file.tensors[key].shape)
         first = stored.setdefault(name, key)
-        if not problem and not np.array_equal(file.read(first), file.read(key)):
+        same = first == key or safetensors_file.same_bytes(
+            *map(file.read, (first, key))
+        )
+        if not problem and not same:
             problem = f"is tied to {first} in the base, but differs from it"
         lines += [f"  {key}: {problem}"] if problem else []
     products: dict[str, list[LowRank]] = {}
@@ -161,10 +174,8 @@ class _Finder:
     def __init__(self, base: Reader):
         self.tensors = base.tensors
         self._names = {n: n for n in base.tensors} | dict(base.aliases)
-        self._longer: dict[str, list[str]] = {}
-        for name in self._names:
-            for suffix in _suffixes(name):
-                self._longer.setdefault(suffix, []).append(name)
+        # Names of one ending are neighbours when sorted from their ends.
+        self._reversed = sorted(name[::-1] for name in self._names)
 
     def __call__(
         self, parameter: str, shape: tuple[int, ...] | None = None
@@ -173,7 +184,7 @@ class _Finder:
         found = [parameter] if parameter in self._names else []
         if not found:
             shorter = [s for s in _suffixes(parameter) if s in self._names]
-            found = shorter + self._longer.get(parameter, [])
+            found = shorter + self._longer(parameter)
         stored = list(dict.fromkeys(self._names[n] for n in found))
         if len(stored) != 1:
             several = f"fits several tensors: {', '.join(stored[:4])}"
@@ -182,6 +193,13 @@ class _Finder:
         if shape is not None and info.shape != shape:
             return info.name, f"shape {shape}, the base's {info.name} has {info.shape}"
         return info.name, ""
+
+    def _longer(self, ending: str) -> list[str]:
+        """Some names that end with a dot and `ending`."""
+        wanted = f".{ending}"[::-1]
+        i = bisect.bisect_left(self._reversed, wanted)
+        some = self._reversed[i : i + 8]
+        return [name[::-1] for name in some if name.startswith(wanted)]
 
 
 def _suffixes(name: str) -> list[str]:

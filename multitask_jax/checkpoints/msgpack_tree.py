@@ -14,7 +14,16 @@ import ml_dtypes
 import msgpack
 import numpy as np
 
-from multitask_jax.checkpoints.types import CheckpointError, TensorInfo
+from multitask_jax.checkpoints.json_file import check_regular
+from multitask_jax.checkpoints.types import (
+    MAX_NAME,
+    MAX_TENSORS,
+    CheckpointError,
+    TensorInfo,
+    brief,
+    name_problem,
+    shape_problem,
+)
 
 MAX_DEPTH = 100
 NDARRAY, COMPLEX, SCALAR = 1, 2, 3  # flax's extension types
@@ -54,7 +63,8 @@ class MappedFile:
 
     def __init__(self, path: Path):
         self.path = path
-        if not path.stat().st_size:
+        self._values = 0  # seen so far
+        if not check_regular(path):
             raise CheckpointError(f"{path}: the file is empty")
         self.data = np.memmap(path, np.uint8, mode="r")
 
@@ -108,6 +118,8 @@ class MappedFile:
         kind, n, start = self.head(pos)
         if kind not in ("small", "str"):
             raise self.error(f"byte {pos} starts a {kind}, expected a plain value")
+        if n > 4 * MAX_NAME:
+            raise self.error(f"byte {pos} starts a name of {n} bytes: damaged")
         text = self.take(pos, start - pos + n)
         try:
             return msgpack.unpackb(text), start + n
@@ -120,14 +132,16 @@ class MappedFile:
         inner, rank, at = self.head(at)
         if (kind, n, inner) != ("array", 3, "array"):
             raise self.error(f"{name}: expected an array of shape, dtype and bytes")
-        shape = []
+        shape: list[Any] = []
+        if rank > 64:
+            raise self.error(f"{name}: got {rank} axes, expected 64 at most")
         for _ in range(rank):
             n, at = self.small(at)
             shape.append(n)
-        if not all(type(n) is int and n >= 0 for n in shape):
-            raise self.error(f"{name}: got shape {shape}, expected natural numbers")
+        if problem := shape_problem(shape):
+            raise self.error(f"{name}: got shape {brief(shape)}, {problem}")
         kind, n, at = self.head(at)
-        text = self.take(at, n) if kind in ("str", "bin") else b"?"
+        text = self.take(at, min(n, 80)) if kind in ("str", "bin") else b"?"
         dtype = DTYPES.get(text.decode("utf-8", "replace"))
         if dtype is None:
             raise self.error(
@@ -162,6 +176,11 @@ class MappedFile:
         kind, n, at = self.head(pos)
         if depth > MAX_DEPTH:
             raise self.error(f"more than {MAX_DEPTH} levels at {name[:80]!r}")
+        if problem := name_problem(name):
+            raise self.error(f"{name[:80]!r}: {problem}")
+        self._values += 1
+        if self._values > MAX_TENSORS:
+            raise self.error(f"more than {MAX_TENSORS:,} values: no parameters")
         if kind == "ext":
             return self.extension(at, n, name), at + 1 + n
         if kind not in ("map", "array"):
@@ -175,7 +194,7 @@ class MappedFile:
             if kind == "map":
                 key, at = self.small(at)
             if type(key) not in (str, int):
-                raise self.error(f"{name}: got the key {key!r}, expected a string")
+                raise self.error(f"{name}: got the key {brief(key)}, expected a string")
             if str(key) in out:
                 raise self.error(f"{name}: the key {str(key)[:80]!r} occurs twice")
             inner = f"{name}/{key}" if name else str(key)
@@ -190,10 +209,12 @@ class MappedFile:
         parts = [chunks.get(str(i)) for i in range(len(chunks))]
         sizes = [shape.get(str(i)) for i in range(len(shape))]
         dtypes = {p.dtype if isinstance(p, StoredArray) else None for p in parts}
-        if len(dtypes) > 1 or None in dtypes or not all(map(_is_size, sizes)):
+        sound = len(dtypes) == 1 and None not in dtypes and all(map(_is_size, sizes))
+        whole = [int(n) for n in sizes] if sound else []
+        if not sound or shape_problem(whole):
             raise self.error(f"{name}: a chunked array with damaged shape or chunks")
         out = StoredArray(
-            tuple(int(n) for n in sizes),
+            tuple(whole),
             parts[0].dtype,
             tuple(part for p in parts for part in p.parts),
         )

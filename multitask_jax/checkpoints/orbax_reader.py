@@ -4,7 +4,6 @@ The tree's `_METADATA` is parsed here and each array is opened as what it is: a 
 array, in an OCDBT database or in a directory of its own.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,14 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from multitask_jax.checkpoints.types import CheckpointError, TensorInfo
+from multitask_jax.checkpoints.json_file import read_json
+from multitask_jax.checkpoints.types import (
+    CheckpointError,
+    TensorInfo,
+    brief,
+    name_problem,
+    shape_problem,
+)
 from multitask_jax.checkpoints.zarr_boxes import CHUNK_BYTES, boxes, decoded_bytes
 
 TREE, STEP, MANIFEST = "_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt"
@@ -24,16 +30,6 @@ _EMPTY = ("None", "Dict", "List", "Tuple", "NamedTuple")
 def reason(error: Exception) -> str:
     """What tensorstore says, without the specification it appends."""
     return str(error).partition(" [")[0][:600]
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        out = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as e:
-        raise CheckpointError(f"{path}: damaged: not valid JSON: {e}") from None
-    if not isinstance(out, dict):
-        raise CheckpointError(f"{path}: damaged: expected a JSON object")
-    return out
 
 
 def find_item(path: Path) -> Path:
@@ -82,10 +78,11 @@ class OrbaxReader:
         self.path = path
         self.aliases: dict[str, str] = {}
         self._root = find_item(path).absolute()
-        self._tree = _json(self._root / TREE)
+        self._tree = read_json(self._root / TREE)
         step = self._root / STEP
         step = step if step.exists() else self._root.parent / STEP
-        self.metadata = _json(step).get("custom_metadata") if step.exists() else None
+        about = read_json(step) if step.exists() else {}
+        self.metadata = about.get("custom_metadata")
         keys = self._leaves()
         self._stores = self._open(keys, 0)
         self.tensors = {name: self._info(name, t) for name, t in self._stores.items()}
@@ -103,6 +100,8 @@ class OrbaxReader:
         for entry in entries.values():
             keys, kind = _keys(entry, self._root / TREE)
             name, key = "/".join(keys), ".".join(keys)
+            if problem := name_problem(name):
+                raise CheckpointError(f"{self.path}: {name[:80]!r}: {problem}")
             if kind in _EMPTY:
                 continue
             if kind in ("string", "placeholder"):
@@ -162,6 +161,8 @@ class OrbaxReader:
             raise CheckpointError(
                 f"{self.path}: {name} has dtype {store.dtype.name}, expected numbers"
             )
+        if problem := shape_problem(store.shape):
+            raise CheckpointError(f"{self.path}: {name}: {problem}")
         return TensorInfo(name, tuple(store.shape), np.dtype(dtype))
 
     def _decoded(self, name: str) -> int:
@@ -196,7 +197,9 @@ def _keys(entry: Any, where: Path) -> tuple[list[str], str]:
         kind = str(entry["value_metadata"]["value_type"])
         skip = entry["value_metadata"].get("skip_deserialize", False)
     except (AttributeError, KeyError, TypeError):
-        raise CheckpointError(f"{where}: damaged: a leaf reads {entry!r}") from None
+        raise CheckpointError(
+            f"{where}: damaged: a leaf reads {brief(entry)}"
+        ) from None
     return keys, "None" if skip else kind
 
 

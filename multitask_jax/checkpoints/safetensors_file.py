@@ -4,19 +4,31 @@ The header is parsed here rather than by the `safetensors` package because that 
 hands out whole tensors only; a merge reads and writes slices of them.
 """
 
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from multitask_jax.checkpoints.types import CheckpointError, FormatWriter, TensorInfo
+from multitask_jax.checkpoints.json_file import (
+    MAX_BYTES,
+    check_regular,
+    parse_json,
+    read_json,
+)
+from multitask_jax.checkpoints.types import (
+    CheckpointError,
+    FormatWriter,
+    TensorInfo,
+    brief,
+    name_problem,
+    shape_problem,
+)
 
 INDEX_NAME = "model.safetensors.index.json"
 # The reference implementation refuses longer headers too.
-MAX_HEADER_BYTES = 100_000_000
+MAX_HEADER_BYTES = MAX_BYTES
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -46,28 +58,6 @@ def is_format(path: Path) -> bool:
     return path.suffix == ".safetensors"
 
 
-def _unique_keys(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in out:
-            raise CheckpointError(f"the key {key[:80]!r} occurs twice")
-        out[key] = value
-    return out
-
-
-def parse_json(text: bytes, where: Path) -> dict[str, Any]:
-    """A JSON object without repeated keys; anything else is a CheckpointError."""
-    try:
-        out = json.loads(text, object_pairs_hook=_unique_keys)
-    except (ValueError, RecursionError) as e:
-        raise CheckpointError(f"{where}: not valid JSON: {e}") from None
-    if not isinstance(out, dict):
-        raise CheckpointError(
-            f"{where}: got a JSON {type(out).__name__}, not an object"
-        )
-    return out
-
-
 def _is_natural(x: Any) -> bool:
     return isinstance(x, int) and not isinstance(x, bool) and x >= 0
 
@@ -75,17 +65,20 @@ def _is_natural(x: Any) -> bool:
 def _entry(name: str, entry: Any, data_bytes: int, where: Path) -> tuple[Any, int]:
     """Checks one tensor of a header; returns its TensorInfo and its byte offset."""
     at = f"{where}: tensor {name[:120]!r}"
+    if problem := name_problem(name):
+        raise CheckpointError(f"{at}: {problem}")
     if not isinstance(entry, dict) or {"dtype", "shape", "data_offsets"} - set(entry):
         raise CheckpointError(f"{at}: expected dtype, shape and data_offsets")
     dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
     if dtype is None:
         raise CheckpointError(
-            f"{at}: got dtype {entry['dtype']!r}, expected one of {', '.join(DTYPES)};"
-            " convert the file to one of these"
+            f"{at}: got dtype {brief(entry['dtype'])}, expected one of"
+            f" {', '.join(DTYPES)}; convert the file to one of these"
         )
     shape, offsets = entry["shape"], entry["data_offsets"]
-    if not isinstance(shape, list) or not all(map(_is_natural, shape)):
-        raise CheckpointError(f"{at}: got shape {shape!r}, expected natural numbers")
+    if not isinstance(shape, list) or (problem := shape_problem(shape)):
+        problem = problem or "expected natural numbers"
+        raise CheckpointError(f"{at}: got shape {brief(shape)}, {problem}: damaged")
     if (
         not isinstance(offsets, list)
         or len(offsets) != 2
@@ -93,7 +86,7 @@ def _entry(name: str, entry: Any, data_bytes: int, where: Path) -> tuple[Any, in
         or not offsets[0] <= offsets[1] <= data_bytes
     ):
         raise CheckpointError(
-            f"{at}: got data_offsets {offsets!r}, expected a range within the"
+            f"{at}: got data_offsets {brief(offsets)}, expected a range within the"
             f" {data_bytes} bytes after the header: the file is truncated or damaged;"
             " download or save it again"
         )
@@ -106,11 +99,23 @@ def _entry(name: str, entry: Any, data_bytes: int, where: Path) -> tuple[Any, in
     return info, offsets[0]
 
 
+def _texts(metadata: Any, where: Path) -> dict[str, str]:
+    """The metadata of a header, which must be texts by name."""
+    metadata = metadata or {}
+    if not isinstance(metadata, dict) or not all(
+        isinstance(x, str) for x in metadata.values()
+    ):
+        raise CheckpointError(
+            f"{where}: got __metadata__ {brief(metadata)}, expected texts by name"
+        )
+    return metadata
+
+
 class _File:
     """One mapped file: its tensors in file order and where they lie."""
 
     def __init__(self, path: Path):
-        size = path.stat().st_size
+        size = check_regular(path)
         if size < 8:
             raise CheckpointError(f"{path}: got {size} bytes, not a safetensors file")
         self._map = np.memmap(path, np.uint8, mode="r")
@@ -122,7 +127,7 @@ class _File:
             )
         self._data = self._map[8 + header :]
         content = parse_json(self._map[8 : 8 + header].tobytes(), path)
-        self.metadata = content.pop("__metadata__", None) or {}
+        self.metadata = _texts(content.pop("__metadata__", None), path)
         found = [_entry(k, v, len(self._data), path) for k, v in content.items()]
         found.sort(key=lambda item: (item[1], item[1] + item[0].nbytes))
         end = 0
@@ -164,7 +169,7 @@ class SafetensorsReader:
             for name, info in file.tensors.items():
                 if name in self._home:
                     raise CheckpointError(
-                        f"{path}: tensor {name!r} is in two shards, the second is"
+                        f"{path}: tensor {name[:120]!r} is in two shards, the second is"
                         f" {filename}"
                     )
                 self._home[name] = file
@@ -174,7 +179,7 @@ class SafetensorsReader:
         if lost or unlisted:
             raise CheckpointError(
                 f"{path}: the index and the shards differ: only in the index"
-                f" {lost[:5]}, only in shards {unlisted[:5]}; download it again"
+                f" {brief(lost)}, only in shards {brief(unlisted)}; download it again"
             )
         self.aliases: dict[str, str] = {}
         if path.is_dir():
@@ -197,7 +202,7 @@ class SafetensorsReader:
         config = self.path / "config.json"
         if not config.exists():
             return {}
-        settings = parse_json(config.read_bytes(), config)
+        settings = read_json(config)
         text = settings.get("text_config")
         tied = settings.get("tie_word_embeddings")
         if tied is None and isinstance(text, dict):
@@ -216,12 +221,13 @@ class SafetensorsReader:
             # The head is the alias: loaders rebuild it from the embedding.
             names = sorted(names, key=lambda n: ("head" in n or "output" in n, len(n)))
             for name in names[1:]:
-                if _same_bytes(self.read(names[0]), self.read(name)):
+                if same_bytes(self.read(names[0]), self.read(name)):
                     aliases[name] = names[0]
         return aliases
 
 
-def _same_bytes(a: np.ndarray, b: np.ndarray, chunk: int = 1 << 20) -> bool:
+def same_bytes(a: np.ndarray, b: np.ndarray, chunk: int = 1 << 20) -> bool:
+    """Whether two flat arrays are stored alike; NaN is itself."""
     a, b = a.view(np.uint8), b.view(np.uint8)
     return len(a) == len(b) and all(
         np.array_equal(a[i : i + chunk], b[i : i + chunk])
@@ -232,7 +238,8 @@ def _same_bytes(a: np.ndarray, b: np.ndarray, chunk: int = 1 << 20) -> bool:
 def _files(path: Path) -> tuple[list[Path], dict[str, Any]]:
     """The files of a checkpoint, and the weight map of its index if it has one.
 
-    File names in an index may not leave its directory.
+    File names in an index are plain names of files in its directory. These may be links
+    (as in the hub's cache), which are the owner's, while an index is a stranger's.
     """
     if not path.is_dir():
         return [path], {}
@@ -250,19 +257,30 @@ def _files(path: Path) -> tuple[list[Path], dict[str, Any]]:
     index = indices[0] if len(indices) == 1 else path / INDEX_NAME
     if index not in indices:
         raise CheckpointError(f"{path}: several index files, none is {INDEX_NAME}")
-    weights = parse_json(index.read_bytes(), index).get("weight_map")
+    weights = read_json(index).get("weight_map")
     if not isinstance(weights, dict) or not weights:
         raise CheckpointError(f"{index}: expected a non-empty weight_map")
     out = []
-    for name in dict.fromkeys(map(str, weights.values())):
-        if Path(name).name != name or name in ("", ".", ".."):
+    if not all(isinstance(name, str) for name in weights.values()):
+        raise CheckpointError(f"{index}: expected file names in the weight_map")
+    for name in dict.fromkeys(weights.values()):
+        if not _is_plain(name):
             raise CheckpointError(
-                f"{index}: got the file name {name!r}, expected one in this directory"
+                f"{index}: got the file name {name[:120]!r}, expected one in this"
+                " directory"
             )
         if not (path / name).is_file():
             raise CheckpointError(f"{index}: the shard {name} is missing from {path}")
         out.append(path / name)
     return out, weights
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a file name stays where it is, on any system."""
+    parts = set(name) & set("/\\:")
+    return not (
+        name in ("", ".", "..") or parts or len(name) > 255 or name_problem(name)
+    )
 
 
 def open_reader(path: Path) -> SafetensorsReader:

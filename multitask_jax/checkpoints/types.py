@@ -1,5 +1,8 @@
 """What every checkpoint format offers: lazy tensors in, incremental tensors out."""
 
+import math
+import reprlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -8,6 +11,46 @@ import numpy as np
 
 class CheckpointError(ValueError):
     """A path, file or directory that is not the checkpoint it should be."""
+
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 120
+# What a file holds, in an error: a few entries, a few levels.
+brief = _short.repr
+
+# Far more than any model has; with the lengths of names they bound the memory that
+# names take, whatever a file claims.
+MAX_TENSORS, MAX_NAME = 1_000_000, 1024
+_MAX_RANK, _MAX_SIZE = 64, 2**58  # NumPy's axes; its bytes, of any dtype
+
+
+def name_problem(name: str) -> str:
+    """What is wrong with a tensor's name, "" if nothing is.
+
+    Names end in messages, reports and (Orbax) paths: no control characters, no halves
+    of surrogate pairs, `MAX_NAME` characters at most.
+    """
+    if len(name) > MAX_NAME:
+        return f"a name of {len(name)} characters, expected {MAX_NAME} at most"
+    if not name.isprintable() and any(
+        c < " " or "\x7f" <= c < "\xa0" or "\ud800" <= c < "\ue000" for c in name
+    ):
+        return "a name with control characters or surrogates"
+    return ""
+
+
+def shape_problem(shape: Sequence[object]) -> str:
+    """What is wrong with a stored shape, "" if nothing is: no product is formed first.
+
+    A shape with a zero must be one that NumPy can reshape to all the same.
+    """
+    if len(shape) > _MAX_RANK:
+        return f"{len(shape)} axes, expected {_MAX_RANK} at most"
+    if not all(type(n) is int and 0 <= n < _MAX_SIZE for n in shape):
+        return "expected natural numbers below 2**58"
+    if math.prod(max(1, n) for n in shape) >= _MAX_SIZE:  # type: ignore[call-overload]
+        return "expected fewer than 2**58 entries"
+    return ""
 
 
 class TensorInfo(NamedTuple):

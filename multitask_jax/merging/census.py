@@ -70,8 +70,12 @@ class Census:
             magnitudes = np.abs(np.concatenate([deltas[t] for _, deltas in sample]))
             at = len(magnitudes) - 1 - int(len(magnitudes) * SAMPLE_DENSITY)
             thresholds.append(float(np.partition(magnitudes, at)[at]))
+        by_path: dict[str, list[Sequence[np.ndarray]]] = {}
         for path, deltas in sample:
-            part = leaf_statistics(deltas[0], deltas, thresholds)
+            by_path.setdefault(path, []).append(deltas)
+        for path, pieces in by_path.items():
+            taus = [np.concatenate(x) for x in zip(*pieces, strict=True)]
+            part = leaf_statistics(taus[0], taus, thresholds)
             with self._lock:
                 leaf = self._leaf(path)
                 for name in ("counted", "kept", "mass", "kept_mass"):

@@ -38,6 +38,8 @@ class Leaf(NamedTuple):
     size: Any = 0  # entries of the whole tensor, as a float
     # T Fisher arrays of the values' shape, or T Grams; () for a tensor without.
     statistics: tuple[Any, ...] = ()
+    # Places of |value| in its row by size, T arrays, where a driver sorts rows itself.
+    ranks: Values = ()
 
 
 class Measure(NamedTuple):
@@ -56,6 +58,8 @@ class Measure(NamedTuple):
     scope: Scope
     values: Callable[[Values, Leaf, tuple[Any, ...]], Values]
     rank: tuple[Callable[[int], int], ...] | Callable[..., Sequence[Any]] | None = None
+    # What to tell the user of a whole-model statistic: (it, T) -> a sentence.
+    says: Callable[[tuple[Any, ...], int], str] | None = None
 
 
 class Transform(NamedTuple):
@@ -66,7 +70,10 @@ class Transform(NamedTuple):
     # Host-side: all leaf paths -> one pytree of scalars a path (depths, hash seeds).
     settings: Callable[[Sequence[str]], Mapping[str, Any]] | None = None
     needs: Literal["element", "row", "tensor"] = "element"
-    trims: bool = False  # zeroes entries of single models (what the report counts)
+    # Zeroes entries of single models for what they are, not at random: what the report
+    # counts.
+    trims: bool = False
+    ranks: bool = False  # whether it sorts rows: the values' places go into Leaf.ranks
     scales: bool = False  # only multiplies, by a factor that no value has a part in
     # What it needs of each model's data. Tensors without are streamed in chunks even if
     # it needs whole ones.
@@ -175,8 +182,13 @@ def run_transforms(
 ) -> Values:
     """Applies transforms [0, stop) to the values of one tensor or chunk."""
     for i, t in enumerate(method.transforms[:stop]):
-        values = t.apply(values, leaf._replace(setting=settings[i]), stats[i])
+        values = t.apply(values, at_transform(leaf, i, settings), stats[i])
     return values
+
+
+def at_transform(leaf: Leaf, i: int, settings: Sequence[Any]) -> Leaf:
+    """What transform i sees: its own setting; ranks are of the first one's values."""
+    return leaf._replace(setting=settings[i], ranks=() if i else leaf.ranks)
 
 
 def unchanged(values: Values, leaf: Leaf, stats: tuple[Any, ...]) -> Values:

@@ -137,6 +137,7 @@ def merge_checkpoints(
         if output_format == "delta":
             method, plan = delta.as_delta(method), delta.delta_plan(plan, stored)
             tensors = delta.written(plan)
+        core.settings_of(method, [t.name for t in plan.outputs])  # may refuse the names
         job = execution.Job(method, plan, readers, weights, known or ())
         memory = execution.memory_of([job], threads, max_memory)
         target = {

@@ -19,7 +19,7 @@ import numpy as np
 from multitask_jax import checkpoints
 from multitask_jax.checkpoints import CheckpointError, Reader, TensorInfo
 from multitask_jax.checkpoints.delta_file import fingerprint
-from multitask_jax.checkpoints.safetensors_file import SafetensorsReader
+from multitask_jax.checkpoints.safetensors_file import FLOATS, SafetensorsReader
 from multitask_jax.checkpoints.safetensors_writer import SafetensorsWriter
 from multitask_jax.merging.emr import EmrTask
 from multitask_jax.merging.plan import CHUNK, Plan
@@ -125,10 +125,14 @@ class TaskFile:
                 f"{path}: not a task file of an EMR merge; expected OUT/{FOLDER}/"
                 "NAME.safetensors, as --method=emr writes them"
             )
-        missing = [x for x in (_RESCALE, _SAMPLE) if x not in reader.tensors]
-        self.rescale = math.nan if missing else float(reader.read(_RESCALE)[0])
+        about = [reader.tensors.get(x) for x in (_RESCALE, _SAMPLE)]
+        kinds = [x and (len(x.shape), x.dtype) for x in about]
+        known = kinds == [(1, np.float64), (1, np.float32)] and about[0].shape == (1,)
+        self.rescale = float(reader.read(_RESCALE)[0]) if known else math.nan
         if not math.isfinite(self.rescale):
-            raise CheckpointError(f"{path}: no finite {_RESCALE} in it: damaged")
+            raise CheckpointError(
+                f"{path}: no finite {_RESCALE} or no {_SAMPLE} in it: damaged"
+            )
         self._reader = reader
         self.base = metadata.get("base")
         self.names = tuple(n for n in reader.tensors if n not in (_RESCALE, _SAMPLE))
@@ -137,12 +141,13 @@ class TaskFile:
         """Raises CheckpointError unless the masks are of these tensors."""
         for name in self.names:
             info = self._reader.tensors[name]
-            size = tensors[name].size if name in tensors else 0
+            floats = name in tensors and tensors[name].dtype in FLOATS
+            size = tensors[name].size if floats else 0
             if info.shape != (-(-size // 8),) or info.dtype != np.uint8 or not size:
                 raise CheckpointError(
-                    f"{self.path}: the mask of {name!r} does not fit the merged model"
-                    f" ({info.size} bytes for {size} entries); pass the model that this"
-                    " task was merged into"
+                    f"{self.path}: the mask of {name[:120]!r} does not fit the merged"
+                    f" model ({info.size} bytes for {size} entries); pass the model"
+                    " that this task was merged into"
                 )
 
     def mask(self, name: str, start: int, stop: int) -> np.ndarray:
@@ -164,7 +169,13 @@ class TaskFile:
             )
         wanted = self._reader.read(_SAMPLE)
         infos = [merged.tensors[merged.aliases.get(n, n)] for n in self.names]
-        for info, at in zip(infos, sample_places(infos).values(), strict=True):
+        sampled = sample_places(infos)
+        if len(wanted) != sum(map(len, sampled.values())):
+            raise CheckpointError(
+                f"{self.path}: a sample of {len(wanted)} entries, expected one of"
+                f" {sum(map(len, sampled.values()))}; pass the file as it was written"
+            )
+        for info, at in zip(infos, sampled.values(), strict=True):
             tau, wanted = wanted[: len(at)], wanted[len(at) :]
             theta, found = (
                 np.array([r.read(info.name, i, i + 1)[0] for i in at], np.float64)
@@ -175,7 +186,8 @@ class TaskFile:
                 for x in (info, base.tensors[base.aliases.get(info.name, info.name)])
             )
             off = np.abs(found - theta - tau)
-            if (off > 2 * stored * np.abs(theta) + np.abs(tau) / 64 + 1e-30).any():
+            most = 2 * stored * np.abs(theta) + np.abs(tau) / 64 + 1e-30
+            if not (off <= most).all():  # nor NaN
                 raise CheckpointError(
                     f"{self.path}: the task is of another merge than {merged.path}"
                     f" ({info.name} differs); pass the output that it came with"

@@ -113,9 +113,12 @@ def _scale_by_depth_and_norm(
         alpha = _ratio(*sums, len(taus))  # `norm_rule`
         return (times(_factor(alpha, beta, leaf), merged),)
 
+    def says(sums: tuple[Any, ...], models: int) -> str:
+        return f"LiNeS: alpha = {float(_ratio(*sums, models)):.4g} by the norm rule."
+
     return Transform(
         apply,
-        (Measure("sum", "model", l1),),
+        (Measure("sum", "model", l1, says=says),),
         settings=lambda paths: relative_depths(paths, block_pattern),
     )
 

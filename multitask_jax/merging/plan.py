@@ -285,6 +285,7 @@ def peak_memory(
         for e in plan.merged
     )
     held += 3 * sum(known[-threads:])
+    held += (100 << 20) * any(t.ranks for t in method.transforms)
     names = 4000 * len(plan.outputs)
     return (120 << 20) + chunks + ranked * kept + held + names
 

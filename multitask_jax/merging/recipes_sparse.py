@@ -14,12 +14,15 @@ def breadcrumbs(
     density: Shares = 0.9,
     gamma: Shares = 0.01,
     rescale: Literal["none", "l1"] = "none",
+    at_least: Literal[0, 1] = 1,
     scale: Any = 1.0,
     normalise: bool = False,
 ) -> Method:
     """Model Breadcrumbs: drop outliers and small changes, then a weighted sum."""
     return chain(
-        sparsify.drop_extremes(density=density, gamma=gamma, rescale=rescale),
+        sparsify.drop_extremes(
+            density=density, gamma=gamma, rescale=rescale, at_least=at_least
+        ),
         tf.weighted_sum(normalise=normalise),
         tf.scale(scale),
     )
@@ -30,6 +33,7 @@ def breadcrumbs_ties(
     density: Shares = 0.9,
     gamma: Shares = 0.01,
     rescale: Literal["none", "l1"] = "none",
+    at_least: Literal[0, 1] = 1,
     scale: Any = 1.0,
     election: tf.Election = "mass",
     zero_sign: tf.ZeroSign = "majority",
@@ -38,7 +42,9 @@ def breadcrumbs_ties(
 ) -> Method:
     """Breadcrumbs, then the sign election and disjoint mean of TIES."""
     return chain(
-        sparsify.drop_extremes(density=density, gamma=gamma, rescale=rescale),
+        sparsify.drop_extremes(
+            density=density, gamma=gamma, rescale=rescale, at_least=at_least
+        ),
         tf.elect_sign(election=election, zero_sign=zero_sign),
         tf.combine_agreeing(combine, normalise),
         tf.scale(scale),

@@ -28,6 +28,33 @@ def keys_of(values: np.ndarray, *, overwrite: bool = False) -> np.ndarray:
     return np.bitwise_and(bits, np.uint32(LARGEST), out=bits if overwrite else None)
 
 
+def row_ranks(values: np.ndarray) -> np.ndarray:
+    """Place of each |value| in its row, 0 for the smallest; of equals, the first.
+
+    NumPy sorts integers of 64 bits several times as fast as XLA does on a CPU, so they
+    hold magnitude and column. Subnormals count as 0.
+
+    Args:
+      values: (rows, n) float32.
+
+    Returns:
+      (rows, n) uint16 or, for n > 2**16, uint32.
+    """
+    rows, n = values.shape
+    keys = keys_of(values)
+    np.multiply(keys, keys >= _SMALLEST_NORMAL, out=keys)
+    packed = keys.astype(np.uint64)
+    packed <<= np.uint64(32)
+    packed |= np.arange(n, dtype=np.uint64)
+    packed.sort(axis=-1)
+    packed &= np.uint64(0xFFFFFFFF)  # the columns, from the smallest magnitude on
+    places = packed.view(np.int64)
+    places += np.arange(rows)[:, None] * n
+    out = np.empty(rows * n, np.uint16 if n <= 1 << 16 else np.uint32)
+    out[places.reshape(-1)] = np.tile(np.arange(n, dtype=out.dtype), rows)
+    return out.reshape(rows, n)
+
+
 def magnitude(key: int) -> np.float32:
     """The float32 of a key; subnormals count as 0, as XLA computes on a CPU."""
     key = 0 if key < _SMALLEST_NORMAL else key

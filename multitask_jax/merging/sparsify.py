@@ -37,22 +37,25 @@ def drop_extremes(
     density: Shares = 0.9,
     gamma: Shares = 0.01,
     rescale: Literal["none", "l1"] = "none",
+    at_least: Literal[0, 1] = 1,
 ) -> Transform:
     """Drops the largest and the smallest |tau_t| of each tensor (Model Breadcrumbs).
 
-    The int(gamma n) largest go, the next int(density n), at least one, stay. If that is
-    more than n, fewer large ones go (mergekit). Values that equal the first or the last
-    to stay, stay too: a tensor of equal magnitudes is kept whole.
+    The int(gamma n) largest go, the next int(density n), `at_least` one, stay. If that
+    is more than n, fewer large ones go (mergekit). Values that equal the first or the
+    last to stay, stay too: a tensor of equal magnitudes is kept whole.
 
     Args:
       density: share that is kept, one for all or one per model.
       gamma: share of outliers that is dropped, one for all or one per model.
       rescale: "l1" scales what is kept to the L1 norm before, per tensor (mergekit).
+      at_least: 0 keeps nothing of a tensor where int(density n) is 0 (mergekit).
 
     Raises:
       ValueError: density outside (0, 1], gamma outside [0, 1), unknown rescale.
     """
     check_choice("rescale", rescale, ("none", "l1"))
+    check_choice("at_least", at_least, (0, 1))
     densities = shares("density", density)
     gammas = numbers(gamma)
     for g in gammas:
@@ -79,7 +82,12 @@ def drop_extremes(
         for t, tau in enumerate(values):
             size = jnp.abs(tau.astype(jnp.float32))
             high, low = thresholds[t], thresholds[len(values) + t]
-            out.append(jnp.where((size <= high) & (size >= low), tau, 0))
+            stays = (size <= high) & (size >= low)
+            if not at_least:
+                stays &= (
+                    per_model(densities, len(values), "density")[t] * leaf.size >= 1
+                )
+            out.append(jnp.where(stays, tau, 0))
         return tuple(out)
 
     def apply(values: Values, leaf: Leaf, stats: tuple[Any, ...]) -> Values:
@@ -100,23 +108,23 @@ def keep_probabilities(tau: Array, density: float, epsilon: float) -> Array:
     return _probabilities(tau, (density, density - epsilon, 2 * epsilon))
 
 
-def _probabilities(tau: Array, line: tuple[Any, Any, Any]) -> Array:
+def _probabilities(
+    tau: Array, line: tuple[Any, Any, Any], ranks: Array | None = None
+) -> Array:
     """`keep_probabilities` by the middle, the start and the rise of the line."""
     middle, start, rise = (jnp.asarray(x, jnp.float32) for x in line)
     n = tau.shape[-1] if tau.ndim else 1
     if n == 1:
         return jnp.full(tau.shape, middle)
-    order = _order(jax.lax.stop_gradient(tau).reshape(-1, n))
+    if ranks is None:
+        ranks = _ranks(jax.lax.stop_gradient(tau).reshape(-1, n)).reshape(tau.shape)
     # Looked up, not computed: no two programs may round a probability differently.
     table = start + times(rise, jnp.asarray(np.arange(n) / (n - 1), jnp.float32))
-    p = jax.vmap(
-        lambda o: jnp.zeros(n, table.dtype).at[o].set(table, unique_indices=True)
-    )(order)
-    return p.reshape(tau.shape)
+    return table[ranks.astype(jnp.int32)]
 
 
-def _order(rows: Array) -> Array:
-    """Columns of each row, from the smallest magnitude (in float32) to the largest.
+def _ranks(rows: Array) -> Array:
+    """Place of each magnitude (in float32) in its row; of equals, the first.
 
     Sorts integers that hold magnitude and column: four times as fast as an argsort,
     which XLA on a CPU does by comparing pairs.
@@ -126,7 +134,11 @@ def _order(rows: Array) -> Array:
         column = jax.lax.broadcasted_iota(jnp.int64, rows.shape, 1)
         packed = (keys.astype(jnp.int64) << 32) | column
         packed = jax.lax.sort(packed, dimension=1, is_stable=False)
-        return (packed & 0xFFFFFFFF).astype(jnp.int32)
+        order = (packed & 0xFFFFFFFF).astype(jnp.int32)
+    places = jnp.arange(rows.shape[1], dtype=jnp.int32)
+    return jax.vmap(lambda o: jnp.zeros_like(o).at[o].set(places, unique_indices=True))(
+        order
+    )
 
 
 def drop_by_rank(
@@ -166,7 +178,7 @@ def drop_by_rank(
         salt, leaf_lines = leaf.setting
         keep = per_model(leaf_lines, len(values), "density, epsilon")
         for t, (tau, line) in enumerate(zip(values, keep, strict=True)):
-            p = _probabilities(tau, line)
+            p = _probabilities(tau, line, leaf.ranks[t] if leaf.ranks else None)
             u = uniform(tau.shape, seed=salt, model=t, offset=leaf.offset)
             scaled = times(1 / p.astype(tau.dtype), tau) if divide else tau
             out.append(jnp.where(u < p, scaled, 0))
@@ -181,7 +193,7 @@ def drop_by_rank(
         measures=(l1_measure(masked),) if rescale == "l1" else (),
         settings=lambda paths: {p: (path_seed(p, seed), lines(p)) for p in paths},
         needs="row",
-        trims=True,
+        ranks=True,
     )
 
 

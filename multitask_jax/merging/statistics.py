@@ -4,9 +4,7 @@ Exact order statistics and counts use no sort (slow on a CPU, a gather on a mesh
 comparisons and integer sums, which a mesh turns into psums of a few scalars.
 """
 
-import functools
 import math
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,17 +40,15 @@ def total(leaves: Sequence[Array]) -> Array:
 
 
 def chunk_sum(x: Array) -> Array:
-    """Sum of a chunk, adding eighths to each other first.
+    """Sum of a chunk, as a product with ones.
 
-    XLA on a CPU adds floats one by one to keep their order; whole slices it adds in
-    vectors, and the rounding error is that of a shallow tree.
+    XLA on a CPU adds floats one by one to keep their order; of a dot product it adds
+    many side by side, several times as fast and with less rounding.
     """
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return jnp.sum(x)
     x = x.reshape(-1)
-    while x.size % 8 == 0 and x.size >= 1 << 9:
-        part = x.size // 8
-        slices = [x[i * part : (i + 1) * part] for i in range(8)]
-        x = functools.reduce(operator.add, slices)
-    return jnp.sum(x)
+    return jnp.dot(x, jnp.ones_like(x), precision=lax.Precision.HIGHEST)
 
 
 def count(leaves: Sequence[Array]) -> tuple[Array, Array]:

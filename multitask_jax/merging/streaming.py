@@ -6,9 +6,7 @@ rather than arithmetic (thresholds, checks for NaN) is done by NumPy on the host
 
 import functools
 import math
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +16,7 @@ import numpy as np
 from multitask_jax.checkpoints import CheckpointError, Reader, Writer
 from multitask_jax.merging import core, statistics
 from multitask_jax.merging.census import Census, mark_kept
+from multitask_jax.merging.parallel import parallel
 from multitask_jax.merging.plan import BUCKETS, CHUNK, Entry, Pass, Plan
 from multitask_jax.merging.processes import ALONE, Group
 from multitask_jax.merging.selection import (
@@ -26,6 +25,7 @@ from multitask_jax.merging.selection import (
     Selection,
     bracket,
     keys_of,
+    row_ranks,
 )
 from multitask_jax.merging.statistics import chunk_sum
 from multitask_jax.merging.task_statistics import StatisticsFile
@@ -91,6 +91,9 @@ class Stream:
         # Statistics known so far: of the whole model, and of the tensors at hand.
         self._model: dict[tuple[int, int], Any] = {}
         self._tensor: dict[tuple[str, int, int], Any] = {}
+        # Of the chunks of a batch, where there are batches.
+        self._ranks: dict[tuple[str, int, int], tuple[np.ndarray, ...]] = {}
+        self._batched = False
         count = census is not None and census.exact
         self.programs = programs or functools.cache(
             lambda stage: jax.jit(
@@ -116,17 +119,26 @@ class Stream:
                 result = total.result(self._group)
                 if result is not None:
                     self._model[p.model] = result
-        return self._copy(writer)
+        said = [] if self._group.index else self._said()
+        return [*said, *self._copy(writer)]
+
+    def _said(self) -> list[str]:
+        """What whole-model statistics tell the user."""
+        models = len(self.readers) - 1
+        measures = {k: self.method.transforms[k[0]].measures[k[1]] for k in self._model}
+        return [m.says(self._model[k], models) for k, m in measures.items() if m.says]
 
     def _over_batches(self, p: Pass, work: Callable[[Chunk], None]) -> None:
         """One reading: statistics of a few tensors, then `work` on their chunks."""
         models = len(self.readers) - 1
         mine = self._share.merged
         batches = _batches(mine, _BATCH // models) if p.tensor else None
+        self._batched = batches is not None
         for batch in batches or [mine]:
             for i, j in p.tensor:
                 self._tensor_statistic(batch, i, j)
             self._sweep(work, batch)
+            self._ranks.clear()
 
     def _sweep(self, work: Callable[[Chunk], None], entries: Sequence[Entry]) -> None:
         parallel(work, self._chunks(entries), self.threads)
@@ -304,6 +316,7 @@ class Stream:
                 (np.uint32(c.start >> 32), np.uint32(c.start & 0xFFFFFFFF)),
                 scalar(float(c.entry.size)),
                 self._statistics(c, shape),
+                self._row_ranks(c, arrays, shape),
                 compute=c.entry.compute.name,
                 out=_from_jax(c.entry).name,
                 check=check,
@@ -320,6 +333,24 @@ class Stream:
             s.read(c.entry.path, c.start, c.stop, lambda x: _pad(x, shape))
             for s in files
         )
+
+    def _row_ranks(
+        self, c: Chunk, arrays: Sequence[np.ndarray], shape: tuple[int, ...]
+    ) -> tuple[np.ndarray, ...]:
+        """Places of task vectors in their rows, if the method starts with them.
+
+        Kept from what measures a tensor to what writes it: sorting is most of the time.
+        """
+        first = self.method.transforms[0] if self.method.transforms else None
+        if first is None or not first.ranks or self.method.start != "task_vectors":
+            return ()
+        ranks = self._ranks.get((c.entry.path, c.start, c.stop))
+        if ranks is None:
+            taus = self._deltas(c, arrays)[1:]
+            ranks = tuple(row_ranks(x.reshape(-1, shape[-1])) for x in taus)
+        if self._batched:
+            self._ranks[c.entry.path, c.start, c.stop] = ranks
+        return tuple(_pad(x.reshape(-1), shape) for x in ranks)
 
     def _known(self, path: str, i: int) -> tuple[Any, ...]:
         """Statistics of transform i so far; None is unknown yet."""
@@ -379,6 +410,7 @@ def _compute(
     offset: tuple[Any, Any],
     size: Any,
     statistics: tuple[Any, ...],
+    ranks: tuple[Any, ...],
     *,
     compute: str,
     out: str,
@@ -392,14 +424,14 @@ def _compute(
     base, *models = [x.astype(compute) for x in arrays]
     known = jax.tree.map(lambda x: x.astype(compute), statistics)
     scaled = tuple(w.astype(compute) for w in weights)
-    leaf = core.Leaf(base, scaled, (), offset, size, known)
+    leaf = core.Leaf(base, scaled, (), offset, size, known, ranks)
     before = after = values = core.start_values(method, base, tuple(models))
     total = base + core.add_up(values)
     bad = chunk_sum((~jnp.isfinite(total)).astype(jnp.int32)) if check else None
     what, stop, j = stage
     if what == "apply":
         for i, t in enumerate(method.transforms):
-            values = t.apply(values, leaf._replace(setting=settings[i]), stats[i])
+            values = t.apply(values, core.at_transform(leaf, i, settings), stats[i])
             if t.trims and len(values) == len(before):
                 after = values
         theta = core.finish(method, values, base).astype(out)
@@ -407,7 +439,7 @@ def _compute(
         return (theta, counted), bad
     values = core.run_transforms(method, values, leaf, settings, stats, stop)
     measure = method.transforms[stop].measures[j]
-    leaf = leaf._replace(setting=settings[stop])
+    leaf = core.at_transform(leaf, stop, settings)
     terms = measure.values(values, leaf, stats[stop][:j])
     if what == "values":
         return terms, bad
@@ -464,27 +496,3 @@ def _batches(entries: Sequence[Entry], size: int) -> Iterator[list[Entry]]:
         batch.append(e)
         held += e.size
     yield batch
-
-
-def parallel(work: Callable[[Any], None], items: Iterable[Any], threads: int) -> None:
-    """Calls `work` on each item from a few threads; stops at the first exception."""
-    iterator, lock, stop = iter(items), threading.Lock(), threading.Event()
-
-    def loop() -> None:
-        while not stop.is_set():
-            with lock:
-                item = next(iterator, stop)
-            if item is stop:
-                return
-            try:
-                work(item)
-            except BaseException:
-                stop.set()
-                raise
-
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for future in [pool.submit(loop) for _ in range(threads)]:
-                future.result()
-        finally:
-            stop.set()

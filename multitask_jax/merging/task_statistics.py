@@ -242,7 +242,8 @@ def _to_host(path: str, x: Any) -> np.ndarray:
 def _is_statistics(path: Path) -> bool:
     reader = checkpoints.open(path)
     try:
-        return bool(getattr(reader, "metadata", {}).get("statistics"))
+        metadata = getattr(reader, "metadata", None)
+        return isinstance(metadata, dict) and bool(metadata.get("statistics"))
     finally:
         reader.close()
 
@@ -258,9 +259,10 @@ class StatisticsFile:
         """
         self.path = Path(path).expanduser()
         self._reader = checkpoints.open(self.path)
-        self.metadata: dict[str, str] = getattr(self._reader, "metadata", {})
+        found = getattr(self._reader, "metadata", None)
+        self.metadata: dict[str, str] = found if isinstance(found, dict) else {}
         kind = self.metadata.get("statistics")
-        if kind not in _HOW:
+        if not isinstance(kind, str) or kind not in _HOW:
             self.close()
             raise CheckpointError(
                 f"{self.path}: a checkpoint, not statistics: write such files with"

@@ -1,6 +1,5 @@
 """Statistics added up over chunks on the host, for the stream."""
 
-import math
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -8,14 +7,15 @@ from typing import Any, Literal
 import numpy as np
 
 from multitask_jax.merging import statistics
+from multitask_jax.merging.exact import ExactSum
 from multitask_jax.merging.processes import ALONE, Group
 from multitask_jax.merging.selection import Selection, magnitude
 
 
 class SumTotal:
-    """Exact counts, or sums of float64 that are rounded once, at the end.
+    """Exact counts, or exact sums of the chunks' terms, rounded once.
 
-    So neither threads nor processes, which decide the order, show in the result.
+    Threads and processes add chunks in any order: the result does not depend on it.
     """
 
     def __init__(
@@ -27,61 +27,37 @@ class SumTotal:
         self._terms = terms
         self._kind = kind
         self._dtype = dtype  # of the sums that `result` returns
-        self._sums: list[Any] = []  # of counts a number each, of sums lists of terms
+        self._sums: list[Any] = []
         self._lock = threading.Lock()
 
     def add(self, chunk: Any) -> None:
         """Adds a chunk's terms; thread-safe."""
-        if self._kind == "count":
-            terms = [int(x) for x in self._terms(chunk)]
-        else:
-            terms = [[float(x)] for x in self._terms(chunk)]
+        counts = self._kind == "count"
+        terms = [int(x) if counts else float(x) for x in self._terms(chunk)]
         with self._lock:
-            self._sums = _add([self._sums, terms])
-            if self._kind == "sum" and len(self._sums[0]) > _MANY:
-                self._sums = [*map(expand, self._sums)]
+            if not self._sums:
+                self._sums = [0 if counts else ExactSum() for _ in terms]
+            for i, x in enumerate(terms):
+                if counts:
+                    self._sums[i] += x
+                else:
+                    self._sums[i].add(x)
 
     def result(self, group: Group = ALONE) -> tuple[Any, ...]:
         """As `merge` has it in memory: (high, low) pairs, or floats.
 
-        Of what all processes of the group added, if it is more than one.
+        Of what all processes of the group added; one without chunks adds nothing.
         """
-        sums = self._sums
-        if self._kind == "sum":
-            sums = [*map(expand, sums)]
-        sums = group.combine(sums, _add)
         if self._kind == "count":
-            pairs = [statistics.split(n) for n in sums]
+            rows = group.combine(self._sums, lambda rows: [r for r in rows if r])
+            pairs = [
+                statistics.split(sum(column)) for column in zip(*rows, strict=True)
+            ]
             return tuple((np.int32(high), np.int32(low)) for high, low in pairs)
-        return tuple(self._dtype.type(_total(x)) for x in sums)
-
-
-_MANY = 4096  # terms that are kept before they are put together
-
-
-def _add(rows: Sequence[list[Any]]) -> list[Any]:
-    """Numbers or lists, added by column; a row without any adds nothing."""
-    filled = [row for row in rows if row]
-    return [sum(c[1:], c[0]) for c in zip(*filled, strict=True)]
-
-
-def expand(terms: Sequence[float]) -> list[float]:
-    """A few floats whose exact sum is that of the terms, the largest first."""
-    left, parts = list(terms), []
-    while part := _total(left):
-        parts.append(part)
-        if not math.isfinite(part):
-            break
-        left.append(-part)
-    return parts or [0.0]
-
-
-def _total(terms: Sequence[float]) -> float:
-    """The exact sum, rounded once; if not all terms are finite, what float64 has."""
-    try:
-        return math.fsum(terms) if all(map(math.isfinite, terms)) else sum(terms)
-    except OverflowError:
-        return sum(terms)
+        parts = [x.parts for x in self._sums]
+        rows = group.combine(parts, lambda rows: [r for r in rows if r])
+        sums = [ExactSum.of_parts(column) for column in zip(*rows, strict=True)]
+        return tuple(self._dtype.type(float(x)) for x in sums)
 
 
 class KthTotal:

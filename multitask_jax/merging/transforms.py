@@ -160,7 +160,6 @@ def drop(
         apply,
         measures=(l1_measure(masked),) if rescale == "l1" else (),
         settings=lambda paths: {p: setting(p) for p in paths},
-        trims=True,
     )
 
 

@@ -12,6 +12,7 @@ import pytest
 from experiments import merge as script
 from multitask_jax import merging
 from multitask_jax.checkpoints import CheckpointError
+from multitask_jax.merging import streaming
 from tests.merging.common import assert_same_bits, load, make_models, save, stream
 
 
@@ -236,3 +237,20 @@ def test_the_reports_command_can_be_pasted(tmp_path):
         cwd=Path(__file__).resolve().parents[2],
     )
     assert_same_bits(first, load(tmp_path / "out"))
+
+
+def test_rows_of_a_last_chunk_that_is_not_full(tmp_path, monkeypatch):
+    """40 rows in chunks of 21: ranks are padded as the parameters are."""
+    monkeypatch.setattr(streaming, "CHUNK", 1 << 10)
+    rng = np.random.default_rng(0)
+    base = {"w": rng.standard_normal((40, 48), np.float32)}
+    models = [
+        {"w": base["w"] + 0.1 * rng.standard_normal((40, 48), np.float32)}
+        for _ in range(2)
+    ]
+    for rescale in ("l1", "probability"):
+        method = merging.della(density=0.5, epsilon=0.2, rescale=rescale)
+        out = stream(tmp_path / rescale, method, base, models)
+        want = merging.merge(method, base, models)
+        # The L1 norms are sums of floats in another order.
+        np.testing.assert_allclose(out["w"], want["w"], rtol=1e-6, atol=1e-6)

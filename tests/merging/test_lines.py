@@ -7,7 +7,7 @@ import pytest
 
 from multitask_jax import merging
 from multitask_jax.merging import lines_selection
-from tests.merging.common import stream
+from tests.merging.common import save, stream
 from tests.merging.test_golden import cases
 
 GOLDEN = {
@@ -99,6 +99,22 @@ def test_norm_rule_of_whole_tensor_methods(tmp_path):
     got = stream(tmp_path, method, base, models)
     for k, v in want.items():
         np.testing.assert_allclose(got[k], v, atol=1e-6)
+
+
+def test_the_norm_rule_tells_its_alpha(tmp_path):
+    """|sum tau| = 1 + 2, twice |tau| = mean: alpha = 2 / T = 1."""
+    base = {"layers.0.w": np.zeros(2, "f"), "layers.1.w": np.zeros(2, "f")}
+    models = [{k: v + np.float32(x) for k, v in base.items()} for x in (1, 2)]
+    paths = [save(tmp_path / f"{t}", m) for t, m in enumerate((base, *models))]
+    method = merging.with_lines(
+        merging.task_arithmetic(normalise=True), alpha="norm", beta=0.5
+    )
+    result = merging.merge_checkpoints(
+        method, paths[0], paths[1:], tmp_path / "out", progress=False
+    )
+    assert "LiNeS: alpha = 1 by the norm rule." in result.notes
+    report = (tmp_path / "out" / "merge_report.md").read_text()
+    assert "alpha = 1 by the norm rule" in report
 
 
 def test_other_words_than_norm():

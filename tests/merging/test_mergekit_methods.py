@@ -37,7 +37,7 @@ METHODS = {
     "breadcrumbs": (
         [{"weight": 0.5, "gamma": 0.1}, {"weight": 1}],
         {"density": 0.6},
-        lambda: merging.breadcrumbs(density=0.6, gamma=(0.1, 0.01)),
+        lambda: merging.breadcrumbs(density=0.6, gamma=(0.1, 0.01), at_least=0),
     ),
     "breadcrumbs_ties": (
         [{"weight": 0.5}, {"weight": 1}],

@@ -252,3 +252,13 @@ def test_float64_stays_float64(tmp_path):
             got = stream(tmp_path / name, method, base, models[: method.models])
             assert got["w"].dtype == np.float64
             np.testing.assert_allclose(got["w"], out["w"], rtol=1e-13)
+
+
+def test_breadcrumbs_that_keep_nothing_of_a_small_tensor():
+    """int(density n) = 0: one entry stays, or none as in mergekit."""
+    base = {"w": np.zeros(4, np.float32)}
+    model = {"w": np.array([1, 2, 3, 4], np.float32)}
+    for at_least in (0, 1):
+        method = merging.breadcrumbs(density=0.2, gamma=0.0, at_least=at_least)
+        out = merging.merge(method, base, [model])["w"]
+        np.testing.assert_array_equal(out, [0, 0, 0, 4 * at_least])

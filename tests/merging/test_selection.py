@@ -103,3 +103,26 @@ def test_chunk_sum(x):
     np.testing.assert_allclose(
         statistics.chunk_sum(jnp.asarray(x)), x.astype(np.float64).sum(), atol=1e-3
     )
+
+
+@given(
+    hnp.arrays(
+        np.float32,
+        st.tuples(st.integers(1, 3), st.integers(1, 20)),
+        elements=st.sampled_from([0.0, -0.0, 1e-40, 0.5, -0.5, 1.5, 3e38]),
+    )
+)
+def test_row_ranks_as_a_stable_argsort(x):
+    sizes = np.where(np.abs(x) < np.finfo(np.float32).tiny, 0, np.abs(x))
+    want = np.argsort(np.argsort(sizes, axis=-1, kind="stable"), axis=-1)
+    got = selection.row_ranks(x)
+    assert got.dtype == np.uint16
+    np.testing.assert_array_equal(got, want)
+
+
+def test_row_ranks_of_long_rows():
+    x = np.random.default_rng(0).standard_normal((1, (1 << 16) + 5), np.float32)
+    got = selection.row_ranks(x)
+    assert got.dtype == np.uint32
+    order = np.argsort(np.abs(x[0]), kind="stable")
+    np.testing.assert_array_equal(got[0][order], np.arange(x.size))

@@ -20,6 +20,7 @@ from multitask_jax.merging.mergekit.vocabularies import Vocabulary
 
 _TOKENS = re.compile(r"embed|wte|shared|head|output|tok_|word|decoder", re.IGNORECASE)
 _OTHERS = re.compile(r"pos|wpe|type|patch|norm", re.IGNORECASE)
+_MAX_ROWS = 1 << 22  # far more than any vocabulary has
 
 
 class Alignment(NamedTuple):
@@ -173,6 +174,11 @@ def align(
     rows = output.size
     if pad_to_multiple_of:
         rows = -(-rows // pad_to_multiple_of) * pad_to_multiple_of
+    if rows > _MAX_ROWS:
+        raise CheckpointError(
+            f"tokenizer: got {rows:,} rows, expected {_MAX_ROWS:,} at most; an id of"
+            f" {output.path} is too large, or pad_to_multiple_of"
+        )
     own_rows = {
         path: vocabularies.rows_of(output, v, rows)
         for path, v in vocabularies_of.items()

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from multitask_jax.checkpoints import CheckpointError
+from multitask_jax.checkpoints.json_file import read_json
 
 # num_hidden_layers, n_layer, num_layers, num_decoder_layers, n_blocks, depth.
 _COUNT = re.compile(r"(?:(?:num|n)_(?:\w+_)?(?:layer|block)s?|depth)", re.IGNORECASE)
@@ -17,15 +17,7 @@ _VOCABULARY = ("vocab_size", "padded_vocab_size")
 def read_config(folder: Path) -> dict[str, Any] | None:
     """config.json of a checkpoint's directory, None if it has none."""
     path = folder / "config.json"
-    if not path.is_file():
-        return None
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as e:
-        raise CheckpointError(f"{path}: not valid JSON: {e}") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: got a {type(config).__name__}, not an object")
-    return config
+    return read_json(path) if path.is_file() else None
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> None:

@@ -189,7 +189,12 @@ def _dare_ties(o: Options, _: bool) -> Method:
 
 
 def _crumbs_options(o: Options) -> dict[str, Any]:
-    return {"density": o["density"], "gamma": o["gamma"], "rescale": _rescale(o)}
+    return {
+        "density": o["density"],
+        "gamma": o["gamma"],
+        "rescale": _rescale(o),
+        "at_least": 0,
+    }
 
 
 def _breadcrumbs(o: Options, _: bool) -> Method:

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from multitask_jax.checkpoints.types import brief
 from multitask_jax.merging.mergekit import methods
 from multitask_jax.merging.mergekit.yaml_text import MAX_BYTES, read_yaml
 
@@ -153,7 +154,9 @@ def _mapping(x: Any, where: str, keys: Sequence[str]) -> dict[str, Any]:
         raise ValueError(f"{at}: got {_kind(x)}, expected a mapping of keys to values")
     for key in x:
         if key not in keys:
-            raise ValueError(f"{_join(where, key)}: unknown key{near(key, keys)}")
+            shown = str(key) if str(key).isidentifier() else repr(key)
+            shown = shown[:80]
+            raise ValueError(f"{_join(where, shown)}: unknown key{near(shown, keys)}")
     return {k: v for k, v in x.items() if v is not None}
 
 
@@ -218,7 +221,8 @@ def _recipe(content: Any, text: str) -> Recipe:
     method = _text(top["merge_method"], "merge_method")
     if method not in methods.SPECS:
         raise ValueError(
-            f"merge_method: got {method!r}{near(method, tuple(methods.SPECS))}"
+            f"merge_method: got {method[:80]!r}"
+            f"{near(method[:80], tuple(methods.SPECS))}"
         )
     if "modules" in top:
         raise ValueError(
@@ -297,8 +301,8 @@ def _layer_range(x: Any, where: str) -> tuple[int, int]:
     natural = isinstance(x, list) and all(type(i) is int and i >= 0 for i in x)
     if not natural or len(x) != 2 or x[0] >= x[1]:
         raise ValueError(
-            f"{where}: got {x}, expected [first, stop): two layer numbers from 0, such"
-            " as [0, 8] for the first eight"
+            f"{where}: got {brief(x)}, expected [first, stop): two layer numbers from"
+            " 0, such as [0, 8] for the first eight"
         )
     return x[0], x[1]
 

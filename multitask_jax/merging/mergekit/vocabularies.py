@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from multitask_jax.checkpoints import CheckpointError
+from multitask_jax.checkpoints.json_file import MAX_BYTES, check_regular, read_json
 
 # Everything that belongs to a tokenizer in a Hugging Face directory.
 TOKENIZER_FILES = (
@@ -43,7 +44,7 @@ class Vocabulary(NamedTuple):
     @property
     def size(self) -> int:
         """Rows that an embedding of it has: the largest id and one."""
-        return 1 + max(self.ids.values())
+        return 1 + max(self.ids.values(), default=-1)
 
 
 def read_vocabulary(folder: Path, size: int | None = None) -> Vocabulary | None:
@@ -62,7 +63,7 @@ def read_vocabulary(folder: Path, size: int | None = None) -> Vocabulary | None:
     path = folder / "tokenizer.json"
     try:
         if path.exists():
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
             kind, ids = _model(content["model"])
             for entry in content.get("added_tokens") or []:
                 added[entry["content"]] = entry
@@ -70,12 +71,15 @@ def read_vocabulary(folder: Path, size: int | None = None) -> Vocabulary | None:
             kind, ids, path = _slow(folder)
             extra = folder / "added_tokens.json"
             if ids and extra.exists():
-                known = json.loads(extra.read_text(encoding="utf-8"))
+                known = read_json(extra)
                 added = {t: {"content": t, "id": i} for t, i in known.items()}
         ids |= {token: entry["id"] for token, entry in added.items()}
         if not all(isinstance(t, str) and type(i) is int for t, i in ids.items()):
             raise TypeError("tokens are texts, their ids integers")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        "".join(ids).encode()  # no halves of surrogate pairs
+    except CheckpointError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise CheckpointError(f"{path}: not a tokenizer: {e!r}") from None
     if not ids:
         return None
@@ -99,9 +103,11 @@ def _model(model: Mapping[str, Any]) -> tuple[str, dict[str, int]]:
 def _slow(folder: Path) -> tuple[str, dict[str, int], Path]:
     path = folder / "vocab.json"
     if path.exists():
-        return "BPE", dict(json.loads(path.read_text(encoding="utf-8"))), path
+        return "BPE", read_json(path), path
     path = folder / "vocab.txt"
     if path.exists():
+        if check_regular(path) > MAX_BYTES:
+            raise CheckpointError(f"{path}: more than {MAX_BYTES} bytes")
         lines = path.read_text(encoding="utf-8").split("\n")
         lines = lines[:-1] if lines[-1] == "" else lines
         return "WordPiece", {token: i for i, token in enumerate(lines)}, path
@@ -179,7 +185,7 @@ def write_tokenizer(output: Vocabulary, source: Path, target: Path) -> None:
         return
     path = target / "tokenizer.json"
     if path.exists():
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         model = content["model"]
         if isinstance(model["vocab"], dict):
             kept = {t: i for t, i in model["vocab"].items() if t in output.ids}
@@ -212,7 +218,7 @@ def _declare(path: Path, new: Mapping[str, Mapping[str, Any]]) -> None:
     """tokenizer_config.json lists added tokens too."""
     if not path.exists():
         return
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(path)
     decoder = config.get("added_tokens_decoder")
     if isinstance(decoder, dict):
         for entry in map(_plain, new.values()):

@@ -1,9 +1,16 @@
 """Reading YAML that strangers wrote: bounded, no objects, no key lost."""
 
+import itertools
 from typing import Any
 
-MAX_BYTES = 1_000_000
+MAX_BYTES = 200_000
+# PyYAML reads some 20,000 values a second, and each slower the deeper it lies.
+MAX_VALUES, MAX_DEPTH = 20_000, 50
+_MAX_SCALAR = 10_000  # 1:1:1:... is a number in base 60
 MAX_NODES = 100_000  # after aliases are expanded
+# What PyYAML's constructors raise besides its own errors: for 2024-13-45, a number
+# without end, `!!float ''`, `!!bool maybe`, `!!timestamp soon`.
+_NO_VALUE = (ValueError, ArithmeticError, LookupError, AttributeError, TypeError)
 
 
 def read_yaml(text: str, where: str) -> Any:
@@ -23,12 +30,17 @@ def read_yaml(text: str, where: str) -> Any:
         raise ValueError(
             f"{where}: got {len(text):,} characters, at most {MAX_BYTES:,}"
         )
+    values = sum(map(text.count, ("\n", ",", "[", "{", "- ", "? ")))
+    if values > MAX_VALUES:
+        raise ValueError(f"{where}: got {values:,} values, at most {MAX_VALUES:,}")
+    if _brackets(text) > MAX_DEPTH:
+        raise ValueError(f"{where}: nested too deeply for a recipe")
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         _check_node(node, {}, where)
         try:
-            return yaml.safe_load(text)
-        except (ValueError, OverflowError) as e:  # 2024-13-45, a number without end
+            return None if node is None else _loader().construct_document(node)
+        except _NO_VALUE as e:
             line = _unreadable(node)
             raise ValueError(f"{where}:{line}: not a value of YAML: {e}") from None
     except yaml.MarkedYAMLError as e:
@@ -42,10 +54,20 @@ def read_yaml(text: str, where: str) -> Any:
         raise ValueError(f"{where}: nested too deeply for a recipe") from None
 
 
-def _unreadable(root: Any) -> int | str:
-    """The line of the first scalar whose value can't be made."""
+def _loader() -> Any:
     import yaml
 
+    return yaml.SafeLoader("")
+
+
+def _brackets(text: str) -> int:
+    """How deep brackets are nested, those in quotes and comments too."""
+    steps = (1 if c in "[{" else -1 for c in text if c in "[]{}")
+    return max(itertools.accumulate(steps), default=0)
+
+
+def _unreadable(root: Any) -> int | str:
+    """The line of the first scalar whose value can't be made."""
     todo = [root]
     while todo:
         node = todo.pop()
@@ -55,8 +77,8 @@ def _unreadable(root: Any) -> int | str:
             todo += reversed(node.value)
         else:
             try:
-                yaml.SafeLoader("").construct_object(node)
-            except (ValueError, OverflowError):
+                _loader().construct_object(node)
+            except _NO_VALUE:
                 return node.start_mark.line + 1
     return "?"
 
@@ -84,6 +106,11 @@ def _check_node(node: Any, sizes: dict[int, int | None], where: str) -> int:
             children += [key, value]
     elif node.id == "sequence":
         children = node.value
+    elif len(node.value) > _MAX_SCALAR:
+        raise ValueError(
+            f"{where}:{node.start_mark.line + 1}: got a value of {len(node.value):,}"
+            f" characters, at most {_MAX_SCALAR:,}"
+        )
     size = 1 + sum(_check_node(c, sizes, where) for c in children)
     if size > MAX_NODES:
         raise ValueError(
