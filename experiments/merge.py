@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import inspect
 import math
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -161,6 +162,18 @@ class Config:
     )
     max_shard_size: str | None = flag("Largest file, like 5GB (one file).")
     overwrite: bool = flag("Replace a checkpoint at --output.", False)
+    resume: bool = flag(
+        "Go on with what a killed run of the same command had finished (or begin, if"
+        " there is none), and keep what is finished if this one is interrupted. Another"
+        " method, input or version is refused. Kept are statistics of the whole model"
+        " and tensors, at the end of each file (--max_shard_size) or every 10 s.",
+        False,
+    )
+    verify: bool = flag(
+        "Write checksums of all tensors to merge_report.json (checksums.json with"
+        " --noreport); `python -m experiments.verify OUT` checks them.",
+        False,
+    )
     # Around the merge.
     report: bool = flag("Write merge_report.md, .json, figures, a model card.", True)
     dry_run: bool = flag("Print the plan: tensors, bytes, memory, passes.", False)
@@ -237,6 +250,8 @@ def _run(config: Config, group: Group) -> merging.MergeResult:
         allow_missing=allow_missing,
         allow_nonfinite=config.allow_nonfinite,
         overwrite=config.overwrite,
+        resume=config.resume,
+        verify=config.verify,
         report_files=config.report,
         recipe=recipe_of(config),
         max_memory=parsing.size_in_bytes("max_memory", config.max_memory),
@@ -357,7 +372,7 @@ def recipe_of(config: Config) -> dict[str, Any]:
         f.name: getattr(config, f.name)
         for f in dataclasses.fields(Config)
         if (f.name == "method" or getattr(config, f.name) != f.default)
-        and f.name not in (*_PROCESSES, "distributed")
+        and f.name not in (*_PROCESSES, "distributed", "resume")
     }
 
 
@@ -392,6 +407,14 @@ def _keep_freed_memory() -> None:
     mallopt(trim_threshold, (1 << 31) - 1)
 
 
+def _interrupted(config: Config) -> str:
+    if config.resume:
+        return "what is finished is kept; the same command goes on from there"
+    return "nothing was written (with --resume, what is finished is kept)"
+
+
 if __name__ == "__main__":
     _keep_freed_memory()
-    flags.main(Config, flags.plain_errors(run))
+    # As ctrl-c: a scheduler's warning leaves no half-written output either.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    flags.main(Config, flags.plain_errors(run, _interrupted))

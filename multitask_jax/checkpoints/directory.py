@@ -14,7 +14,7 @@ from multitask_jax.checkpoints import (
     delta_file,
     lora_file,
     safetensors_file,
-    staging_names,
+    staging,
 )
 from multitask_jax.checkpoints.types import (
     CheckpointError,
@@ -27,7 +27,12 @@ FORMATS = ("safetensors", "orbax", "msgpack", "delta")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 # What Hugging Face tools keep beside the weights. The card is written anew.
 _COMPANIONS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py", ".md")
-_NOT_COMPANIONS = ("README.md", "merge_report.md", "merge_report.json")
+_NOT_COMPANIONS = (
+    "README.md",
+    "merge_report.md",
+    "merge_report.json",
+    "checksums.json",
+)
 
 
 def _module(name: str) -> ModuleType:
@@ -74,6 +79,14 @@ def open(path: str | os.PathLike[str], base: Reader | None = None) -> Reader:
         or a delta without its base, or with another one.
     """
     path = Path(path).expanduser()
+    try:
+        return _open(path, base)
+    except OSError as e:
+        where = e.filename or path
+        raise CheckpointError(f"{where}: can't be read ({e.strerror})") from None
+
+
+def _open(path: Path, base: Reader | None) -> Reader:
     if not path.exists():
         near = _similar(path)
         raise CheckpointError(f"{path}: no such file or directory{near}")
@@ -130,12 +143,14 @@ class Writer:
     kill leaves the final path as it was.
     """
 
-    def __init__(self, path: Path, staging: Path, inner: FormatWriter, replace: bool):
+    def __init__(self, path: Path, directory: Path, inner: FormatWriter, replace: bool):
         self.path = path
-        self.directory = staging
+        self.directory = directory
+        self.keep = False  # whether `abort` leaves the files, for `attach`
         self._inner = inner
         self._replace = replace
-        self._pulse = staging_names.Pulse(staging)
+        self._complete = False
+        self._pulse = staging.Pulse(directory)
 
     def write(self, name: str, start: int, flat: np.ndarray) -> None:
         """Stores flat entries [start, start + len(flat)) of a tensor; thread-safe."""
@@ -150,19 +165,21 @@ class Writer:
         """Says that tensors are written already: by another process, or before."""
         self._inner.skip(names)
 
-    def leave(self) -> None:
-        """Finishes the files of a writer from `attach`; `create`'s commits them."""
-        self._pulse.stop()
-        self._inner.finish()
+    def complete(self) -> None:
+        """Finishes the files: `directory` is a checkpoint from now on."""
+        if not self._complete:
+            self._inner.finish()
+            self._complete = True
+            self._pulse.stop()
 
     def commit(self) -> None:
         """Finishes the files and renames the directory to its final path."""
-        self.leave()
+        self.complete()
         if not self._replace:
             _refuse_existing(self.path)
         old = None
         if self.path.exists():
-            old = staging_names.replaced(self.path)
+            old = staging.replaced(self.path)
             self.path.rename(old)
         try:
             self.directory.rename(self.path)
@@ -174,25 +191,48 @@ class Writer:
             shutil.rmtree(old)
 
     def abort(self) -> None:
-        """Removes everything written so far."""
+        """Removes everything written so far (unless `keep` is set)."""
         self._pulse.stop()
         close = getattr(self._inner, "close", None)
         if close is not None:
             close()
-        shutil.rmtree(self.directory, ignore_errors=True)
+        if self.keep:
+            staging.release(self.directory)
+        else:
+            shutil.rmtree(self.directory, ignore_errors=True)
 
     def __enter__(self) -> "Writer":
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if kind is not None:
-            self.abort()
+            self._fail(error)
             return
         try:
             self.commit()
-        except BaseException:
-            self.abort()
+        except BaseException as e:
+            self._fail(e)
             raise
+
+    def _fail(self, error: BaseException) -> None:
+        self.abort()
+        if _is_full(error):
+            raise _no_room(self.path, kept=self.keep) from None
+
+
+def _is_full(error: BaseException) -> bool:
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return isinstance(error, OSError) and error.errno in full
+
+
+def _no_room(path: Path, need: int = 0, *, kept: bool = False) -> CheckpointError:
+    """The error of a full disk: before work if `need` bytes are known, or later."""
+    free = shutil.disk_usage(path.parent).free
+    takes = f" it takes {need:,} bytes, free are {free:,};" if need else ""
+    end = "nothing was written" if need else "nothing is left there; free some"
+    if kept:
+        end = "free some and go on with resume (--resume); the rest is kept"
+    return CheckpointError(f"{path.parent}: no room for the output:{takes} {end}")
 
 
 def _refuse_existing(path: Path) -> None:
@@ -281,37 +321,32 @@ def create(
       CheckpointError: the path is taken or overlaps an input; the disk is too small.
     """
     path = Path(path).expanduser().absolute()
-    staging_names.remove_stale(path)
+    staging.remove_stale(path)
     check_output(path, format=format, overwrite=overwrite, inputs=inputs)
     module = _module(format)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        staging = staging_names.partial(path)
-        staging.mkdir()
+        directory = staging.ours(path)
+        directory.mkdir()
     except OSError as e:
         raise CheckpointError(
             f"{path}: can't write there ({e.strerror}); choose another output"
         ) from None
     try:
-        inner = module.create_writer(staging, tensors, **options)
+        inner = module.create_writer(directory, tensors, **options)
     except OSError as e:
-        shutil.rmtree(staging, ignore_errors=True)
-        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            need = sum(t.nbytes for t in tensors)
-            free = shutil.disk_usage(path.parent).free
-            raise CheckpointError(
-                f"{path.parent}: no room for the output: it takes {need:,} bytes, free"
-                f" are {free:,}; nothing was written"
-            ) from None
+        shutil.rmtree(directory, ignore_errors=True)
+        if _is_full(e):
+            raise _no_room(path, sum(t.nbytes for t in tensors)) from None
         raise
     except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(directory, ignore_errors=True)
         raise
-    return Writer(path, staging, inner, overwrite)
+    return Writer(path, directory, inner, overwrite)
 
 
 def attach(
-    staging: Path,
+    directory: Path,
     path: str | os.PathLike[str],
     tensors: Sequence[TensorInfo],
     *,
@@ -321,19 +356,19 @@ def attach(
     """Goes on with a safetensors checkpoint in the making: `create`'s `directory`.
 
     Args:
-      staging: of a writer of another process, or of one that was killed.
+      directory: of a writer of another process, or of one that was killed.
       path, tensors, overwrite, options: as they were given to `create`.
 
     Raises:
       CheckpointError: the files are of another layout.
     """
     path = Path(path).expanduser().absolute()
-    inner = safetensors_file.create_writer(staging, tensors, attach=True, **options)
-    return Writer(path, staging, inner, overwrite)
+    inner = safetensors_file.create_writer(directory, tensors, attach=True, **options)
+    return Writer(path, directory, inner, overwrite)
 
 
-def copy_companions(source: Path, target: Path) -> list[str]:
-    """Copies config, tokenizer and generation files of a Hugging Face directory.
+def companions(source: Path) -> list[Path]:
+    """Config, tokenizer and generation files of a Hugging Face directory.
 
     Those of subdirectories too, if they hold no weights (sentence-transformers keeps
     the settings of its modules there; other checkpoints are left alone).
@@ -346,7 +381,7 @@ def copy_companions(source: Path, target: Path) -> list[str]:
         inside = list(folder.iterdir())
         if not any(f.suffix in weights for f in inside):
             files += inside
-    copied = []
+    found = []
     for file in sorted(files):
         name = file.relative_to(source)
         keep = file.suffix in _COMPANIONS or file.name.startswith("LICENSE")
@@ -354,7 +389,16 @@ def copy_companions(source: Path, target: Path) -> list[str]:
         index = file.name.endswith(".index.json")
         written_anew = str(name) in _NOT_COMPANIONS
         if file.is_file() and keep and not (hidden or index or written_anew):
-            (target / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, target / name)
-            copied.append(str(name))
+            found.append(file)
+    return found
+
+
+def copy_companions(source: Path, target: Path) -> list[str]:
+    """Copies the `companions` of one directory to another; returns their names."""
+    copied = []
+    for file in companions(source):
+        name = file.relative_to(source)
+        (target / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target / name)
+        copied.append(str(name))
     return copied

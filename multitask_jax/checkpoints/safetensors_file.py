@@ -115,6 +115,7 @@ class _File:
     """One mapped file: its tensors in file order and where they lie."""
 
     def __init__(self, path: Path):
+        self.name = path.name
         size = check_regular(path)
         if size < 8:
             raise CheckpointError(f"{path}: got {size} bytes, not a safetensors file")
@@ -192,6 +193,10 @@ class SafetensorsReader:
         name = self.aliases.get(name, name)
         stop = self.tensors[name].size if stop is None else stop
         return self._home[name].read(name, start, stop)
+
+    def file_of(self, name: str) -> str:
+        """Name of the file that a tensor lies in."""
+        return self._home[self.aliases.get(name, name)].name
 
     def close(self) -> None:
         """Drops the maps (the files close when no view is left)."""

@@ -50,6 +50,8 @@ def merge_checkpoints(
     allow_missing: Literal["", "base"] = "",
     allow_nonfinite: bool = False,
     overwrite: bool = False,
+    resume: bool = False,
+    verify: bool = False,
     report_files: bool = True,
     recipe: Mapping[str, Any] | None = None,
     max_memory: int | None = None,
@@ -81,6 +83,9 @@ def merge_checkpoints(
       allow_missing: "base" copies tensors that a model lacks from the base.
       allow_nonfinite: merge models with NaN or infinity all the same.
       overwrite: replace a checkpoint at `output`.
+      resume: go on with what a killed run of the same merge had finished, if there is
+        such a run; and keep what is finished if this one is interrupted (safetensors).
+      verify: write checksums of all tensors, for `python -m experiments.verify`.
       report_files: write merge_report.md, .json, figures and a model card as well.
       recipe: what the report says of the method: flags and values.
       max_memory: bytes; a merge that is expected to need more is refused.
@@ -187,6 +192,9 @@ def merge_checkpoints(
             allow_nonfinite=allow_nonfinite,
             progress=progress,
             threads=threads,
+            resume=resume,
+            verify=verify,
+            about=recipe,
             group=group,
         )
     seconds = time.perf_counter() - started

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from multitask_jax.checkpoints import CheckpointError, Reader, TensorInfo
-from multitask_jax.merging import shares
+from multitask_jax.checkpoints import CheckpointError, Reader, TensorInfo, checksums
+from multitask_jax.merging import resuming, shares
 from multitask_jax.merging.census import Census
 from multitask_jax.merging.core import Method
 from multitask_jax.merging.plan import Plan, human, peak_memory, threads_for
@@ -74,6 +74,9 @@ def execute(
     allow_nonfinite: bool = False,
     progress: bool = True,
     threads: int,
+    resume: bool = False,
+    verify: bool = False,
+    about: Mapping[str, Any] | None = None,
     group: Group = ALONE,
 ) -> list[str]:
     """Streams all jobs into one new checkpoint.
@@ -86,15 +89,17 @@ def execute(
       finish: (directory in the making, notes so far) -> more notes; writes what lies
         beside the weights.
       census: gathers what the report says, if there is one.
-      allow_nonfinite, progress, threads, group: as for `merge_checkpoints`.
+      allow_nonfinite, progress, threads, resume, verify, group: as for
+        `merge_checkpoints`.
+      about: flags or recipe, for what a changed one must not go on with.
 
     Returns:
       All notes, in every process.
 
     Raises:
-      CheckpointError: inputs that hold NaN, a full disk; nothing is left at `output`.
+      CheckpointError: inputs that hold NaN or change meanwhile, a full disk; nothing
+        is left at `output`.
     """
-    by_job: list[list[str]] = []
     programs: dict[Any, Any] = {}
     plans = [j.plan for j in jobs]
     group.agree("inputs or options", (tensors, plans, [j.weights for j in jobs]))
@@ -102,9 +107,21 @@ def execute(
     parts = [shares.part_of(p, mine) for p in plans]
     with (
         progress_bar(parts, progress and not group.index) as advance,
-        shares.create(group, output, tensors, mine, target) as writer,
+        resuming.under_way(
+            jobs,
+            output,
+            tensors,
+            target,
+            census=census,
+            resume=resume,
+            about=about or {},
+            group=group,
+            mine=mine,
+            allow_nonfinite=allow_nonfinite,
+        ) as writer,
     ):
-        for job, part in zip(jobs, parts, strict=True):
+        by_job: list[list[str]] = []
+        for job, part, past in zip(jobs, parts, writer.past, strict=True):
             stream = Stream(
                 job.method,
                 job.plan,
@@ -118,15 +135,19 @@ def execute(
                 threads=threads_for(job.method, threads),
                 group=group,
                 share=part,
+                past=past,
             )
             if job.program is not None:
                 programs[job.program] = stream.programs
             by_job.append(stream.run(writer))
-        notes = shares.gather_notes(group, by_job)
+        writer.complete()
+        notes = writer.notes + shares.gather_notes(group, by_job)
         if census is not None:
             shares.gather_census(group, census, tensors)
         if group.index == 0:
             notes += finish(writer.directory, notes)
+            if verify:
+                checksums.write(writer.directory, threads)
     return group.combine(notes, lambda all_notes: all_notes[0])
 
 

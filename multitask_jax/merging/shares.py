@@ -5,15 +5,12 @@ of a share are neighbours in the output: each process writes whole regions of fi
 """
 
 import contextlib
-import dataclasses
 import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from multitask_jax import checkpoints
 from multitask_jax.checkpoints import CheckpointError, TensorInfo, Writer
@@ -89,7 +86,7 @@ def create(
         writer = _attach(group, staging, path, tensors, target)
         writer.skip(others)
         yield writer
-        writer.leave()
+        writer.complete()
         group.barrier()
     else:
         writer = checkpoints.create(output, tensors, **target)
@@ -138,30 +135,18 @@ def gather_notes(group: Group, notes: Sequence[list[str]]) -> list[str]:
 def gather_census(group: Group, census: Census, tensors: Sequence[TensorInfo]) -> None:
     """Adds up what the processes counted, in the output's order; process 0 has it."""
     if group.count > 1:
-        own = {
-            path: {k: np.asarray(v).tolist() for k, v in vars(leaf).items()}
-            for path, leaf in census.leaves.items()
-        }
         parts: dict[str, list[LeafStatistics]] = {}
 
-        def collect(rows: list[dict[str, Any]]) -> None:
-            for row in rows:
-                for path, leaf in row.items():
-                    parts.setdefault(path, []).append(_leaf(leaf))
+        def collect(states: list[dict[str, Any]]) -> None:
+            for state in states:
+                part = Census(census.models, exact=census.exact)
+                part.restore(state)
+                for path, leaf in part.leaves.items():
+                    parts.setdefault(path, []).append(leaf)
 
-        group.combine(own, collect)
+        group.combine(census.state(list(census.leaves)), collect)
         if group.index == 0:
             census.leaves = {p: interference.add(leaf) for p, leaf in parts.items()}
     place = {t.name: i for i, t in enumerate(tensors)}
     order = sorted(census.leaves, key=lambda name: place.get(name, len(place)))
     census.leaves = {name: census.leaves[name] for name in order}
-
-
-def _leaf(values: Mapping[str, Any]) -> LeafStatistics:
-    fields = dataclasses.fields(LeafStatistics)
-    return LeafStatistics(
-        **{
-            f.name: np.array(v) if isinstance(v := values[f.name], list) else v
-            for f in fields
-        }
-    )

@@ -16,8 +16,9 @@ import numpy as np
 from multitask_jax.checkpoints import CheckpointError, Reader, Writer
 from multitask_jax.merging import core, statistics
 from multitask_jax.merging.census import Census, mark_kept
+from multitask_jax.merging.journal import Past
 from multitask_jax.merging.parallel import parallel
-from multitask_jax.merging.plan import BUCKETS, CHUNK, Entry, Pass, Plan
+from multitask_jax.merging.plan import BUCKETS, CHUNK, Entry, Pass, Plan, batches_of
 from multitask_jax.merging.processes import ALONE, Group
 from multitask_jax.merging.selection import (
     INFINITE,
@@ -69,6 +70,7 @@ class Stream:
         threads: int = 2,
         group: Group = ALONE,
         share: Plan | None = None,
+        past: Past | None = None,
     ):
         """`readers`: the base, then the models. `advance` hears of bytes read.
 
@@ -85,12 +87,13 @@ class Stream:
         self._check = not allow_nonfinite
         needs = {t.needs for t in method.transforms}
         self._rows = "row" in needs
-        self._unseen = {e.path for e in self._share.merged}
+        self._past = past or Past()
+        self._unseen = self._past.unseen(self._share.merged)
         paths = [t.name for t in plan.outputs]
         self._settings = core.settings_of(method, paths)
         # Statistics known so far: of the whole model, and of the tensors at hand.
-        self._model: dict[tuple[int, int], Any] = {}
-        self._tensor: dict[tuple[str, int, int], Any] = {}
+        self._model: dict[tuple[int, int], Any] = dict(self._past.model)
+        self._tensor: dict[tuple[str, int, int], Any] = dict(self._past.tensor)
         # Of the chunks of a batch, where there are batches.
         self._ranks: dict[tuple[str, int, int], tuple[np.ndarray, ...]] = {}
         self._batched = False
@@ -109,16 +112,22 @@ class Stream:
             self.census.sampled(
                 [(c.entry.path, self._deltas(c, self._read(c))[1:]) for c in sample]
             )
+        if self.census is not None:
+            self._past.restore(self.census, self._share.merged)
         for p in self.plan.passes:
+            left = self._past.left(p, self._share.merged, self.advance)
             if p.model is None:
-                self._over_batches(p, functools.partial(self._write, writer))
+                self._over_batches(p, left, functools.partial(self._write, writer))
                 continue
-            total = self._total(*p.model, self.plan.merged)
+            if p.model in self._model:
+                continue
+            total, unseen = self._total(*p.model, self.plan.merged), set(self._unseen)
             while p.model not in self._model:  # again where a bracket missed
-                self._over_batches(p, lambda c, total=total: total.add(c))
+                self._over_batches(p, left, lambda c, total=total: total.add(c))
                 result = total.result(self._group)
                 if result is not None:
                     self._model[p.model] = result
+            self._past.found(p, self._model[p.model], self._tensor, unseen)
         said = [] if self._group.index else self._said()
         return [*said, *self._copy(writer)]
 
@@ -128,13 +137,14 @@ class Stream:
         measures = {k: self.method.transforms[k[0]].measures[k[1]] for k in self._model}
         return [m.says(self._model[k], models) for k, m in measures.items() if m.says]
 
-    def _over_batches(self, p: Pass, work: Callable[[Chunk], None]) -> None:
+    def _over_batches(
+        self, p: Pass, entries: Sequence[Entry], work: Callable[[Chunk], None]
+    ) -> None:
         """One reading: statistics of a few tensors, then `work` on their chunks."""
         models = len(self.readers) - 1
-        mine = self._share.merged
-        batches = _batches(mine, _BATCH // models) if p.tensor else None
-        self._batched = batches is not None
-        for batch in batches or [mine]:
+        batches = batches_of(entries, _BATCH // models) if p.tensor else [entries]
+        self._batched = bool(p.tensor)
+        for batch in batches:
             for i, j in p.tensor:
                 self._tensor_statistic(batch, i, j)
             self._sweep(work, batch)
@@ -285,9 +295,10 @@ class Stream:
                 f"{c.entry.path}: the merged values are not finite; statistics and"
                 " weights must not be negative"
             )
-        writer.write(c.entry.path, c.start, flat)
         if counted is not None and self.census is not None:
             self.census.trimmed(c.entry.path, size, *counted)
+        # Last: what is all written is all in the census too.
+        writer.write(c.entry.path, c.start, flat)
 
     def _run(
         self, stage: Any, c: Chunk, arrays: Sequence[np.ndarray], look: bool
@@ -377,6 +388,9 @@ class Stream:
         notes = []
         base, *models = self.readers
         for info in self._share.copied:
+            if info.name in self._past.written:
+                self.advance(info.nbytes)
+                continue
             differ = set()
             for start in range(0, info.size, CHUNK):
                 stop = min(start + CHUNK, info.size)
@@ -484,15 +498,3 @@ def _integer(k: Any) -> int:
 def _narrow(dtype: np.dtype) -> bool:
     """Whether float32 values may overflow it."""
     return dtype.itemsize == 1 or dtype == np.float16
-
-
-def _batches(entries: Sequence[Entry], size: int) -> Iterator[list[Entry]]:
-    batch: list[Entry] = []
-    held = 0
-    for e in entries:
-        if batch and held + e.size > size:
-            yield batch
-            batch, held = [], 0
-        batch.append(e)
-        held += e.size
-    yield batch

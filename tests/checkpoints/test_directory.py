@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from multitask_jax import checkpoints
-from multitask_jax.checkpoints import CheckpointError, TensorInfo, staging_names
+from multitask_jax.checkpoints import CheckpointError, TensorInfo, staging
 
 INFO = [TensorInfo("a", (4,), np.dtype(np.float32))]
 
@@ -164,7 +164,7 @@ def test_an_output_moved_half_way_is_restored(tmp_path):
     with subprocess.Popen([sys.executable, "-c", ""]) as gone:
         gone.wait()
     write(tmp_path / "out", 5.0)
-    name = staging_names.replaced(tmp_path / "out").name.rpartition("-")[0]
+    name = staging.replaced(tmp_path / "out").name.rpartition("-")[0]
     (tmp_path / "out").rename(tmp_path / f"{name}-{gone.pid}")
     with pytest.raises(CheckpointError, match="exists"):
         write(tmp_path / "out", 6.0)

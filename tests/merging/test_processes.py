@@ -291,3 +291,12 @@ def test_staging_of_another_host_is_removed_when_it_is_quiet(tmp_path, monkeypat
     monkeypatch.setattr(time, "time", lambda: now + 3600)
     write()
     assert not left.exists()
+
+
+def test_several_processes_keep_no_journal(inputs, tmp_path):
+    def work(group):
+        with pytest.raises(ValueError, match="resume: got 2 processes; one process"):
+            merge(inputs, tmp_path / "o", METHODS["ties"], group, resume=True)
+
+    together(2, work)
+    assert list(tmp_path.iterdir()) == []

@@ -36,6 +36,8 @@ def merge_mergekit(
     allow_missing: Literal["", "base"] = "",
     allow_nonfinite: bool = False,
     overwrite: bool = False,
+    resume: bool = False,
+    verify: bool = False,
     report_files: bool = True,
     flags: Mapping[str, Any] | None = None,
     max_memory: int | None = None,
@@ -55,8 +57,9 @@ def merge_mergekit(
       flags: what the report says of how to make the merge again, besides the recipe.
       seed: of random masks (DARE, DELLA).
       output_format, max_shard_size, block_pattern, allow_missing, allow_nonfinite,
-        overwrite, report_files, max_memory, dry_run, progress, threads, group: as for
-        `merge_checkpoints`. `block_pattern` also finds the layers of the recipe.
+        overwrite, resume, verify, report_files, max_memory, dry_run, progress,
+        threads, group: as for `merge_checkpoints`. `block_pattern` also finds the
+        layers of the recipe.
 
     Returns:
       What was done.
@@ -138,6 +141,14 @@ def merge_mergekit(
             allow_nonfinite=allow_nonfinite,
             progress=progress,
             threads=threads,
+            resume=resume,
+            verify=verify,
+            about={
+                "mergekit_config (its text)": parsed.text,
+                "seed": seed,
+                "block_pattern": block_pattern,
+                "allow_missing": allow_missing,
+            },
             group=group,
         )
     seconds = time.perf_counter() - started
