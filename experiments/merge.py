@@ -11,6 +11,13 @@ BASE, A, ... are safetensors files, Hugging Face directories, Orbax or flax msgp
 checkpoints; A, ... may be PEFT LoRA adapters of BASE too, or deltas. OUT is a directory
 that appears when everything is done; merge_report.md in it tells how much the models
 got in each other's way. --dry_run prints the plan.
+
+    python -m experiments.merge --base=BASE --models=A,B,C --output=OUT --mesh=model=8
+    python -m experiments.merge --base=config.json --models=config.json,config.json \
+        --mesh=model=256 --dry_run
+
+The first merges on 8 devices (simulated ones on a CPU). The second tells what each of
+256 would hold, from a config.json of Llama (or Mistral, Qwen2) without any weights.
 """
 
 import contextlib
@@ -25,7 +32,7 @@ from typing import Any
 import multitask_jax
 from experiments import flags, merge_recipe, parsing
 from experiments.flags import flag
-from multitask_jax import merging
+from multitask_jax import merging, sharding
 from multitask_jax.merging import distributed
 from multitask_jax.merging.processes import ALONE, Group
 
@@ -180,6 +187,20 @@ class Config:
     max_memory: str | None = flag("Refuse to need more, like 8GB.")
     progress: bool = flag("Show a progress bar.", True)
     threads: int | None = flag("Threads that merge (two a core, 8 at most).")
+    # On several devices.
+    mesh: str | None = flag(
+        "Merge on a mesh of this host's devices (a CPU simulates them), parameters"
+        " sharded over named axes: model=8, or data=2,model=4. With --dry_run any"
+        " number, and the bytes of each device; checkpoints may then be JSON files of"
+        ' names and shapes, {"NAME": {"dtype": "BF16", "shape": [8192]}, ...}, or a'
+        " config.json of Llama, Mistral or Qwen2."
+    )
+    sharding_rules: str | None = flag(
+        "How tensors lie on the mesh, REGEX=SPEC;REGEX=SPEC: the first regex found in a"
+        " tensor's name counts, its SPEC names a mesh axis for each axis of the tensor,"
+        " a+b for two and None for none: 'embed|lm_head=model,None;norm='. By default"
+        " the largest axis that the devices divide, else replicated."
+    )
     # Several processes, each started with the same command, on a shared file system.
     distributed: bool = flag(
         "Share the merge with the other processes of the TPU pod, Slurm or Open MPI job"
@@ -220,6 +241,7 @@ def run(config: Config) -> merging.MergeResult:
 
 def _run(config: Config, group: Group) -> merging.MergeResult:
     allow_missing = parsing.one_of("allow_missing", config.allow_missing, ("", "base"))
+    mesh, rules = mesh_of(config)
     if config.mergekit_config is not None:
         result = merge_recipe.merge(
             config,
@@ -258,6 +280,8 @@ def _run(config: Config, group: Group) -> merging.MergeResult:
         dry_run=config.dry_run,
         progress=config.progress,
         threads=config.threads,
+        mesh=mesh,
+        rules=rules,
         group=group,
     )
     return _said(config, group, result, f"{len(models)} models")
@@ -281,6 +305,8 @@ def processes_of(config: Config) -> Iterator[Group]:
             " --num_processes and --process_id, or --distributed alone where JAX finds"
             " them (TPU pods, Slurm, Open MPI)"
         )
+    if config.mesh is not None:
+        raise ValueError(f"--mesh: {merging.disk.NO_MESH_OF_PROCESSES}")
     with distributed.join(**by_hand) as group:
         group.agree("flags", (recipe_of(config), multitask_jax.__version__))
         yield group
@@ -300,6 +326,28 @@ def _said(
     report = f"; see {result.output}/merge_report.md" if config.report else ""
     print(f"merged {what} in {result.seconds:.1f} s{report}")
     return result
+
+
+def mesh_of(config: Config) -> tuple[Any, Any]:
+    """The mesh and the sharding rules that flags ask for, or None.
+
+    Raises:
+      ValueError: no such flags together, or fewer devices than they ask for.
+    """
+    if config.mesh is None:
+        if config.sharding_rules is not None:
+            raise ValueError("--sharding_rules needs --mesh too")
+        return None, None
+    if config.mergekit_config is not None:
+        raise ValueError(
+            "--mesh: recipes of --mergekit_config are merged without a mesh; leave"
+            " either out"
+        )
+    axes = sharding.parse_axes(config.mesh)
+    rules = config.sharding_rules
+    devices = sharding.host_devices(math.prod(axes.values()), simulate=config.dry_run)
+    mesh = sharding.make_mesh(axes, devices)
+    return mesh, None if rules is None else sharding.parse_rules(rules)
 
 
 def build_method(config: Config) -> merging.Method:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from multitask_jax.checkpoints import (
+    abstract_file,
     delta_file,
     lora_file,
     safetensors_file,
@@ -70,7 +71,8 @@ def open(path: str | os.PathLike[str], base: Reader | None = None) -> Reader:
 
     Args:
       path: file or directory. A PEFT LoRA adapter or a delta (format="delta") is a
-        model too, with the base that it changes.
+        model too, with the base that it changes. A JSON file (`abstract_file`) tells
+        names and shapes alone.
       base: what an adapter or a delta is added to, as it is read; it must stay open.
         Other checkpoints are whole without.
 
@@ -104,6 +106,8 @@ def _open(path: Path, base: Reader | None) -> Reader:
         return _module("orbax").open_reader(path)
     if path.suffix == ".msgpack" or (path.is_dir() and any(path.glob("*.msgpack"))):
         return _module("msgpack").open_reader(path)
+    if abstract_file.is_format(path):
+        return abstract_file.open_reader(path)
     candidates = sorted(path.iterdir()) if path.is_dir() else [path]
     pickles = [p.name for p in candidates if p.suffix in PICKLES]
     if pickles:

@@ -1,6 +1,7 @@
 """Merging from disk to disk: `merge_checkpoints`."""
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -9,18 +10,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import jax
 import ml_dtypes
 import numpy as np
 
-from multitask_jax import checkpoints
+from multitask_jax import checkpoints, sharding
 from multitask_jax.checkpoints import Reader
-from multitask_jax.merging import core, delta, execution, report
+from multitask_jax.merging import core, delta, execution, mesh_plan, on_mesh, report
 from multitask_jax.merging.census import MOST_MODELS, Census
 from multitask_jax.merging.plan import describe, plan_merge
 from multitask_jax.merging.processes import ALONE, Group
+from multitask_jax.merging.streaming import Stream
 from multitask_jax.merging.task_statistics import StatisticsFile
 
 PathLike = str | os.PathLike[str]
+NO_MESH_OF_PROCESSES = (
+    "several processes merge each on one device; leave the mesh out, or merge with one"
+    " process"
+)
 
 
 class MergeResult(NamedTuple):
@@ -58,6 +65,8 @@ def merge_checkpoints(
     dry_run: bool = False,
     progress: bool = True,
     threads: int | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    rules: sharding.Rules | None = None,
     group: Group = ALONE,
 ) -> MergeResult:
     """Merges checkpoints, streamed: memory does not grow with the model.
@@ -93,8 +102,11 @@ def merge_checkpoints(
       progress: show a bar over bytes.
       threads: two a core by default (some wait for the disk or for XLA), 8 at most;
         fewer where several processes share a host.
+      mesh: of this process's devices, to merge on (`sharding.make_mesh`): parameters
+        are read into shards and written from them.
+      rules: how tensors lie on the mesh; by default `sharding.leaf_spec` says.
       group: the processes that share the merge (`distributed.join`), each of which
-        makes this call; safetensors only.
+        makes this call; safetensors only, and without a mesh.
 
     Raises:
       CheckpointError: inputs that are damaged, differ or hold NaN, an output that
@@ -109,6 +121,15 @@ def merge_checkpoints(
     compute = float_dtype("dtype", dtype, computing=True)
     stored = float_dtype("out_dtype", out_dtype)
     notes = []
+    about = dict(recipe or {})
+    if mesh is not None and group.count > 1:
+        raise ValueError(f"mesh: got {group.count} processes; {NO_MESH_OF_PROCESSES}")
+    if mesh is not None:
+        about["mesh"] = dict(mesh.shape)
+        if resume:
+            raise ValueError(
+                "resume: a merge on a mesh can't be gone on with; leave it"
+            )
     given = base
     if base is None:
         if (method.start, method.end) != ("parameters", "parameters"):
@@ -144,7 +165,14 @@ def merge_checkpoints(
             tensors = delta.written(plan)
         core.settings_of(method, [t.name for t in plan.outputs])  # may refuse the names
         job = execution.Job(method, plan, readers, weights, known or ())
-        memory = execution.memory_of([job], threads, max_memory)
+        runner: Any = Stream
+        if mesh is None:
+            memory = execution.memory_of([job], threads, max_memory)
+        else:
+            plan = on_mesh.as_mesh_plan(method, plan, mesh)
+            job = job._replace(plan=plan)
+            memory = mesh_plan.memory_of(job, mesh, rules, max_memory, dry_run)
+            runner = functools.partial(on_mesh.OnMesh, mesh=mesh, rules=rules)
         target = {
             "format": output_format,
             "overwrite": overwrite,
@@ -154,6 +182,8 @@ def merge_checkpoints(
             checkpoints.check_output(output, **target)
         if dry_run:
             text = describe(plan, models, memory)
+            if mesh is not None:
+                text += "\n" + mesh_plan.describe(job, mesh, rules)
             return MergeResult(None, text, (*notes, *plan.notes), 0.0)
         if max_shard_size is not None:
             target["max_shard_size"] = max_shard_size
@@ -194,7 +224,8 @@ def merge_checkpoints(
             threads=threads,
             resume=resume,
             verify=verify,
-            about=recipe,
+            about=about,
+            runner=runner,
             group=group,
         )
     seconds = time.perf_counter() - started

@@ -77,6 +77,7 @@ def execute(
     resume: bool = False,
     verify: bool = False,
     about: Mapping[str, Any] | None = None,
+    runner: Callable[..., Any] = Stream,
     group: Group = ALONE,
 ) -> list[str]:
     """Streams all jobs into one new checkpoint.
@@ -92,6 +93,7 @@ def execute(
       allow_nonfinite, progress, threads, resume, verify, group: as for
         `merge_checkpoints`.
       about: flags or recipe, for what a changed one must not go on with.
+      runner: what does a job; built as a `Stream` is.
 
     Returns:
       All notes, in every process.
@@ -122,7 +124,8 @@ def execute(
     ):
         by_job: list[list[str]] = []
         for job, part, past in zip(jobs, parts, writer.past, strict=True):
-            stream = Stream(
+            shared = {"group": group, "share": part} if group.count > 1 else {}
+            stream = runner(
                 job.method,
                 job.plan,
                 job.readers,
@@ -133,9 +136,8 @@ def execute(
                 allow_nonfinite=allow_nonfinite,
                 advance=advance,
                 threads=threads_for(job.method, threads),
-                group=group,
-                share=part,
                 past=past,
+                **shared,
             )
             if job.program is not None:
                 programs[job.program] = stream.programs

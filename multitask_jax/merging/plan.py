@@ -43,6 +43,14 @@ class Entry(NamedTuple):
         return self.size * sum(np.dtype(d).itemsize for d in dtypes) + self.statistics
 
 
+class Chunk(NamedTuple):
+    """Entries [start, stop) of a tensor."""
+
+    entry: Entry
+    start: int
+    stop: int
+
+
 class Pass(NamedTuple):
     """One reading of the inputs: statistics per tensor, then one of these ends.
 

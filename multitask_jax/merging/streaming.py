@@ -16,9 +16,18 @@ import numpy as np
 from multitask_jax.checkpoints import CheckpointError, Reader, Writer
 from multitask_jax.merging import core, statistics
 from multitask_jax.merging.census import Census, mark_kept
+from multitask_jax.merging.checks import check_fits, refuse_nonfinite
 from multitask_jax.merging.journal import Past
 from multitask_jax.merging.parallel import parallel
-from multitask_jax.merging.plan import BUCKETS, CHUNK, Entry, Pass, Plan, batches_of
+from multitask_jax.merging.plan import (
+    BUCKETS,
+    CHUNK,
+    Chunk,
+    Entry,
+    Pass,
+    Plan,
+    batches_of,
+)
 from multitask_jax.merging.processes import ALONE, Group
 from multitask_jax.merging.selection import (
     INFINITE,
@@ -35,14 +44,6 @@ from multitask_jax.merging.totals import KthTotal, SumTotal
 _SMALL = 1 << 20  # tensors up to this size keep all keys; larger ones sample a bracket
 _BATCH = 3 << 23  # entries (of all models) whose own statistics are gathered at a time
 _SLICES, _SLICE = 4096, 256  # a sample of the whole model: slices of neighbours
-
-
-class Chunk(NamedTuple):
-    """Entries [start, stop) of a tensor."""
-
-    entry: Entry
-    start: int
-    stop: int
 
 
 class Seen(NamedTuple):
@@ -255,7 +256,7 @@ class Stream:
             assert self.census is not None
             squares = self.census.products(c.entry.path, base, taus)
             if self._check and not np.isfinite(squares).all():
-                self._refuse_nonfinite(c, arrays)
+                refuse_nonfinite(self.readers, c, arrays)
         return Seen(arrays, taus)
 
     def _keys(self, c: Chunk, i: int, j: int, look: bool = False) -> list[np.ndarray]:
@@ -272,7 +273,7 @@ class Stream:
             keys = [keys_of(x, overwrite=True) for x in taus]
             unchecked = look and self._check and self.census is None
             if unchecked and max(int(k.max()) for k in keys) >= INFINITE:
-                self._refuse_nonfinite(c, seen.arrays)
+                refuse_nonfinite(self.readers, c, seen.arrays)
             return keys
         outs = self._run(("values", i, j), c, seen.arrays, look)
         return [keys_of(np.asarray(x).reshape(-1)[: c.stop - c.start]) for x in outs]
@@ -285,11 +286,8 @@ class Stream:
         theta, counted = self._run(("apply", 0, 0), c, self._visit(c).arrays, True)
         with np.errstate(over="ignore"):
             flat = np.asarray(theta).reshape(-1)[:size].astype(c.entry.out, copy=False)
-        if self._check and _narrow(c.entry.out) and not np.isfinite(flat).all():
-            raise CheckpointError(
-                f"{c.entry.path}: the merged values do not fit {c.entry.out}; choose a"
-                " wider out_dtype (bfloat16, float32), or pass allow_nonfinite"
-            )
+        if self._check:
+            check_fits(c.entry, flat)
         if self._check and self.statistics and not np.isfinite(flat).all():
             raise CheckpointError(
                 f"{c.entry.path}: the merged values are not finite; statistics and"
@@ -333,7 +331,7 @@ class Stream:
                 check=check,
             )
         if check and bad:
-            self._refuse_nonfinite(c, arrays)
+            refuse_nonfinite(self.readers, c, arrays)
         return out
 
     def _statistics(self, c: Chunk, shape: tuple[int, ...]) -> tuple[Any, ...]:
@@ -369,19 +367,6 @@ class Stream:
             self._model.get((i, j), self._tensor.get((path, i, j)))
             for j in range(len(self.method.transforms[i].measures))
         )
-
-    def _refuse_nonfinite(self, c: Chunk, arrays: Sequence[np.ndarray]) -> None:
-        """Names the tensor; sums may overflow where no entry is infinite."""
-        for reader, x in zip(self.readers, arrays, strict=True):
-            places = np.flatnonzero(~np.isfinite(to_compute(x, np.dtype(np.float64))))
-            if len(places):
-                origin = getattr(reader, "origin", lambda _, r=reader: r.path)
-                raise CheckpointError(
-                    f"{origin(c.entry.path)}: tensor {c.entry.path!r} has"
-                    f" {x[places[0]]} at flat index {c.start + int(places[0])} (and"
-                    " maybe more): the fine-tuning diverged, or the file is damaged."
-                    " Leave the model out, exclude the tensor, or pass allow_nonfinite"
-                )
 
     def _copy(self, writer: Writer) -> list[str]:
         """Tensors that come from the base; tells where the models' integers differ."""
@@ -493,8 +478,3 @@ def _scalar(dtype: np.dtype, x: Any) -> Any:
 
 def _integer(k: Any) -> int:
     return k if isinstance(k, int) else (int(k[0]) << statistics.BITS) | int(k[1])
-
-
-def _narrow(dtype: np.dtype) -> bool:
-    """Whether float32 values may overflow it."""
-    return dtype.itemsize == 1 or dtype == np.float16

@@ -210,6 +210,8 @@ def test_what_one_process_finds_ends_all(inputs):
 def test_flags_of_processes_are_checked():
     with pytest.raises(ValueError, match="--num_processes, --process_id: got none"):
         merge.run(merge.Config(output="o", coordinator="localhost:1234"))
+    with pytest.raises(ValueError, match="--mesh: several processes merge each on one"):
+        merge.run(merge.Config(output="o", distributed=True, mesh="model=2"))
 
 
 def test_a_process_that_stays_alone_says_so():
