@@ -4,6 +4,8 @@
     python -m experiments.merge --mergekit_config=recipe.yml --output=OUT
     python -m experiments.merge --flagfile=experiments/flagfiles/merge/ties.flags \
         --base=BASE --models=A,B,C --output=OUT
+    python -m experiments.merge ... --coordinator=HOST:PORT --num_processes=2 \
+        --process_id=0  # and 1, on another host; or just --distributed on a pod
 
 BASE, A, ... are safetensors files, Hugging Face directories, Orbax or flax msgpack
 checkpoints; A, ... may be PEFT LoRA adapters of BASE too, or deltas. OUT is a directory
@@ -18,17 +20,21 @@ The first merges on 8 devices (simulated ones on a CPU). The second tells what e
 256 would hold, from a config.json of Llama (or Mistral, Qwen2) without any weights.
 """
 
+import contextlib
 import dataclasses
 import inspect
 import math
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import multitask_jax
 from experiments import flags, merge_recipe, parsing
 from experiments.flags import flag
 from multitask_jax import merging, sharding
+from multitask_jax.merging import distributed
+from multitask_jax.merging.processes import ALONE, Group
 
 
 def _methods() -> str:
@@ -195,8 +201,20 @@ class Config:
         " a+b for two and None for none: 'embed|lm_head=model,None;norm='. By default"
         " the largest axis that the devices divide, else replicated."
     )
+    # Several processes, each started with the same command, on a shared file system.
+    distributed: bool = flag(
+        "Share the merge with the other processes of the TPU pod, Slurm or Open MPI job"
+        " (jax.distributed finds them).",
+        False,
+    )
+    coordinator: str | None = flag(
+        "host:port of process 0, to share the merge with others by hand."
+    )
+    num_processes: int | None = flag("How many processes share it.")
+    process_id: int | None = flag("Which of them this is, from 0.")
 
 
+_PROCESSES = ("coordinator", "num_processes", "process_id")
 # Flags that are a method's own keyword arguments.
 _OPTIONS = tuple(
     f.name
@@ -217,6 +235,11 @@ def run(config: Config) -> merging.MergeResult:
     """
     if not config.output and not config.dry_run:
         raise ValueError("--output: got none; pass the directory to write")
+    with processes_of(config) as group:
+        return _run(config, group)
+
+
+def _run(config: Config, group: Group) -> merging.MergeResult:
     allow_missing = parsing.one_of("allow_missing", config.allow_missing, ("", "base"))
     mesh, rules = mesh_of(config)
     if config.mergekit_config is not None:
@@ -226,8 +249,9 @@ def run(config: Config) -> merging.MergeResult:
                 "max_shard_size", config.max_shard_size
             ),
             max_memory=parsing.size_in_bytes("max_memory", config.max_memory),
+            group=group,
         )
-        return _said(config, result, f"by {config.mergekit_config}")
+        return _said(config, group, result, f"by {config.mergekit_config}")
     models = parsing.paths(config.models)
     if not models:
         raise ValueError("--models: got none; pass --models=A,B,C")
@@ -258,14 +282,42 @@ def run(config: Config) -> merging.MergeResult:
         threads=config.threads,
         mesh=mesh,
         rules=rules,
+        group=group,
     )
-    return _said(config, result, f"{len(models)} models")
+    return _said(config, group, result, f"{len(models)} models")
+
+
+@contextlib.contextmanager
+def processes_of(config: Config) -> Iterator[Group]:
+    """The processes that the flags tell of, which must all have the same flags.
+
+    Raises:
+      ValueError: a flag is missing or wrong, or they do not find each other.
+    """
+    by_hand = {name: getattr(config, name) for name in _PROCESSES}
+    missing = [f"--{name}" for name, value in by_hand.items() if value is None]
+    if len(missing) == len(_PROCESSES) and not config.distributed:
+        yield ALONE
+        return
+    if missing and not config.distributed:
+        raise ValueError(
+            f"{', '.join(missing)}: got none; several processes need --coordinator,"
+            " --num_processes and --process_id, or --distributed alone where JAX finds"
+            " them (TPU pods, Slurm, Open MPI)"
+        )
+    if config.mesh is not None:
+        raise ValueError(f"--mesh: {merging.disk.NO_MESH_OF_PROCESSES}")
+    with distributed.join(**by_hand) as group:
+        group.agree("flags", (recipe_of(config), multitask_jax.__version__))
+        yield group
 
 
 def _said(
-    config: Config, result: merging.MergeResult, what: str
+    config: Config, group: Group, result: merging.MergeResult, what: str
 ) -> merging.MergeResult:
-    """Prints the plan of a dry run, or notes and what was done."""
+    """Prints the plan of a dry run, or notes and what was done; one process does."""
+    if group.index:
+        return result
     if config.dry_run:
         print(result.plan)
         return result
@@ -367,8 +419,8 @@ def recipe_of(config: Config) -> dict[str, Any]:
     return {
         f.name: getattr(config, f.name)
         for f in dataclasses.fields(Config)
-        if f.name == "method"
-        or (getattr(config, f.name) != f.default and f.name != "resume")
+        if (f.name == "method" or getattr(config, f.name) != f.default)
+        and f.name not in (*_PROCESSES, "distributed", "resume")
     }
 
 

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from multitask_jax import merging
+from multitask_jax.merging.processes import Group
 
 # What a recipe leaves to the command line.
 _FLAGS = (
@@ -23,7 +24,12 @@ _FLAGS = (
     "max_memory",
     "progress",
     "threads",
+    "distributed",
+    "coordinator",
+    "num_processes",
+    "process_id",
 )
+_NOT_IN_REPORT = _FLAGS[-4:]
 
 
 def check_flags(config: Any) -> None:
@@ -41,7 +47,13 @@ def check_flags(config: Any) -> None:
             )
 
 
-def merge(config: Any, *, max_shard_size: int | None, max_memory: int | None) -> Any:
+def merge(
+    config: Any,
+    *,
+    max_shard_size: int | None,
+    max_memory: int | None,
+    group: Group,
+) -> Any:
     """Runs --mergekit_config; `config` is `experiments.merge.Config`.
 
     Raises:
@@ -51,7 +63,7 @@ def merge(config: Any, *, max_shard_size: int | None, max_memory: int | None) ->
     given = {
         f.name: getattr(config, f.name)
         for f in dataclasses.fields(config)
-        if getattr(config, f.name) != f.default and f.name != "resume"
+        if getattr(config, f.name) != f.default and f.name not in _NOT_IN_REPORT
     }
     return merging.merge_mergekit(
         config.mergekit_config,
@@ -71,4 +83,5 @@ def merge(config: Any, *, max_shard_size: int | None, max_memory: int | None) ->
         progress=config.progress,
         threads=config.threads,
         seed=config.seed or 0,
+        group=group,
     )

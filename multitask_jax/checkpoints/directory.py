@@ -154,6 +154,7 @@ class Writer:
         self._inner = inner
         self._replace = replace
         self._complete = False
+        self._pulse = staging.Pulse(directory)
 
     def write(self, name: str, start: int, flat: np.ndarray) -> None:
         """Stores flat entries [start, start + len(flat)) of a tensor; thread-safe."""
@@ -173,6 +174,7 @@ class Writer:
         if not self._complete:
             self._inner.finish()
             self._complete = True
+            self._pulse.stop()
 
     def commit(self) -> None:
         """Finishes the files and renames the directory to its final path."""
@@ -194,6 +196,7 @@ class Writer:
 
     def abort(self) -> None:
         """Removes everything written so far (unless `keep` is set)."""
+        self._pulse.stop()
         close = getattr(self._inner, "close", None)
         if close is not None:
             close()

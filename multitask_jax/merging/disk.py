@@ -19,10 +19,15 @@ from multitask_jax.checkpoints import Reader
 from multitask_jax.merging import core, delta, execution, mesh_plan, on_mesh, report
 from multitask_jax.merging.census import MOST_MODELS, Census
 from multitask_jax.merging.plan import describe, plan_merge
+from multitask_jax.merging.processes import ALONE, Group
 from multitask_jax.merging.streaming import Stream
 from multitask_jax.merging.task_statistics import StatisticsFile
 
 PathLike = str | os.PathLike[str]
+NO_MESH_OF_PROCESSES = (
+    "several processes merge each on one device; leave the mesh out, or merge with one"
+    " process"
+)
 
 
 class MergeResult(NamedTuple):
@@ -62,6 +67,7 @@ def merge_checkpoints(
     threads: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
     rules: sharding.Rules | None = None,
+    group: Group = ALONE,
 ) -> MergeResult:
     """Merges checkpoints, streamed: memory does not grow with the model.
 
@@ -94,10 +100,13 @@ def merge_checkpoints(
       max_memory: bytes; a merge that is expected to need more is refused.
       dry_run: plan only.
       progress: show a bar over bytes.
-      threads: two a core by default (some wait for the disk or for XLA), 8 at most.
+      threads: two a core by default (some wait for the disk or for XLA), 8 at most;
+        fewer where several processes share a host.
       mesh: of this process's devices, to merge on (`sharding.make_mesh`): parameters
         are read into shards and written from them.
       rules: how tensors lie on the mesh; by default `sharding.leaf_spec` says.
+      group: the processes that share the merge (`distributed.join`), each of which
+        makes this call; safetensors only, and without a mesh.
 
     Raises:
       CheckpointError: inputs that are damaged, differ or hold NaN, an output that
@@ -108,11 +117,13 @@ def merge_checkpoints(
     models = [Path(m).expanduser() for m in models]
     weights = core.check_models(method, len(models), weights)
     _check_weights(method, weights)
-    threads = execution.default_threads(threads)
+    threads = execution.default_threads(threads, group)
     compute = float_dtype("dtype", dtype, computing=True)
     stored = float_dtype("out_dtype", out_dtype)
     notes = []
     about = dict(recipe or {})
+    if mesh is not None and group.count > 1:
+        raise ValueError(f"mesh: got {group.count} processes; {NO_MESH_OF_PROCESSES}")
     if mesh is not None:
         about["mesh"] = dict(mesh.shape)
         if resume:
@@ -215,6 +226,7 @@ def merge_checkpoints(
             verify=verify,
             about=about,
             runner=runner,
+            group=group,
         )
     seconds = time.perf_counter() - started
     text = describe(plan, models, memory)

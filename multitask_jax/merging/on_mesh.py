@@ -19,15 +19,11 @@ from jax.sharding import Mesh, NamedSharding
 from multitask_jax.checkpoints import Reader, Writer
 from multitask_jax.merging import core, interference, mesh_programs
 from multitask_jax.merging.census import Census
+from multitask_jax.merging.checks import check_fits, refuse_nonfinite
 from multitask_jax.merging.mesh_programs import Inputs, Stack
-from multitask_jax.merging.plan import Entry, Pass, Plan
-from multitask_jax.merging.streaming import (
-    Chunk,
-    Stream,
-    check_fits,
-    parallel,
-    refuse_nonfinite,
-)
+from multitask_jax.merging.parallel import parallel
+from multitask_jax.merging.plan import Chunk, Entry, Pass, Plan
+from multitask_jax.merging.streaming import Stream
 from multitask_jax.sharding import Rules
 
 MOST = 64 << 20  # bytes of a stack's inputs a device, where stacks come and go

@@ -9,10 +9,11 @@ from typing import Any
 
 from multitask_jax import checkpoints
 from multitask_jax.checkpoints import CheckpointError, TensorInfo, staging
-from multitask_jax.merging import journal
+from multitask_jax.merging import journal, shares
 from multitask_jax.merging.census import Census
 from multitask_jax.merging.identity import Inputs, differences, identity_of
 from multitask_jax.merging.journal import Begun, Progress
+from multitask_jax.merging.processes import ALONE, Group
 
 
 @contextlib.contextmanager
@@ -25,6 +26,8 @@ def under_way(
     census: Census | None,
     resume: bool,
     about: Mapping[str, Any],
+    group: Group = ALONE,
+    mine: frozenset[str] = frozenset(),
     **options: Any,
 ) -> Iterator[Progress]:
     """Begins a checkpoint, or goes on with one that a killed process has begun.
@@ -35,6 +38,7 @@ def under_way(
         is full), keep what is finished. Input that is not as it should be leaves
         nothing.
       about, **options: what the identity of the merge has besides.
+      group, mine: the processes that share the merge, and what this one writes.
 
     Yields:
       What takes the place of a writer; its `notes` tell what was found.
@@ -42,7 +46,7 @@ def under_way(
     Raises:
       CheckpointError: what there is was begun by another merge, or still runs; an
         input was changed.
-      ValueError: resume, but the output is not safetensors.
+      ValueError: resume, but the output is not safetensors, or of several processes.
     """
     path = Path(output).expanduser().absolute()
     kept = {k: v for k, v in target.items() if k not in ("format", "inputs")}
@@ -54,6 +58,17 @@ def under_way(
         )
     files = [s.path for j in jobs for s in j.statistics]
     inputs = Inputs([*target.get("inputs", ()), *files])
+    if group.count > 1:  # they keep no journal
+        if resume:
+            raise ValueError(
+                f"resume: got {group.count} processes; one process alone keeps what it"
+                " has finished: leave resume (--resume) out"
+            )
+        with shares.create(group, output, tensors, mine, target) as shared:
+            progress = Progress(shared, tensors, jobs, inputs, census)
+            yield progress
+            inputs.check()
+        return
     options["report"] = census is not None
     identity = identity_of(jobs, tensors, target, inputs, about, **options)
     identity = json.loads(json.dumps(identity))  # as it is read back

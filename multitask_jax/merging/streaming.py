@@ -6,9 +6,7 @@ rather than arithmetic (thresholds, checks for NaN) is done by NumPy on the host
 
 import functools
 import math
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -18,8 +16,19 @@ import numpy as np
 from multitask_jax.checkpoints import CheckpointError, Reader, Writer
 from multitask_jax.merging import core, statistics
 from multitask_jax.merging.census import Census, mark_kept
+from multitask_jax.merging.checks import check_fits, refuse_nonfinite
 from multitask_jax.merging.journal import Past
-from multitask_jax.merging.plan import BUCKETS, CHUNK, Entry, Pass, Plan
+from multitask_jax.merging.parallel import parallel
+from multitask_jax.merging.plan import (
+    BUCKETS,
+    CHUNK,
+    Chunk,
+    Entry,
+    Pass,
+    Plan,
+    batches_of,
+)
+from multitask_jax.merging.processes import ALONE, Group
 from multitask_jax.merging.selection import (
     INFINITE,
     Bracket,
@@ -35,14 +44,6 @@ from multitask_jax.merging.totals import KthTotal, SumTotal
 _SMALL = 1 << 20  # tensors up to this size keep all keys; larger ones sample a bracket
 _BATCH = 3 << 23  # entries (of all models) whose own statistics are gathered at a time
 _SLICES, _SLICE = 4096, 256  # a sample of the whole model: slices of neighbours
-
-
-class Chunk(NamedTuple):
-    """Entries [start, stop) of a tensor."""
-
-    entry: Entry
-    start: int
-    stop: int
 
 
 class Seen(NamedTuple):
@@ -68,9 +69,13 @@ class Stream:
         allow_nonfinite: bool = False,
         advance: Callable[[int], None] = lambda nbytes: None,
         threads: int = 2,
+        group: Group = ALONE,
+        share: Plan | None = None,
         past: Past | None = None,
     ):
         """`readers`: the base, then the models. `advance` hears of bytes read.
+
+        `share`: of the plan, what this process of the group does; all by default.
 
         `weights`: T, or T by leaf path. `programs`: of a stream whose method differs in
         ranks alone, so that nothing is compiled again.
@@ -79,11 +84,12 @@ class Stream:
         self.statistics = tuple(statistics)
         self.weights = weights
         self.census, self.advance, self.threads = census, advance, threads
+        self._group, self._share = group, share or plan
         self._check = not allow_nonfinite
         needs = {t.needs for t in method.transforms}
         self._rows = "row" in needs
         self._past = past or Past()
-        self._unseen = self._past.unseen(plan.merged)
+        self._unseen = self._past.unseen(self._share.merged)
         paths = [t.name for t in plan.outputs]
         self._settings = core.settings_of(method, paths)
         # Statistics known so far: of the whole model, and of the tensors at hand.
@@ -102,28 +108,29 @@ class Stream:
 
     def run(self, writer: Writer) -> list[str]:
         """All passes; returns notes on tensors that were copied."""
-        if self.census is not None and not self.census.exact:
+        if self.census is not None and not self.census.exact and not self._group.index:
             sample = self._sample(self.plan.merged, _SLICES)
             self.census.sampled(
                 [(c.entry.path, self._deltas(c, self._read(c))[1:]) for c in sample]
             )
         if self.census is not None:
-            self._past.restore(self.census, self.plan.merged)
+            self._past.restore(self.census, self._share.merged)
         for p in self.plan.passes:
-            left = self._past.left(p, self.plan.merged, self.advance)
+            left = self._past.left(p, self._share.merged, self.advance)
             if p.model is None:
                 self._over_batches(p, left, functools.partial(self._write, writer))
                 continue
             if p.model in self._model:
                 continue
-            total, unseen = self._total(*p.model, left), set(self._unseen)
+            total, unseen = self._total(*p.model, self.plan.merged), set(self._unseen)
             while p.model not in self._model:  # again where a bracket missed
                 self._over_batches(p, left, lambda c, total=total: total.add(c))
-                result = total.result()
+                result = total.result(self._group)
                 if result is not None:
                     self._model[p.model] = result
             self._past.found(p, self._model[p.model], self._tensor, unseen)
-        return [*self._said(), *self._copy(writer)]
+        said = [] if self._group.index else self._said()
+        return [*said, *self._copy(writer)]
 
     def _said(self) -> list[str]:
         """What whole-model statistics tell the user."""
@@ -136,7 +143,7 @@ class Stream:
     ) -> None:
         """One reading: statistics of a few tensors, then `work` on their chunks."""
         models = len(self.readers) - 1
-        batches = _batches(entries, _BATCH // models) if p.tensor else [entries]
+        batches = batches_of(entries, _BATCH // models) if p.tensor else [entries]
         self._batched = bool(p.tensor)
         for batch in batches:
             for i, j in p.tensor:
@@ -172,14 +179,20 @@ class Stream:
         ranks = [_integer(k) for k in core.ranks_of(measure, d, terms, earlier)]
         starts: list[Any] = [None] * len(ranks)
         if d > _SMALL:
-            count = _SLICES if len(entries) > 1 else _SLICES // 32
-            sample = [self._keys(c, i, j) for c in self._sample(entries, count)]
+            if self._group.index and measure.scope == "model":
+                sample = None  # process 0 takes it for all
+            else:
+                count = _SLICES if len(entries) > 1 else _SLICES // 32
+                sample = [self._keys(c, i, j) for c in self._sample(entries, count)]
             starts = [  # no sample of tiny tensors: a bracket that is missed
                 bracket(np.stack([s[t % terms][:_SLICE] for s in sample]), k / d)
                 if sample
                 else Bracket()
                 for t, k in enumerate(ranks)
             ]
+            if measure.scope == "model":
+                starts = self._group.combine(starts, lambda starts: starts[0])
+                starts = [Bracket(*start) for start in starts]
         selections = [Selection(k, s) for k, s in zip(ranks, starts, strict=True)]
         return KthTotal(selections, lambda c: self._keys(c, i, j, look=True))
 
@@ -359,7 +372,7 @@ class Stream:
         """Tensors that come from the base; tells where the models' integers differ."""
         notes = []
         base, *models = self.readers
-        for info in self.plan.copied:
+        for info in self._share.copied:
             if info.name in self._past.written:
                 self.advance(info.nbytes)
                 continue
@@ -434,22 +447,6 @@ def _compute(
     return tuple(map(chunk_sum, terms)), bad
 
 
-def refuse_nonfinite(
-    readers: Sequence[Reader], c: Chunk, arrays: Sequence[np.ndarray]
-) -> None:
-    """Names the tensor; sums may overflow where no entry is infinite."""
-    for reader, x in zip(readers, arrays, strict=True):
-        places = np.flatnonzero(~np.isfinite(to_compute(x, np.dtype(np.float64))))
-        if len(places):
-            origin = getattr(reader, "origin", lambda _, r=reader: r.path)
-            raise CheckpointError(
-                f"{origin(c.entry.path)}: tensor {c.entry.path!r} has"
-                f" {x[places[0]]} at flat index {c.start + int(places[0])} (and"
-                " maybe more): the fine-tuning diverged, or the file is damaged."
-                " Leave the model out, exclude the tensor, or pass allow_nonfinite"
-            )
-
-
 def to_compute(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Any float dtype -> float32 or float64, on the host."""
     return x.astype(dtype, copy=False)
@@ -481,49 +478,3 @@ def _scalar(dtype: np.dtype, x: Any) -> Any:
 
 def _integer(k: Any) -> int:
     return k if isinstance(k, int) else (int(k[0]) << statistics.BITS) | int(k[1])
-
-
-def check_fits(entry: Entry, merged: np.ndarray) -> None:
-    """Refuses what overflows a dtype narrower than float32."""
-    narrow = entry.out.itemsize == 1 or entry.out == np.float16
-    if narrow and not np.isfinite(merged).all():
-        raise CheckpointError(
-            f"{entry.path}: the merged values do not fit {entry.out}; choose a wider"
-            " out_dtype (bfloat16, float32), or pass allow_nonfinite"
-        )
-
-
-def _batches(entries: Sequence[Entry], size: int) -> Iterator[list[Entry]]:
-    batch: list[Entry] = []
-    held = 0
-    for e in entries:
-        if batch and held + e.size > size:
-            yield batch
-            batch, held = [], 0
-        batch.append(e)
-        held += e.size
-    yield batch
-
-
-def parallel(work: Callable[[Any], None], items: Iterable[Any], threads: int) -> None:
-    """Calls `work` on each item from a few threads; stops at the first exception."""
-    iterator, lock, stop = iter(items), threading.Lock(), threading.Event()
-
-    def loop() -> None:
-        while not stop.is_set():
-            with lock:
-                item = next(iterator, stop)
-            if item is stop:
-                return
-            try:
-                work(item)
-            except BaseException:
-                stop.set()
-                raise
-
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for future in [pool.submit(loop) for _ in range(threads)]:
-                future.result()
-        finally:
-            stop.set()

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from multitask_jax import checkpoints, merging
-from multitask_jax.checkpoints import CheckpointError, safetensors_writer
+from multitask_jax.checkpoints import CheckpointError, safetensors_writer, staging
 from multitask_jax.merging import identity, journal, report
 from tests.merging.common import make_models, save
 
@@ -143,14 +143,14 @@ def test_what_is_finished_is_not_done_again(inputs, tmp_path, monkeypatch, metho
         with pytest.raises(Interruption):
             merge(inputs, tmp_path / "out", method, resume=True)
     assert not (tmp_path / "out").exists()
-    (staging,) = (p for p in tmp_path.iterdir() if p.name != "whole")
+    (left,) = (p for p in tmp_path.iterdir() if p.name != "whole")
     # The census and the statistics of the first run are the second's.
     with monkeypatch.context() as m:
         after = interrupt(m, 1000)
         result = merge(inputs, tmp_path / "out", method, resume=True)
     assert set(before) & set(after) <= {before[-1]}
     assert "Resumed: an earlier run had finished" in result.notes[0]
-    assert not staging.exists()
+    assert not left.exists()
     assert alike(content(tmp_path / "out"), content(tmp_path / "whole"))
     assert (tmp_path / "out" / "model.safetensors.index.json").exists()
 
@@ -252,7 +252,8 @@ def test_another_merge_is_not_gone_on_with(inputs, tmp_path, monkeypatch):
 
 
 def test_what_runs_is_not_taken_over(inputs, tmp_path):
-    (tmp_path / f".out.partial-0-{os.getppid()}").mkdir()
+    mine = staging.ours(tmp_path / "out").name.rpartition("-")[0]
+    (tmp_path / f"{mine}-{os.getppid()}").mkdir()
     with pytest.raises(CheckpointError, match=rf"process {os.getppid()} seems to"):
         merge(inputs, tmp_path / "out", resume=True)
 

@@ -21,6 +21,7 @@ from multitask_jax.merging.mergekit.prepare import (
     whole_plan,
 )
 from multitask_jax.merging.mergekit.recipe import load
+from multitask_jax.merging.processes import ALONE, Group
 
 PathLike = str | os.PathLike[str]
 
@@ -44,6 +45,7 @@ def merge_mergekit(
     progress: bool = True,
     threads: int | None = None,
     seed: int = 0,
+    group: Group = ALONE,
 ) -> disk.MergeResult:
     """Runs a mergekit recipe: same results as mergekit 0.1.4, any architecture.
 
@@ -56,8 +58,8 @@ def merge_mergekit(
       seed: of random masks (DARE, DELLA).
       output_format, max_shard_size, block_pattern, allow_missing, allow_nonfinite,
         overwrite, resume, verify, report_files, max_memory, dry_run, progress,
-        threads: as for `merge_checkpoints`. `block_pattern` also finds the layers of
-        the recipe.
+        threads, group: as for `merge_checkpoints`. `block_pattern` also finds the
+        layers of the recipe.
 
     Returns:
       What was done.
@@ -72,7 +74,7 @@ def merge_mergekit(
     parsed = load(recipe)
     is_path = not isinstance(recipe, Mapping)
     folder = Path(recipe).expanduser().parent if is_path else Path.cwd()
-    threads = execution.default_threads(threads)
+    threads = execution.default_threads(threads, group)
     if output_format == "delta":
         raise ValueError(
             "output_format: got delta, but a recipe makes a whole model; choose"
@@ -147,6 +149,7 @@ def merge_mergekit(
                 "block_pattern": block_pattern,
                 "allow_missing": allow_missing,
             },
+            group=group,
         )
     seconds = time.perf_counter() - started
     return disk.MergeResult(Path(output), text, tuple(notes), seconds)
