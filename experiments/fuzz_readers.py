@@ -221,11 +221,18 @@ def _limit_memory(config: Config) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (held + limit, held + limit))
 
 
+def _scratch() -> Path:
+    """An empty folder, in memory where there is such a place: files are tiny."""
+    memory = "/dev/shm"
+    inside = memory if os.access(memory, os.W_OK) else None
+    return Path(tempfile.mkdtemp(prefix="fuzz_readers-", dir=inside))
+
+
 # -- all inputs ------------------------------------------------------------------------
 
 
 def _child(reader: str, config: Config, work: str, start: int, stop: int, to: Any):
-    home = Path(tempfile.mkdtemp(dir=work))
+    home = _scratch()
     try:
         crashes = Path(work) / "crashes"
         for tally in attempt(reader, config, home, crashes, iter(range(start, stop))):
@@ -283,7 +290,7 @@ def run(config: Config) -> list[Tally]:
         if config.processes:
             tally = _in_process(reader, config, work, count)
         else:
-            home = Path(tempfile.mkdtemp(dir=work))
+            home = _scratch()
             crashes = work / "crashes"
             *_, tally = attempt(reader, config, home, crashes, iter(range(count)))
             shutil.rmtree(home)

@@ -16,6 +16,7 @@ import numpy as np
 
 from multitask_jax import checkpoints, sharding
 from multitask_jax.checkpoints import Reader
+from multitask_jax.checkpoints.json_file import read_json
 from multitask_jax.merging import core, delta, execution, mesh_plan, on_mesh, report
 from multitask_jax.merging.census import MOST_MODELS, Census
 from multitask_jax.merging.plan import describe, plan_merge
@@ -272,7 +273,7 @@ def set_config_dtype(directory: Path, dtype: np.dtype | None) -> None:
     path = directory / "config.json"
     if dtype is None or not path.exists():
         return
-    config = json.loads(path.read_text())
+    config = read_json(path)
     for key in ("torch_dtype", "dtype"):
         if key in config:
             config[key] = dtype.name

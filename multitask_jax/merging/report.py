@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import multitask_jax
+from multitask_jax.checkpoints.json_file import read_json
 from multitask_jax.merging import interference
 from multitask_jax.merging.census import SAMPLE_DENSITY, Census
 from multitask_jax.merging.interference import Interference
 from multitask_jax.merging.plan import Plan, human
 
+_MAX_CARD = 1 << 20  # bytes of a model card that are looked at
 _DEPTH_FIGURE, _COSINE_FIGURE = "merge_report_depth.png", "merge_report_cosines.png"
 
 
@@ -302,18 +304,18 @@ Warnings:
 def _hub_name(path: Path) -> str:
     """The name on the Hugging Face hub, if config.json has kept it, else the path."""
     try:
-        name = json.loads((path / "config.json").read_text()).get("_name_or_path", "")
-    except (OSError, ValueError, AttributeError):
+        name = read_json(path / "config.json").get("_name_or_path", "")
+    except ValueError:
         name = ""
     return name if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) else str(path)
 
 
 def _inherited(base: Path) -> str:
     """Lines of the base's card that hold for what is made of it."""
-    try:
-        text = (base / "README.md").read_text(errors="replace")
-    except OSError:
+    path = base / "README.md"
+    if not path.is_file() or path.stat().st_size > _MAX_CARD:
         return ""
+    text = path.read_text(errors="replace")
     front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
     keys = "license|license_name|license_link|library_name|pipeline_tag"
     lines = re.findall(rf"^(?:{keys}): *\S+$", front[1] if front else "", re.MULTILINE)

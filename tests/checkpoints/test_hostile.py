@@ -399,3 +399,19 @@ def test_limits_leave_room_for_large_models():
     values = sum(map(text.count, ",[{"))
     assert 400_000 * values < json_file.MAX_VALUES
     assert 400_000 * len(text) < json_file.MAX_BYTES
+
+
+def test_pipes_among_the_companions_do_not_hang(tmp_path):
+    """Cards and settings that are no files are left alone, or refused."""
+    from multitask_jax import merging
+
+    w = {"w": np.ones(2, np.float32)}
+    base = save(tmp_path / "base", w, format="msgpack")
+    models = [save(tmp_path / "m", w)]
+    for name in ("README.md", "config.json", "notes.txt"):
+        os.mkfifo(base / name)
+    merging.merge_checkpoints(
+        merging.task_arithmetic(), base, models, tmp_path / "out", progress=False
+    )
+    assert checkpoints.open(tmp_path / "out").read("w").tolist() == [1, 1]
+    assert not (tmp_path / "out" / "notes.txt").exists()
