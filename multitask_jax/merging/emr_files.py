@@ -185,8 +185,9 @@ class TaskFile:
                 float(ml_dtypes.finfo(x.dtype).eps)
                 for x in (info, base.tensors[base.aliases.get(info.name, info.name)])
             )
-            off = np.abs(found - theta - tau)
-            most = 2 * stored * np.abs(theta) + np.abs(tau) / 64 + 1e-30
+            with np.errstate(all="ignore"):  # a sample may hold anything
+                off = np.abs(found - theta - tau)
+                most = 2 * stored * np.abs(theta) + np.abs(tau) / 64 + 1e-30
             if not (off <= most).all():  # nor NaN
                 raise CheckpointError(
                     f"{self.path}: the task is of another merge than {merged.path}"

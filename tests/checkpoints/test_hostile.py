@@ -350,6 +350,34 @@ def test_task_files(tmp_path, tensors):
 
 
 @pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        ([1, 1], None),
+        ([np.nan, np.nan], "of another merge"),
+        ([1], "a sample of 1 entries"),
+    ],
+)
+def test_samples_of_task_files(tmp_path, sample, message):
+    readers = [
+        checkpoints.open(save(tmp_path / name, {"w": np.full(2, x, np.float32)}))
+        for name, x in (("base", 1), ("merged", 2))
+    ]
+    tensors = {
+        "__rescale__": np.ones(1),
+        "__sample__": np.array(sample, np.float32),
+        "w": np.array([0b11000000], np.uint8),
+    }
+    metadata = {"format": "multitask_jax.emr_task", "base": fingerprint(readers[0])}
+    save_file(tensors, tmp_path / "t.safetensors", metadata=metadata)
+    task = TaskFile(tmp_path / "t.safetensors")
+    if message is None:
+        task.check_merge(*readers)
+        return
+    with pytest.raises(CheckpointError, match=message):
+        task.check_merge(*readers)
+
+
+@pytest.mark.parametrize(
     "axes", ["[", "[]", '{"w": 1}', '{"w": {"axes": "01", "batch": []}}', "[" * 9999]
 )
 def test_statistics_files(tmp_path, axes):
