@@ -21,7 +21,6 @@ LOW = (1 << BITS) - 1
 # Terms that are added one by one. A longer chain XLA would copy into each of its users,
 # to fuse them, and compile for minutes where all leaves use it; a loop it does not.
 _FEW = 16
-_COLUMNS = 256  # of a chunk that are summed side by side
 
 
 def magnitude_bits(x: Array) -> Array:
@@ -46,15 +45,13 @@ def total(leaves: Sequence[Array]) -> Array:
 
 
 def chunk_sum(x: Array) -> Array:
-    """Sum of a chunk: of columns first, then adding eighths in an order written out.
+    """Sum of a chunk, adding eighths to each other in an order written out.
 
     The order of `jnp.sum` and of a dot product is XLA's: on a CPU their bits depend on
-    how many cores share the work. Sums of columns and of whole slices do not, run in
-    vectors, and leave a small rounding error. What is summed last fits one core.
+    how many cores share the work. Additions of whole slices do not, run in vectors, and
+    leave the rounding error of a shallow tree. What is summed last fits one core.
     """
     x = x.reshape(-1)
-    if x.size >= 1 << 12 and x.size % _COLUMNS == 0:
-        x = jnp.sum(x.reshape(-1, _COLUMNS), axis=0)
     while x.size >= 1 << 9:
         part = -(-x.size // 8)
         x = jnp.pad(x, (0, 8 * part - x.size))
