@@ -55,8 +55,10 @@ def under_way(
     files = [s.path for j in jobs for s in j.statistics]
     inputs = Inputs([*target.get("inputs", ()), *files])
     options["report"] = census is not None
-    identity = identity_of(jobs, tensors, target, inputs, about, **options)
-    identity = json.loads(json.dumps(identity))  # as it is read back
+    identity: dict[str, Any] = {}
+    if safetensors:
+        identity = identity_of(jobs, tensors, target, inputs, about, **options)
+        identity = json.loads(json.dumps(identity))  # as it is read back
     begun = staging.unfinished(path)
     found = [
         x for d, runs in begun if runs is None and (x := journal.read(d)) is not None
