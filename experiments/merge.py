@@ -24,13 +24,12 @@ import contextlib
 import dataclasses
 import inspect
 import math
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import multitask_jax
-from experiments import flags, merge_recipe, parsing
+from experiments import flags, merge_recipe, parsing, signals
 from experiments.flags import flag
 from multitask_jax import merging, sharding
 from multitask_jax.merging import distributed
@@ -463,6 +462,9 @@ def _interrupted(config: Config) -> str:
 
 if __name__ == "__main__":
     _keep_freed_memory()
-    # As ctrl-c: a scheduler's warning leaves no half-written output either.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signals.as_interruption()
+    signals.say_on_bus_error(
+        "error: an input was cut shorter while it was read, or its disk failed (bus"
+        " error); no output was written. Merge again when nothing writes to the inputs"
+    )
     flags.main(Config, flags.plain_errors(run, _interrupted))

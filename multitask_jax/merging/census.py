@@ -87,7 +87,7 @@ class Census:
         """What is known of some leaves, fit for JSON; `restore` takes it back."""
         with self._lock:
             return {
-                p: {k: np.asarray(v).tolist() for k, v in vars(leaf).items()}
+                p: {k: _plain(v) for k, v in vars(leaf).items()}
                 for p, leaf in ((p, self.leaves.get(p)) for p in paths)
                 if leaf is not None
             }
@@ -101,6 +101,10 @@ class Census:
                     for k, v in fields.items()
                 }
             )
+
+
+def _plain(x: Any) -> Any:
+    return x if type(x) in (int, float) else np.asarray(x).tolist()
 
 
 def mark_kept(before: Values, after: Values) -> tuple[Any, Any]:

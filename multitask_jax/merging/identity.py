@@ -15,7 +15,6 @@ import numpy as np
 
 import multitask_jax
 from multitask_jax.checkpoints import CheckpointError, TensorInfo
-from multitask_jax.merging.plan import Plan
 
 # Of a directory, what a merge reads: weights, and what names or tokens depend on.
 _READ = (
@@ -132,7 +131,7 @@ def identity_of(
         for j in jobs
     ]
     shards = target.get("max_shard_size")
-    layout = [str(t) for t in tensors], target.get("format"), shards
+    layout = _text(tensors), target.get("format"), shards
     options |= {
         "python": ".".join(platform.python_version_tuple()[:2]),
         "jax": jax.__version__,
@@ -142,15 +141,29 @@ def identity_of(
         "version": multitask_jax.__version__,
         "recipe": {k: str(v) for k, v in about.items() if k not in _NO_SAY},
         "method": digest([(j.method, j.weights) for j in jobs]),
-        "tensors": digest([roles, *(_plan(j.plan) for j in jobs)]),
+        "tensors": digest(
+            [roles, *(_text((*j.plan.merged, *j.plan.copied)) for j in jobs)]
+        ),
         "layout": digest(layout),
         "options": {k: str(v) for k, v in options.items()},
         "inputs": inputs.identity(),
     }
 
 
-def _plan(plan: Plan) -> list[str]:
-    return [str(x) for x in (*plan.merged, *plan.copied)]
+def _text(rows: Iterable[Sequence[Any]]) -> str:
+    """Entries or TensorInfos, a line each; there may be very many."""
+    names: dict[Any, str] = {}  # NumPy takes its time to name a dtype
+
+    def plain(x: Any) -> Any:
+        if isinstance(x, tuple):
+            return [*map(plain, x)]
+        if not isinstance(x, np.dtype):
+            return x
+        if x not in names:
+            names[x] = x.name
+        return names[x]
+
+    return "\n".join(str([*map(plain, row)]) for row in rows)
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

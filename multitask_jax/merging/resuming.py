@@ -70,8 +70,10 @@ def under_way(
             inputs.check()
         return
     options["report"] = census is not None
-    identity = identity_of(jobs, tensors, target, inputs, about, **options)
-    identity = json.loads(json.dumps(identity))  # as it is read back
+    identity: dict[str, Any] = {}
+    if safetensors:
+        identity = identity_of(jobs, tensors, target, inputs, about, **options)
+        identity = json.loads(json.dumps(identity))  # as it is read back
     begun = staging.unfinished(path)
     found = [
         x for d, runs in begun if runs is None and (x := journal.read(d)) is not None
