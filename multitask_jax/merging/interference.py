@@ -47,12 +47,14 @@ class LeafStatistics:
 @np.errstate(invalid="ignore")
 def add(parts: Sequence[LeafStatistics]) -> LeafStatistics:
     """Sums over all leaves of a part of the model."""
-    total = LeafStatistics.zeros(len(parts[0].gram) - 1)
-    for part in parts:
-        for field in dataclasses.fields(LeafStatistics):
-            value = getattr(total, field.name) + getattr(part, field.name)
-            setattr(total, field.name, value)
-    return total
+    zeros = LeafStatistics.zeros(len(parts[0].gram) - 1)
+    totals = {
+        field.name: sum(
+            (getattr(part, field.name) for part in parts), getattr(zeros, field.name)
+        )
+        for field in dataclasses.fields(LeafStatistics)
+    }
+    return LeafStatistics(**totals)
 
 
 def count_signs(kept: Sequence[np.ndarray]) -> tuple[float, float]:
