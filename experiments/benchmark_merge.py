@@ -229,7 +229,7 @@ def measure(command: list[str]) -> tuple[float, float]:
     def watch() -> None:
         nonlocal peak
         while process.poll() is None:
-            peak = max(peak, _rss_anon(process.pid))
+            peak = max(peak, rss_anon(process.pid))
             time.sleep(0.02)
 
     watcher = threading.Thread(target=watch)
@@ -242,7 +242,7 @@ def measure(command: list[str]) -> tuple[float, float]:
     return seconds, peak / 1e6
 
 
-def _rss_anon(pid: int) -> int:
+def rss_anon(pid: int) -> int:
     """Bytes of a process and its children; 0 where they are gone."""
     total = 0
     try:
@@ -250,7 +250,7 @@ def _rss_anon(pid: int) -> int:
             if line.startswith("RssAnon:"):
                 total = int(line.split()[1]) * 1024
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        return total + sum(_rss_anon(int(child)) for child in children)
+        return total + sum(rss_anon(int(child)) for child in children)
     except OSError:
         return total
 

@@ -228,6 +228,11 @@ class Candidates:
         # Grids go through what needs a program of its own slowest: one is enough.
         self._program = functools.lru_cache(maxsize=1)(self._new_program)
 
+    def params(self, coefficients: Coefficients) -> dict[str, Any]:
+        """The merge at coefficients, as a score is given it."""
+        program, traced = self._at(coefficients)
+        return self._nested(program.merged(traced, *program.arguments))
+
     def value(self, coefficients: Coefficients) -> float:
         """The score at coefficients."""
         program, traced = self._at(coefficients)
@@ -324,15 +329,7 @@ class Candidates:
         return Program(run, jax.jit(jax.value_and_grad(value)), arguments)
 
     def _scored(self, tensors: Mapping[str, Any]) -> Any:
-        tensors = {**tensors, **self._inputs.integers}
-        tied = {k: tensors[v] for k, v in self._inputs.aliases.items()}
-        params = nested({**tensors, **tied})
-        try:
-            out = self._score(params)
-        except _NOT_TRACEABLE:
-            raise
-        except Exception as e:  # the user's code: the traceback is what helps
-            raise RuntimeError(f"--score failed: {type(e).__name__}: {e}") from e
+        out = call_score(self._score, self._nested(tensors))
         number = isinstance(out, (int, float, np.generic, np.ndarray, jax.Array))
         if not number or np.shape(out):
             shape = f" of shape {np.shape(out)}" if number else ""
@@ -340,6 +337,26 @@ class Candidates:
                 f"--score returned {type(out).__name__}{shape}, expected one number"
             )
         return out
+
+    def _nested(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        """What a score is given: integers and tied tensors as well."""
+        tensors = {**tensors, **self._inputs.integers}
+        tied = {k: tensors[v] for k, v in self._inputs.aliases.items()}
+        return nested({**tensors, **tied})
+
+
+def call_score(score: Callable[..., Any], params: Any) -> Any:
+    """What the user's function returns.
+
+    Raises:
+      RuntimeError: it failed; the cause has the traceback.
+    """
+    try:
+        return score(params)
+    except _NOT_TRACEABLE:
+        raise
+    except Exception as e:  # the user's code: the traceback is what helps
+        raise RuntimeError(f"--score failed: {type(e).__name__}: {e}") from e
 
 
 def fingerprint(path: str) -> list[list[Any]]:

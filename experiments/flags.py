@@ -89,11 +89,22 @@ def read(config_class: type[C], values: absl_flags.FlagValues = absl_flags.FLAGS
     return config_class(**{f.name: values[f.name].value for f in fields})
 
 
-def main(config_class: type[C], run: Callable[[C], Any]) -> None:
-    """Parses the command line and runs the script."""
+def main(
+    config_class: type[C], run: Callable[[C], Any], argument: str | None = None
+) -> None:
+    """Parses the command line and runs the script.
+
+    `argument`: the field that an argument without a flag's name gives.
+    """
     define(config_class)
 
     def start(argv: Sequence[str]) -> None:
+        if (
+            argument is not None
+            and len(argv) == 2
+            and not absl_flags.FLAGS[argument].present
+        ):
+            absl_flags.FLAGS[argument].value = argv.pop()
         if len(argv) > 1:
             raise app.UsageError(
                 f"got stray arguments {argv[1:]}; write --name=value (--helpfull lists"
@@ -107,13 +118,14 @@ def main(config_class: type[C], run: Callable[[C], Any]) -> None:
 
 
 def plain_errors(
-    run: Callable[[C], Any], interrupted: str = "nothing was written"
+    run: Callable[[C], Any],
+    interrupted: str | Callable[[C], str] = "nothing was written",
 ) -> Callable[[C], None]:
     """The script for `main`: errors of input end in one message, without a traceback.
 
     Args:
       run: raises ValueError or OSError for what the user got wrong.
-      interrupted: what to say after ctrl-c.
+      interrupted: what to say after ctrl-c, of a config perhaps.
     """
 
     def script(config: C) -> None:
@@ -122,6 +134,7 @@ def plain_errors(
         except (ValueError, OSError) as e:
             sys.exit(f"error: {e}")
         except KeyboardInterrupt:
-            sys.exit(f"interrupted: {interrupted}")
+            said = interrupted(config) if callable(interrupted) else interrupted
+            sys.exit(f"interrupted: {said}")
 
     return script

@@ -4,23 +4,37 @@
     python -m experiments.merge --mergekit_config=recipe.yml --output=OUT
     python -m experiments.merge --flagfile=experiments/flagfiles/merge/ties.flags \
         --base=BASE --models=A,B,C --output=OUT
+    python -m experiments.merge ... --coordinator=HOST:PORT --num_processes=2 \
+        --process_id=0  # and 1, on another host; or just --distributed on a pod
 
 BASE, A, ... are safetensors files, Hugging Face directories, Orbax or flax msgpack
 checkpoints; A, ... may be PEFT LoRA adapters of BASE too, or deltas. OUT is a directory
 that appears when everything is done; merge_report.md in it tells how much the models
 got in each other's way. --dry_run prints the plan.
+
+    python -m experiments.merge --base=BASE --models=A,B,C --output=OUT --mesh=model=8
+    python -m experiments.merge --base=config.json --models=config.json,config.json \
+        --mesh=model=256 --dry_run
+
+The first merges on 8 devices (simulated ones on a CPU). The second tells what each of
+256 would hold, from a config.json of Llama (or Mistral, Qwen2) without any weights.
 """
 
+import contextlib
 import dataclasses
 import inspect
 import math
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import multitask_jax
 from experiments import flags, merge_recipe, parsing
 from experiments.flags import flag
-from multitask_jax import merging
+from multitask_jax import merging, sharding
+from multitask_jax.merging import distributed
+from multitask_jax.merging.processes import ALONE, Group
 
 
 def _methods() -> str:
@@ -155,14 +169,52 @@ class Config:
     )
     max_shard_size: str | None = flag("Largest file, like 5GB (one file).")
     overwrite: bool = flag("Replace a checkpoint at --output.", False)
+    resume: bool = flag(
+        "Go on with what a killed run of the same command had finished (or begin, if"
+        " there is none), and keep what is finished if this one is interrupted. Another"
+        " method, input or version is refused. Kept are statistics of the whole model"
+        " and tensors, at the end of each file (--max_shard_size) or every 10 s.",
+        False,
+    )
+    verify: bool = flag(
+        "Write checksums of all tensors to merge_report.json (checksums.json with"
+        " --noreport); `python -m experiments.verify OUT` checks them.",
+        False,
+    )
     # Around the merge.
     report: bool = flag("Write merge_report.md, .json, figures, a model card.", True)
     dry_run: bool = flag("Print the plan: tensors, bytes, memory, passes.", False)
     max_memory: str | None = flag("Refuse to need more, like 8GB.")
     progress: bool = flag("Show a progress bar.", True)
     threads: int | None = flag("Threads that merge (two a core, 8 at most).")
+    # On several devices.
+    mesh: str | None = flag(
+        "Merge on a mesh of this host's devices (a CPU simulates them), parameters"
+        " sharded over named axes: model=8, or data=2,model=4. With --dry_run any"
+        " number, and the bytes of each device; checkpoints may then be JSON files of"
+        ' names and shapes, {"NAME": {"dtype": "BF16", "shape": [8192]}, ...}, or a'
+        " config.json of Llama, Mistral or Qwen2."
+    )
+    sharding_rules: str | None = flag(
+        "How tensors lie on the mesh, REGEX=SPEC;REGEX=SPEC: the first regex found in a"
+        " tensor's name counts, its SPEC names a mesh axis for each axis of the tensor,"
+        " a+b for two and None for none: 'embed|lm_head=model,None;norm='. By default"
+        " the largest axis that the devices divide, else replicated."
+    )
+    # Several processes, each started with the same command, on a shared file system.
+    distributed: bool = flag(
+        "Share the merge with the other processes of the TPU pod, Slurm or Open MPI job"
+        " (jax.distributed finds them).",
+        False,
+    )
+    coordinator: str | None = flag(
+        "host:port of process 0, to share the merge with others by hand."
+    )
+    num_processes: int | None = flag("How many processes share it.")
+    process_id: int | None = flag("Which of them this is, from 0.")
 
 
+_PROCESSES = ("coordinator", "num_processes", "process_id")
 # Flags that are a method's own keyword arguments.
 _OPTIONS = tuple(
     f.name
@@ -183,7 +235,13 @@ def run(config: Config) -> merging.MergeResult:
     """
     if not config.output and not config.dry_run:
         raise ValueError("--output: got none; pass the directory to write")
+    with processes_of(config) as group:
+        return _run(config, group)
+
+
+def _run(config: Config, group: Group) -> merging.MergeResult:
     allow_missing = parsing.one_of("allow_missing", config.allow_missing, ("", "base"))
+    mesh, rules = mesh_of(config)
     if config.mergekit_config is not None:
         result = merge_recipe.merge(
             config,
@@ -191,8 +249,9 @@ def run(config: Config) -> merging.MergeResult:
                 "max_shard_size", config.max_shard_size
             ),
             max_memory=parsing.size_in_bytes("max_memory", config.max_memory),
+            group=group,
         )
-        return _said(config, result, f"by {config.mergekit_config}")
+        return _said(config, group, result, f"by {config.mergekit_config}")
     models = parsing.paths(config.models)
     if not models:
         raise ValueError("--models: got none; pass --models=A,B,C")
@@ -213,20 +272,52 @@ def run(config: Config) -> merging.MergeResult:
         allow_missing=allow_missing,
         allow_nonfinite=config.allow_nonfinite,
         overwrite=config.overwrite,
+        resume=config.resume,
+        verify=config.verify,
         report_files=config.report,
         recipe=recipe_of(config),
         max_memory=parsing.size_in_bytes("max_memory", config.max_memory),
         dry_run=config.dry_run,
         progress=config.progress,
         threads=config.threads,
+        mesh=mesh,
+        rules=rules,
+        group=group,
     )
-    return _said(config, result, f"{len(models)} models")
+    return _said(config, group, result, f"{len(models)} models")
+
+
+@contextlib.contextmanager
+def processes_of(config: Config) -> Iterator[Group]:
+    """The processes that the flags tell of, which must all have the same flags.
+
+    Raises:
+      ValueError: a flag is missing or wrong, or they do not find each other.
+    """
+    by_hand = {name: getattr(config, name) for name in _PROCESSES}
+    missing = [f"--{name}" for name, value in by_hand.items() if value is None]
+    if len(missing) == len(_PROCESSES) and not config.distributed:
+        yield ALONE
+        return
+    if missing and not config.distributed:
+        raise ValueError(
+            f"{', '.join(missing)}: got none; several processes need --coordinator,"
+            " --num_processes and --process_id, or --distributed alone where JAX finds"
+            " them (TPU pods, Slurm, Open MPI)"
+        )
+    if config.mesh is not None:
+        raise ValueError(f"--mesh: {merging.disk.NO_MESH_OF_PROCESSES}")
+    with distributed.join(**by_hand) as group:
+        group.agree("flags", (recipe_of(config), multitask_jax.__version__))
+        yield group
 
 
 def _said(
-    config: Config, result: merging.MergeResult, what: str
+    config: Config, group: Group, result: merging.MergeResult, what: str
 ) -> merging.MergeResult:
-    """Prints the plan of a dry run, or notes and what was done."""
+    """Prints the plan of a dry run, or notes and what was done; one process does."""
+    if group.index:
+        return result
     if config.dry_run:
         print(result.plan)
         return result
@@ -235,6 +326,28 @@ def _said(
     report = f"; see {result.output}/merge_report.md" if config.report else ""
     print(f"merged {what} in {result.seconds:.1f} s{report}")
     return result
+
+
+def mesh_of(config: Config) -> tuple[Any, Any]:
+    """The mesh and the sharding rules that flags ask for, or None.
+
+    Raises:
+      ValueError: no such flags together, or fewer devices than they ask for.
+    """
+    if config.mesh is None:
+        if config.sharding_rules is not None:
+            raise ValueError("--sharding_rules needs --mesh too")
+        return None, None
+    if config.mergekit_config is not None:
+        raise ValueError(
+            "--mesh: recipes of --mergekit_config are merged without a mesh; leave"
+            " either out"
+        )
+    axes = sharding.parse_axes(config.mesh)
+    rules = config.sharding_rules
+    devices = sharding.host_devices(math.prod(axes.values()), simulate=config.dry_run)
+    mesh = sharding.make_mesh(axes, devices)
+    return mesh, None if rules is None else sharding.parse_rules(rules)
 
 
 def build_method(config: Config) -> merging.Method:
@@ -306,7 +419,8 @@ def recipe_of(config: Config) -> dict[str, Any]:
     return {
         f.name: getattr(config, f.name)
         for f in dataclasses.fields(Config)
-        if f.name == "method" or getattr(config, f.name) != f.default
+        if (f.name == "method" or getattr(config, f.name) != f.default)
+        and f.name not in (*_PROCESSES, "distributed", "resume")
     }
 
 
@@ -341,6 +455,14 @@ def _keep_freed_memory() -> None:
     mallopt(trim_threshold, (1 << 31) - 1)
 
 
+def _interrupted(config: Config) -> str:
+    if config.resume:
+        return "what is finished is kept; the same command goes on from there"
+    return "nothing was written (with --resume, what is finished is kept)"
+
+
 if __name__ == "__main__":
     _keep_freed_memory()
-    flags.main(Config, flags.plain_errors(run))
+    # As ctrl-c: a scheduler's warning leaves no half-written output either.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    flags.main(Config, flags.plain_errors(run, _interrupted))

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from multitask_jax import merging
+from multitask_jax.merging.processes import Group
 
 # What a recipe leaves to the command line.
 _FLAGS = (
@@ -16,12 +17,19 @@ _FLAGS = (
     "output_format",
     "max_shard_size",
     "overwrite",
+    "resume",
+    "verify",
     "report",
     "dry_run",
     "max_memory",
     "progress",
     "threads",
+    "distributed",
+    "coordinator",
+    "num_processes",
+    "process_id",
 )
+_NOT_IN_REPORT = _FLAGS[-4:]
 
 
 def check_flags(config: Any) -> None:
@@ -39,7 +47,13 @@ def check_flags(config: Any) -> None:
             )
 
 
-def merge(config: Any, *, max_shard_size: int | None, max_memory: int | None) -> Any:
+def merge(
+    config: Any,
+    *,
+    max_shard_size: int | None,
+    max_memory: int | None,
+    group: Group,
+) -> Any:
     """Runs --mergekit_config; `config` is `experiments.merge.Config`.
 
     Raises:
@@ -49,7 +63,7 @@ def merge(config: Any, *, max_shard_size: int | None, max_memory: int | None) ->
     given = {
         f.name: getattr(config, f.name)
         for f in dataclasses.fields(config)
-        if getattr(config, f.name) != f.default
+        if getattr(config, f.name) != f.default and f.name not in _NOT_IN_REPORT
     }
     return merging.merge_mergekit(
         config.mergekit_config,
@@ -60,6 +74,8 @@ def merge(config: Any, *, max_shard_size: int | None, max_memory: int | None) ->
         allow_missing=config.allow_missing,
         allow_nonfinite=config.allow_nonfinite,
         overwrite=config.overwrite,
+        resume=config.resume,
+        verify=config.verify,
         report_files=config.report,
         flags=given,
         max_memory=max_memory,
@@ -67,4 +83,5 @@ def merge(config: Any, *, max_shard_size: int | None, max_memory: int | None) ->
         progress=config.progress,
         threads=config.threads,
         seed=config.seed or 0,
+        group=group,
     )

@@ -57,6 +57,12 @@ def open_log(workdir: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]
         raise ValueError(f"{metrics} is damaged ({e}); remove {workdir}") from None
 
 
+def append(workdir: Path, entry: Mapping[str, Any]) -> None:
+    """Logs an answer; the file begins with the first one."""
+    with (workdir / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
 def command_of(chosen: merge.Config) -> str:
     """The command line of experiments.merge for a config."""
     chosen = dataclasses.replace(chosen, output=chosen.output or "OUT")

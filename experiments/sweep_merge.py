@@ -33,7 +33,6 @@ import functools
 import hashlib
 import importlib
 import itertools
-import json
 import math
 import os
 import re
@@ -72,8 +71,8 @@ class Config(merge.Config):
 
 
 # What may change between two runs of one sweep: nothing that scores depend on.
-_AROUND = {"workdir", "output", "overwrite", "progress", "threads", "report"}
-_AROUND |= {"max_memory", "max_shard_size", "output_format", "out_dtype"}
+AROUND = {"workdir", "output", "overwrite", "progress", "threads", "report"}
+AROUND |= {"max_memory", "max_shard_size", "output_format", "out_dtype"}
 
 
 class Result(NamedTuple):
@@ -113,7 +112,7 @@ def run(config: Config) -> Result:
             inputs=paths,
         )
     walk, most = start(config, space)
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in _AROUND}
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in AROUND}
     if config.search != "gradient":  # whose steps depend on their number
         del settings["budget"]
     settings["inputs"] = {p: candidates.fingerprint(p) for p in inputs}
@@ -127,16 +126,12 @@ def run(config: Config) -> Result:
 
     sign = -1.0 if config.minimise else 1.0
     tried: list[dict[str, Any]] = []
-    with (
-        (workdir / "metrics.jsonl").open("a") as file,
-        tqdm(total=most, unit="merge", disable=not config.progress) as bar,
-    ):
+    with tqdm(total=most, unit="merge", disable=not config.progress) as bar:
         for entry in follow(
             walk, logged, lambda c: evaluate(config, merges(), c), sign
         ):
             if len(tried) >= len(logged):
-                file.write(json.dumps(entry) + "\n")
-                file.flush()
+                sweep_log.append(workdir, entry)
             tried.append(entry)
             score_so_far = sweep_log.best_of(tried, sign)["score"]
             bar.set_postfix_str(f"best {score_so_far}", refresh=False)

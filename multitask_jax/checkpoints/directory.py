@@ -1,7 +1,6 @@
 """Opening any checkpoint, and creating one aside so that it appears whole or not."""
 
 import errno
-import itertools
 import os
 import shutil
 from collections.abc import Sequence
@@ -11,7 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from multitask_jax.checkpoints import delta_file, lora_file, safetensors_file
+from multitask_jax.checkpoints import (
+    abstract_file,
+    delta_file,
+    lora_file,
+    safetensors_file,
+    staging,
+)
 from multitask_jax.checkpoints.types import (
     CheckpointError,
     FormatWriter,
@@ -23,7 +28,12 @@ FORMATS = ("safetensors", "orbax", "msgpack", "delta")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 # What Hugging Face tools keep beside the weights. The card is written anew.
 _COMPANIONS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py", ".md")
-_NOT_COMPANIONS = ("README.md", "merge_report.md", "merge_report.json")
+_NOT_COMPANIONS = (
+    "README.md",
+    "merge_report.md",
+    "merge_report.json",
+    "checksums.json",
+)
 
 
 def _module(name: str) -> ModuleType:
@@ -61,7 +71,8 @@ def open(path: str | os.PathLike[str], base: Reader | None = None) -> Reader:
 
     Args:
       path: file or directory. A PEFT LoRA adapter or a delta (format="delta") is a
-        model too, with the base that it changes.
+        model too, with the base that it changes. A JSON file (`abstract_file`) tells
+        names and shapes alone.
       base: what an adapter or a delta is added to, as it is read; it must stay open.
         Other checkpoints are whole without.
 
@@ -70,6 +81,14 @@ def open(path: str | os.PathLike[str], base: Reader | None = None) -> Reader:
         or a delta without its base, or with another one.
     """
     path = Path(path).expanduser()
+    try:
+        return _open(path, base)
+    except OSError as e:
+        where = e.filename or path
+        raise CheckpointError(f"{where}: can't be read ({e.strerror})") from None
+
+
+def _open(path: Path, base: Reader | None) -> Reader:
     if not path.exists():
         near = _similar(path)
         raise CheckpointError(f"{path}: no such file or directory{near}")
@@ -87,6 +106,8 @@ def open(path: str | os.PathLike[str], base: Reader | None = None) -> Reader:
         return _module("orbax").open_reader(path)
     if path.suffix == ".msgpack" or (path.is_dir() and any(path.glob("*.msgpack"))):
         return _module("msgpack").open_reader(path)
+    if abstract_file.is_format(path):
+        return abstract_file.open_reader(path)
     candidates = sorted(path.iterdir()) if path.is_dir() else [path]
     pickles = [p.name for p in candidates if p.suffix in PICKLES]
     if pickles:
@@ -126,11 +147,14 @@ class Writer:
     kill leaves the final path as it was.
     """
 
-    def __init__(self, path: Path, staging: Path, inner: FormatWriter, replace: bool):
+    def __init__(self, path: Path, directory: Path, inner: FormatWriter, replace: bool):
         self.path = path
-        self.directory = staging
+        self.directory = directory
+        self.keep = False  # whether `abort` leaves the files, for `attach`
         self._inner = inner
         self._replace = replace
+        self._complete = False
+        self._pulse = staging.Pulse(directory)
 
     def write(self, name: str, start: int, flat: np.ndarray) -> None:
         """Stores flat entries [start, start + len(flat)) of a tensor; thread-safe."""
@@ -145,14 +169,21 @@ class Writer:
         """Says that tensors are written already: by another process, or before."""
         self._inner.skip(names)
 
+    def complete(self) -> None:
+        """Finishes the files: `directory` is a checkpoint from now on."""
+        if not self._complete:
+            self._inner.finish()
+            self._complete = True
+            self._pulse.stop()
+
     def commit(self) -> None:
         """Finishes the files and renames the directory to its final path."""
-        self._inner.finish()
+        self.complete()
         if not self._replace:
             _refuse_existing(self.path)
         old = None
         if self.path.exists():
-            old = self.path.parent / f".{self.path.name}.replaced-{os.getpid()}"
+            old = staging.replaced(self.path)
             self.path.rename(old)
         try:
             self.directory.rename(self.path)
@@ -164,24 +195,48 @@ class Writer:
             shutil.rmtree(old)
 
     def abort(self) -> None:
-        """Removes everything written so far."""
+        """Removes everything written so far (unless `keep` is set)."""
+        self._pulse.stop()
         close = getattr(self._inner, "close", None)
         if close is not None:
             close()
-        shutil.rmtree(self.directory, ignore_errors=True)
+        if self.keep:
+            staging.release(self.directory)
+        else:
+            shutil.rmtree(self.directory, ignore_errors=True)
 
     def __enter__(self) -> "Writer":
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if kind is not None:
-            self.abort()
+            self._fail(error)
             return
         try:
             self.commit()
-        except BaseException:
-            self.abort()
+        except BaseException as e:
+            self._fail(e)
             raise
+
+    def _fail(self, error: BaseException) -> None:
+        self.abort()
+        if _is_full(error):
+            raise _no_room(self.path, kept=self.keep) from None
+
+
+def _is_full(error: BaseException) -> bool:
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return isinstance(error, OSError) and error.errno in full
+
+
+def _no_room(path: Path, need: int = 0, *, kept: bool = False) -> CheckpointError:
+    """The error of a full disk: before work if `need` bytes are known, or later."""
+    free = shutil.disk_usage(path.parent).free
+    takes = f" it takes {need:,} bytes, free are {free:,};" if need else ""
+    end = "nothing was written" if need else "nothing is left there; free some"
+    if kept:
+        end = "free some and go on with resume (--resume); the rest is kept"
+    return CheckpointError(f"{path.parent}: no room for the output:{takes} {end}")
 
 
 def _refuse_existing(path: Path) -> None:
@@ -246,35 +301,6 @@ def check_output(
     return path
 
 
-# Two writers of one process to one path get a staging directory each.
-_serial = itertools.count()
-
-
-def _remove_stale(path: Path) -> None:
-    """Repairs what killed processes left: staging, or an output moved half-way."""
-    start = f".{path.name}."
-    for left in path.parent.glob(f"{start}*-*"):
-        kind, *_, pid = left.name[len(start) :].split("-")
-        if kind not in ("partial", "replaced"):
-            continue
-        if not pid.isdigit() or not _gone(int(pid)):
-            continue
-        if kind == "replaced" and not path.exists():
-            left.rename(path)  # killed between the two renames of `commit`
-        else:
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _gone(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        return False
-    return False
-
-
 def create(
     path: str | os.PathLike[str],
     tensors: Sequence[TensorInfo],
@@ -299,37 +325,32 @@ def create(
       CheckpointError: the path is taken or overlaps an input; the disk is too small.
     """
     path = Path(path).expanduser().absolute()
-    _remove_stale(path)
+    staging.remove_stale(path)
     check_output(path, format=format, overwrite=overwrite, inputs=inputs)
     module = _module(format)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        staging = path.parent / f".{path.name}.partial-{next(_serial)}-{os.getpid()}"
-        staging.mkdir()
+        directory = staging.ours(path)
+        directory.mkdir()
     except OSError as e:
         raise CheckpointError(
             f"{path}: can't write there ({e.strerror}); choose another output"
         ) from None
     try:
-        inner = module.create_writer(staging, tensors, **options)
+        inner = module.create_writer(directory, tensors, **options)
     except OSError as e:
-        shutil.rmtree(staging, ignore_errors=True)
-        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            need = sum(t.nbytes for t in tensors)
-            free = shutil.disk_usage(path.parent).free
-            raise CheckpointError(
-                f"{path.parent}: no room for the output: it takes {need:,} bytes, free"
-                f" are {free:,}; nothing was written"
-            ) from None
+        shutil.rmtree(directory, ignore_errors=True)
+        if _is_full(e):
+            raise _no_room(path, sum(t.nbytes for t in tensors)) from None
         raise
     except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(directory, ignore_errors=True)
         raise
-    return Writer(path, staging, inner, overwrite)
+    return Writer(path, directory, inner, overwrite)
 
 
 def attach(
-    staging: Path,
+    directory: Path,
     path: str | os.PathLike[str],
     tensors: Sequence[TensorInfo],
     *,
@@ -339,19 +360,19 @@ def attach(
     """Goes on with a safetensors checkpoint in the making: `create`'s `directory`.
 
     Args:
-      staging: of a writer of another process, or of one that was killed.
+      directory: of a writer of another process, or of one that was killed.
       path, tensors, overwrite, options: as they were given to `create`.
 
     Raises:
       CheckpointError: the files are of another layout.
     """
     path = Path(path).expanduser().absolute()
-    inner = safetensors_file.create_writer(staging, tensors, attach=True, **options)
-    return Writer(path, staging, inner, overwrite)
+    inner = safetensors_file.create_writer(directory, tensors, attach=True, **options)
+    return Writer(path, directory, inner, overwrite)
 
 
-def copy_companions(source: Path, target: Path) -> list[str]:
-    """Copies config, tokenizer and generation files of a Hugging Face directory.
+def companions(source: Path) -> list[Path]:
+    """Config, tokenizer and generation files of a Hugging Face directory.
 
     Those of subdirectories too, if they hold no weights (sentence-transformers keeps
     the settings of its modules there; other checkpoints are left alone).
@@ -364,7 +385,7 @@ def copy_companions(source: Path, target: Path) -> list[str]:
         inside = list(folder.iterdir())
         if not any(f.suffix in weights for f in inside):
             files += inside
-    copied = []
+    found = []
     for file in sorted(files):
         name = file.relative_to(source)
         keep = file.suffix in _COMPANIONS or file.name.startswith("LICENSE")
@@ -372,7 +393,16 @@ def copy_companions(source: Path, target: Path) -> list[str]:
         index = file.name.endswith(".index.json")
         written_anew = str(name) in _NOT_COMPANIONS
         if file.is_file() and keep and not (hidden or index or written_anew):
-            (target / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, target / name)
-            copied.append(str(name))
+            found.append(file)
+    return found
+
+
+def copy_companions(source: Path, target: Path) -> list[str]:
+    """Copies the `companions` of one directory to another; returns their names."""
+    copied = []
+    for file in companions(source):
+        name = file.relative_to(source)
+        (target / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target / name)
+        copied.append(str(name))
     return copied

@@ -185,6 +185,14 @@ class OrbaxReader:
             return parts[0]
         return np.concatenate(parts) if parts else np.empty(0, info.dtype)
 
+    def read_box(self, name: str, box: tuple[slice, ...]) -> np.ndarray:
+        """A box of a tensor, one slice an axis; decodes the chunks that it touches.
+
+        Raises:
+          CheckpointError: the data are missing or damaged.
+        """
+        return self._wait(name, self._stores[name][box].read())
+
     def close(self) -> None:
         """Drops the arrays and what was kept of them."""
         self._stores = {}

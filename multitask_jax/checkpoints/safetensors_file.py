@@ -4,6 +4,7 @@ The header is parsed here rather than by the `safetensors` package because that 
 hands out whole tensors only; a merge reads and writes slices of them.
 """
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ from multitask_jax.checkpoints.types import (
 INDEX_NAME = "model.safetensors.index.json"
 # The reference implementation refuses longer headers too.
 MAX_HEADER_BYTES = MAX_BYTES
+MOST_MAPS = 32  # files of a checkpoint that are mapped at a time
+# A slice of at most this many bytes, of a tensor of many more, is one of a sample.
+_GLANCE = 1 << 16
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -112,23 +116,26 @@ def _texts(metadata: Any, where: Path) -> dict[str, str]:
 
 
 class _File:
-    """One mapped file: its tensors in file order and where they lie."""
+    """One file: its tensors in file order and where they lie."""
 
     def __init__(self, path: Path):
+        self.name = path.name
         size = check_regular(path)
         if size < 8:
             raise CheckpointError(f"{path}: got {size} bytes, not a safetensors file")
-        self._map = np.memmap(path, np.uint8, mode="r")
-        header = int.from_bytes(self._map[:8].tobytes(), "little")
+        self._path, self._size = path, size
+        mapped = np.memmap(path, np.uint8, mode="r")
+        header = int.from_bytes(mapped[:8].tobytes(), "little")
         if header > min(size - 8, MAX_HEADER_BYTES):
             raise CheckpointError(
                 f"{path}: the header claims {header} bytes, but the file has {size}"
                 f" (limit {MAX_HEADER_BYTES}): truncated, or not a safetensors file"
             )
-        self._data = self._map[8 + header :]
-        content = parse_json(self._map[8 : 8 + header].tobytes(), path)
+        self._start = 8 + header
+        data_bytes = size - self._start
+        content = parse_json(mapped[8 : self._start].tobytes(), path)
         self.metadata = _texts(content.pop("__metadata__", None), path)
-        found = [_entry(k, v, len(self._data), path) for k, v in content.items()]
+        found = [_entry(k, v, data_bytes, path) for k, v in content.items()]
         found.sort(key=lambda item: (item[1], item[1] + item[0].nbytes))
         end = 0
         for info, offset in found:
@@ -138,19 +145,42 @@ class _File:
                     f" expected {end}: overlapping tensors or a hole between them"
                 )
             end = offset + info.nbytes
-        if end != len(self._data):
+        if end != data_bytes:
             raise CheckpointError(
-                f"{path}: the tensors end at byte {end} of {len(self._data)}:"
+                f"{path}: the tensors end at byte {end} of {data_bytes}:"
                 " the header does not describe the whole file"
             )
         self.tensors = {info.name: info for info, _ in found}
         self._offsets = {info.name: offset for info, offset in found}
 
-    def read(self, name: str, start: int, stop: int) -> np.ndarray:
+    def map(self) -> np.ndarray:
+        """The bytes of all tensors; the map takes a file descriptor."""
+        # A plain array: views of np.memmap are slow to make.
+        mapped = np.asarray(np.memmap(self._path, np.uint8, mode="r"))
+        if len(mapped) != self._size:
+            raise CheckpointError(
+                f"{self._path}: has {len(mapped)} bytes now, {self._size} when it was"
+                " opened: it was changed meanwhile"
+            )
+        return mapped[self._start :]
+
+    def glance(self, name: str, start: int, stop: int) -> np.ndarray:
+        """A copy of a few entries. A map would read megabytes around each."""
+        dtype = self.tensors[name].dtype
+        place = self._start + self._offsets[name] + start * dtype.itemsize
+        with self._path.open("rb", buffering=0) as file:
+            file.seek(place)
+            data = file.read((stop - start) * dtype.itemsize)
+        if len(data) != (stop - start) * dtype.itemsize:
+            raise CheckpointError(f"{self._path}: ends before {name!r}: it was changed")
+        return np.frombuffer(data, dtype)
+
+    def view(self, data: np.ndarray, name: str, start: int, stop: int) -> np.ndarray:
+        """Entries [start, stop) of a tensor, where `data` is the map."""
         dtype = self.tensors[name].dtype
         begin = self._offsets[name]
         item = dtype.itemsize
-        return self._data[begin + start * item : begin + stop * item].view(dtype)
+        return data[begin + start * item : begin + stop * item].view(dtype)
 
 
 class SafetensorsReader:
@@ -160,6 +190,8 @@ class SafetensorsReader:
 
     def __init__(self, path: Path):
         self.path = path
+        # Checkpoints of a thousand files would take a descriptor each.
+        self._map = functools.lru_cache(MOST_MAPS)(_File.map)
         found, weight_map = _files(path)
         files = {p.name: _File(p) for p in found}
         self.metadata = next(iter(files.values())).metadata if files else {}
@@ -188,14 +220,27 @@ class SafetensorsReader:
             del self.tensors[alias]
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Flat entries [start, stop) of a tensor, as a read-only view of the file."""
+        """Flat entries [start, stop), read-only: a view of the file, unless few."""
         name = self.aliases.get(name, name)
-        stop = self.tensors[name].size if stop is None else stop
-        return self._home[name].read(name, start, stop)
+        info, file = self.tensors[name], self._home[name]
+        stop = info.size if stop is None else stop
+        if 32 * (stop - start) * info.dtype.itemsize < min(32 * _GLANCE, info.nbytes):
+            return file.glance(name, start, stop)
+        return file.view(self._map(file), name, start, stop)
+
+    def file_of(self, name: str) -> str:
+        """Name of the file that a tensor lies in."""
+        return self._home[self.aliases.get(name, name)].name
+
+    def read_box(self, name: str, box: tuple[slice, ...]) -> np.ndarray:
+        """A box of a tensor, one slice an axis: a view that touches nothing else."""
+        name = self.aliases.get(name, name)
+        return self.read(name).reshape(self.tensors[name].shape)[box]
 
     def close(self) -> None:
         """Drops the maps (the files close when no view is left)."""
         self._home = {}
+        self._map.cache_clear()
 
     def _tied(self) -> dict[str, str]:
         """Embedding-like matrices that config.json ties and that are stored twice."""

@@ -1,7 +1,6 @@
 """Writing safetensors: one file, or shards of a known layout with an index."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import numpy as np
 
 from multitask_jax.checkpoints.safetensors_file import NAMES
 from multitask_jax.checkpoints.types import CheckpointError, TensorInfo
-from multitask_jax.checkpoints.writing import Due, reserve, write_all
+from multitask_jax.checkpoints.writing import Due, OpenFiles, reserve, write_all
 
 
 def plan_shards(
@@ -56,8 +55,8 @@ class SafetensorsWriter:
         attach: bool = False,
     ):
         """`attach`: to the files that a writer of the same arguments made before."""
-        self._where: dict[str, tuple[int, int, TensorInfo]] = {}
-        self._files: list[int] = []
+        self._where: dict[str, tuple[Path, int, TensorInfo]] = {}
+        self._files = OpenFiles()
         self._due = Due(tensors)
         metadata = {"format": "pt", **(metadata or {})}
         shards = plan_shards(tensors, max_shard_size)
@@ -101,19 +100,20 @@ class SafetensorsWriter:
         head = len(text).to_bytes(8, "little") + text
         if attach:
             _check_layout(path, head, start + offset)
-        fd = os.open(path, os.O_RDWR) if attach else reserve(path, start + offset)
-        self._files.append(fd)
-        if not attach:
+        else:
+            fd = reserve(path, start + offset)
+            self._files.keep(path, fd)
             write_all(fd, head, 0)
         for t in shard:
             begin = header[t.name]["data_offsets"][0]
-            self._where[t.name] = (fd, start + begin, t)
+            self._where[t.name] = (path, start + begin, t)
 
     def write(self, name: str, start: int, flat: np.ndarray) -> None:
         """Stores flat entries [start, start + len(flat)) of a tensor."""
-        fd, begin, info = self._where[name]
+        path, begin, info = self._where[name]
         data = self._due.check(name, start, flat).view(np.uint8)
-        write_all(fd, data, begin + start * info.dtype.itemsize)
+        with self._files.use(path) as fd:
+            write_all(fd, data, begin + start * info.dtype.itemsize)
         self._due.written(name, flat.size)
 
     def skip(self, names: Sequence[str]) -> None:
@@ -128,6 +128,4 @@ class SafetensorsWriter:
 
     def close(self) -> None:
         """Closes the files as they are."""
-        for fd in self._files:
-            os.close(fd)
-        self._files = []
+        self._files.close()

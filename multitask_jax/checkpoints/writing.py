@@ -1,8 +1,9 @@
 """Files of known layout, written in place; which entries of a tensor are still due."""
 
+import contextlib
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,47 @@ def write_all(fd: int, data: bytes | np.ndarray, offset: int) -> None:
     while view:
         n = os.pwrite(fd, view, offset)
         view, offset = view[n:], offset + n
+
+
+class OpenFiles:
+    """Files open for writing, the `most` latest: thousands may be in the making.
+
+    A descriptor is taken out while it is in use, so that no other thread closes it.
+    """
+
+    def __init__(self, most: int = 64):
+        self._idle: dict[Path, int] = {}  # the longest unused first
+        self._most = most
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def use(self, path: Path) -> Iterator[int]:
+        """A descriptor of the file, opened if need be."""
+        with self._lock:
+            fd = self._idle.pop(path, None)
+        if fd is None:
+            fd = os.open(path, os.O_WRONLY)
+        try:
+            yield fd
+        finally:
+            self.keep(path, fd)
+
+    def keep(self, path: Path, fd: int) -> None:
+        """Takes a descriptor, to be used again or closed."""
+        with self._lock:
+            spare = [self._idle.pop(path)] if path in self._idle else []
+            self._idle[path] = fd
+            if len(self._idle) > self._most:
+                spare.append(self._idle.pop(next(iter(self._idle))))
+        for other in spare:
+            os.close(other)
+
+    def close(self) -> None:
+        """Closes all; they may be used again."""
+        with self._lock:
+            idle, self._idle = self._idle, {}
+        for fd in idle.values():
+            os.close(fd)
 
 
 class Due:

@@ -1,7 +1,7 @@
 """Interference statistics gathered while a merge streams past: no pass of their own."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -82,6 +82,25 @@ class Census:
                     setattr(leaf, name, getattr(leaf, name) + getattr(part, name))
                 leaf.contested += part.contested
                 leaf.conflicts += part.conflicts
+
+    def state(self, paths: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """What is known of some leaves, fit for JSON; `restore` takes it back."""
+        with self._lock:
+            return {
+                p: {k: np.asarray(v).tolist() for k, v in vars(leaf).items()}
+                for p, leaf in ((p, self.leaves.get(p)) for p in paths)
+                if leaf is not None
+            }
+
+    def restore(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Takes the place of what is known of these leaves."""
+        for path, fields in state.items():
+            self.leaves[path] = LeafStatistics(
+                **{
+                    k: np.array(v, np.float64) if isinstance(v, list) else v
+                    for k, v in fields.items()
+                }
+            )
 
 
 def mark_kept(before: Values, after: Values) -> tuple[Any, Any]:

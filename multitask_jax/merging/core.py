@@ -362,7 +362,7 @@ def measure(
         terms = {p: m.values(values[p], leaves[p], stats[p]) for p in values}
         # Leaves by scope: each on its own, or all together.
         scopes = [[p] for p in terms] if m.scope == "tensor" else [list(terms)]
-        reduced = _reduce(
+        reduced = reduce_terms(
             m,
             [[terms[p] for p in paths] for paths in scopes],
             [stats[p] for p, *_ in scopes],
@@ -373,10 +373,10 @@ def measure(
     return stats
 
 
-def _reduce(
+def reduce_terms(
     m: Measure, groups: Sequence[Sequence[Values]], earlier: Sequence[Any]
 ) -> list[tuple[Any, ...]]:
-    """Reduces the terms of each group of leaves."""
+    """Reduces the terms of each group of leaves; `earlier`: its statistics so far."""
     columns = [list(zip(*leaves, strict=True)) for leaves in groups]
     if m.kind == "sum":
         return [tuple(map(statistics.total, group)) for group in columns]

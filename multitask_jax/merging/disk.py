@@ -1,6 +1,7 @@
 """Merging from disk to disk: `merge_checkpoints`."""
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -9,18 +10,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import jax
 import ml_dtypes
 import numpy as np
 
-from multitask_jax import checkpoints
+from multitask_jax import checkpoints, sharding
 from multitask_jax.checkpoints import Reader
 from multitask_jax.checkpoints.json_file import read_json
-from multitask_jax.merging import core, delta, execution, report
+from multitask_jax.merging import core, delta, execution, mesh_plan, on_mesh, report
 from multitask_jax.merging.census import MOST_MODELS, Census
 from multitask_jax.merging.plan import describe, plan_merge
+from multitask_jax.merging.processes import ALONE, Group
+from multitask_jax.merging.streaming import Stream
 from multitask_jax.merging.task_statistics import StatisticsFile
 
 PathLike = str | os.PathLike[str]
+NO_MESH_OF_PROCESSES = (
+    "several processes merge each on one device; leave the mesh out, or merge with one"
+    " process"
+)
 
 
 class MergeResult(NamedTuple):
@@ -50,12 +58,17 @@ def merge_checkpoints(
     allow_missing: Literal["", "base"] = "",
     allow_nonfinite: bool = False,
     overwrite: bool = False,
+    resume: bool = False,
+    verify: bool = False,
     report_files: bool = True,
     recipe: Mapping[str, Any] | None = None,
     max_memory: int | None = None,
     dry_run: bool = False,
     progress: bool = True,
     threads: int | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    rules: sharding.Rules | None = None,
+    group: Group = ALONE,
 ) -> MergeResult:
     """Merges checkpoints, streamed: memory does not grow with the model.
 
@@ -80,12 +93,21 @@ def merge_checkpoints(
       allow_missing: "base" copies tensors that a model lacks from the base.
       allow_nonfinite: merge models with NaN or infinity all the same.
       overwrite: replace a checkpoint at `output`.
+      resume: go on with what a killed run of the same merge had finished, if there is
+        such a run; and keep what is finished if this one is interrupted (safetensors).
+      verify: write checksums of all tensors, for `python -m experiments.verify`.
       report_files: write merge_report.md, .json, figures and a model card as well.
       recipe: what the report says of the method: flags and values.
       max_memory: bytes; a merge that is expected to need more is refused.
       dry_run: plan only.
       progress: show a bar over bytes.
-      threads: two a core by default (some wait for the disk or for XLA), 8 at most.
+      threads: two a core by default (some wait for the disk or for XLA), 8 at most;
+        fewer where several processes share a host.
+      mesh: of this process's devices, to merge on (`sharding.make_mesh`): parameters
+        are read into shards and written from them.
+      rules: how tensors lie on the mesh; by default `sharding.leaf_spec` says.
+      group: the processes that share the merge (`distributed.join`), each of which
+        makes this call; safetensors only, and without a mesh.
 
     Raises:
       CheckpointError: inputs that are damaged, differ or hold NaN, an output that
@@ -96,10 +118,19 @@ def merge_checkpoints(
     models = [Path(m).expanduser() for m in models]
     weights = core.check_models(method, len(models), weights)
     _check_weights(method, weights)
-    threads = execution.default_threads(threads)
+    threads = execution.default_threads(threads, group)
     compute = float_dtype("dtype", dtype, computing=True)
     stored = float_dtype("out_dtype", out_dtype)
     notes = []
+    about = dict(recipe or {})
+    if mesh is not None and group.count > 1:
+        raise ValueError(f"mesh: got {group.count} processes; {NO_MESH_OF_PROCESSES}")
+    if mesh is not None:
+        about["mesh"] = dict(mesh.shape)
+        if resume:
+            raise ValueError(
+                "resume: a merge on a mesh can't be gone on with; leave it"
+            )
     given = base
     if base is None:
         if (method.start, method.end) != ("parameters", "parameters"):
@@ -135,7 +166,14 @@ def merge_checkpoints(
             tensors = delta.written(plan)
         core.settings_of(method, [t.name for t in plan.outputs])  # may refuse the names
         job = execution.Job(method, plan, readers, weights, known or ())
-        memory = execution.memory_of([job], threads, max_memory)
+        runner: Any = Stream
+        if mesh is None:
+            memory = execution.memory_of([job], threads, max_memory)
+        else:
+            plan = on_mesh.as_mesh_plan(method, plan, mesh)
+            job = job._replace(plan=plan)
+            memory = mesh_plan.memory_of(job, mesh, rules, max_memory, dry_run)
+            runner = functools.partial(on_mesh.OnMesh, mesh=mesh, rules=rules)
         target = {
             "format": output_format,
             "overwrite": overwrite,
@@ -145,6 +183,8 @@ def merge_checkpoints(
             checkpoints.check_output(output, **target)
         if dry_run:
             text = describe(plan, models, memory)
+            if mesh is not None:
+                text += "\n" + mesh_plan.describe(job, mesh, rules)
             return MergeResult(None, text, (*notes, *plan.notes), 0.0)
         if max_shard_size is not None:
             target["max_shard_size"] = max_shard_size
@@ -183,6 +223,11 @@ def merge_checkpoints(
             allow_nonfinite=allow_nonfinite,
             progress=progress,
             threads=threads,
+            resume=resume,
+            verify=verify,
+            about=about,
+            runner=runner,
+            group=group,
         )
     seconds = time.perf_counter() - started
     text = describe(plan, models, memory)

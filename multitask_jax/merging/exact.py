@@ -1,7 +1,7 @@
 """Sums of floats that depend on nothing but what is summed."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 _SCALE = 1074  # the smallest positive double is 2**-1074
 
@@ -27,6 +27,20 @@ class ExactSum:
             return
         numerator, denominator = x.as_integer_ratio()
         self._units += numerator << (_SCALE + 1 - denominator.bit_length())
+
+    @property
+    def parts(self) -> tuple[int, float]:
+        """What is held, for `of_parts`, of another process perhaps."""
+        return self._units, self._nonfinite
+
+    @classmethod
+    def of_parts(cls, parts: Iterable[Sequence[float]]) -> "ExactSum":
+        """The sum of sums."""
+        total = cls()
+        for units, nonfinite in parts:
+            total._units += int(units)
+            total._nonfinite += nonfinite
+        return total
 
     def __float__(self) -> float:
         if self._nonfinite != 0:  # NaN too

@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from multitask_jax import checkpoints
-from multitask_jax.checkpoints import CheckpointError, Reader, TensorInfo
+from multitask_jax.checkpoints import CheckpointError, Reader, TensorInfo, checksums
+from multitask_jax.merging import resuming, shares
 from multitask_jax.merging.census import Census
 from multitask_jax.merging.core import Method
 from multitask_jax.merging.plan import Plan, human, peak_memory, threads_for
+from multitask_jax.merging.processes import ALONE, Group
 from multitask_jax.merging.streaming import Stream
 from multitask_jax.merging.task_statistics import StatisticsFile
 
@@ -27,15 +28,17 @@ class Job(NamedTuple):
     program: Any = None  # jobs of the same key, not None, may share compiled programs
 
 
-def default_threads(threads: int | None) -> int:
+def default_threads(threads: int | None, group: Group = ALONE) -> int:
     """Two a core (some wait for the disk or for XLA), 8 at most.
+
+    A process of a group has its part of the cores of its host.
 
     Raises:
       ValueError: the number given is not positive.
     """
     if threads is not None and threads < 1:
         raise ValueError(f"threads: got {threads}, expected at least 1")
-    return threads or min(8, 2 * (os.cpu_count() or 1))
+    return threads or max(1, min(8, 2 * (os.cpu_count() or 1) // group.neighbours))
 
 
 def memory_of(jobs: Sequence[Job], threads: int, max_memory: int | None) -> int:
@@ -71,6 +74,11 @@ def execute(
     allow_nonfinite: bool = False,
     progress: bool = True,
     threads: int,
+    resume: bool = False,
+    verify: bool = False,
+    about: Mapping[str, Any] | None = None,
+    runner: Callable[..., Any] = Stream,
+    group: Group = ALONE,
 ) -> list[str]:
     """Streams all jobs into one new checkpoint.
 
@@ -82,22 +90,42 @@ def execute(
       finish: (directory in the making, notes so far) -> more notes; writes what lies
         beside the weights.
       census: gathers what the report says, if there is one.
-      allow_nonfinite, progress, threads: as for `merge_checkpoints`.
+      allow_nonfinite, progress, threads, resume, verify, group: as for
+        `merge_checkpoints`.
+      about: flags or recipe, for what a changed one must not go on with.
+      runner: what does a job; built as a `Stream` is.
 
     Returns:
-      All notes.
+      All notes, in every process.
 
     Raises:
-      CheckpointError: inputs that hold NaN, a full disk; nothing is left at `output`.
+      CheckpointError: inputs that hold NaN or change meanwhile, a full disk; nothing
+        is left at `output`.
     """
-    notes: list[str] = []
     programs: dict[Any, Any] = {}
+    plans = [j.plan for j in jobs]
+    group.agree("inputs or options", (tensors, plans, [j.weights for j in jobs]))
+    mine = shares.split(plans, tensors, group)
+    parts = [shares.part_of(p, mine) for p in plans]
     with (
-        progress_bar([j.plan for j in jobs], progress) as advance,
-        checkpoints.create(output, tensors, **target) as writer,
+        progress_bar(parts, progress and not group.index) as advance,
+        resuming.under_way(
+            jobs,
+            output,
+            tensors,
+            target,
+            census=census,
+            resume=resume,
+            about=about or {},
+            group=group,
+            mine=mine,
+            allow_nonfinite=allow_nonfinite,
+        ) as writer,
     ):
-        for job in jobs:
-            stream = Stream(
+        by_job: list[list[str]] = []
+        for job, part, past in zip(jobs, parts, writer.past, strict=True):
+            shared = {"group": group, "share": part} if group.count > 1 else {}
+            stream = runner(
                 job.method,
                 job.plan,
                 job.readers,
@@ -108,12 +136,21 @@ def execute(
                 allow_nonfinite=allow_nonfinite,
                 advance=advance,
                 threads=threads_for(job.method, threads),
+                past=past,
+                **shared,
             )
             if job.program is not None:
                 programs[job.program] = stream.programs
-            notes += stream.run(writer)
-        notes += finish(writer.directory, notes)
-    return notes
+            by_job.append(stream.run(writer))
+        writer.complete()
+        notes = writer.notes + shares.gather_notes(group, by_job)
+        if census is not None:
+            shares.gather_census(group, census, tensors)
+        if group.index == 0:
+            notes += finish(writer.directory, notes)
+            if verify:
+                checksums.write(writer.directory, threads)
+    return group.combine(notes, lambda all_notes: all_notes[0])
 
 
 @contextlib.contextmanager

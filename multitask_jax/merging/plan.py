@@ -1,7 +1,7 @@
 """What a merge from disk will do, decided and checked before any weights are read."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -41,6 +41,14 @@ class Entry(NamedTuple):
         """Bytes read in one pass."""
         dtypes = (self.base, *self.models)
         return self.size * sum(np.dtype(d).itemsize for d in dtypes) + self.statistics
+
+
+class Chunk(NamedTuple):
+    """Entries [start, stop) of a tensor."""
+
+    entry: Entry
+    start: int
+    stop: int
 
 
 class Pass(NamedTuple):
@@ -251,6 +259,19 @@ def _compare(
 def _listed(names: Sequence[str], most: int = 8) -> str:
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest
+
+
+def batches_of(entries: Sequence[Entry], size: int) -> Iterator[list[Entry]]:
+    """Runs of tensors of at most `size` entries together, or one larger tensor."""
+    batch: list[Entry] = []
+    held = 0
+    for e in entries:
+        if batch and held + e.size > size:
+            yield batch
+            batch, held = [], 0
+        batch.append(e)
+        held += e.size
+    yield batch
 
 
 def threads_for(method: Method, threads: int) -> int:

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from multitask_jax.merging.processes import ALONE, Group
+
 LARGEST = 0x7FFFFFFF
 INFINITE = 0x7F800000  # keys from here on are infinities and NaNs
 _SMALLEST_NORMAL = 0x00800000
@@ -158,16 +160,25 @@ class Selection:
         self.bracket, self._count = narrower, len(kept)
         self._inside = [kept] if low < high else []
 
-    def result(self) -> int | None:
-        """The key, or None if the bracket missed it: then go over the stream again."""
+    def result(self, group: Group = ALONE) -> int | None:
+        """The key, or None if the bracket missed it: then go over the stream again.
+
+        With a group: the k-th largest of the keys that all its processes were given.
+        """
         if self._bins is not None:
-            return self._from_bins(self._bins)
-        rank = self.k - self._above  # among those inside, from the largest
-        if 1 <= rank <= self._count:
+            self._above, *bins = group.add([self._above, *self._bins])
+            return self._from_bins(np.array(bins, np.int64))
+        if group.count > 1 and not self._agree(group):
+            return None
+        above, count = group.add([self._above, self._count])
+        rank = self.k - above  # among those inside, from the largest
+        if 1 <= rank <= count:
             if self.bracket.low == self.bracket.high:
                 return self.bracket.low
-            at = self._count - rank
-            return int(np.partition(np.concatenate(self._inside), at)[at])
+            kept = np.concatenate([np.empty(0, np.uint32), *self._inside])
+            if group.count > 1:
+                return _kth_of_all(kept, self.bracket, rank, group)
+            return int(np.partition(kept, count - rank)[count - rank])
         if rank < 1:
             missed = Bracket(self.bracket.high + 1, LARGEST)
         else:
@@ -176,6 +187,22 @@ class Selection:
             raise ValueError(f"got k = {self.k}, but fewer entries")
         self._begin(missed, bins=True)
         return None
+
+    def _agree(self, group: Group) -> bool:
+        """Narrows to the bracket that all processes share, if there is one."""
+        ends = group.combine([self.bracket.low, self.bracket.high], list)
+        shared = self.bracket._replace(
+            low=max(low for low, _ in ends), high=min(high for _, high in ends)
+        )
+        if shared.low > shared.high:
+            self._begin(Bracket(), bins=True)
+            return False
+        if shared != self.bracket:
+            kept = np.concatenate([np.empty(0, np.uint32), *self._inside])
+            self._above += int(np.count_nonzero(kept > np.uint32(shared.high)))
+            kept = _within(kept, shared)
+            self.bracket, self._count, self._inside = shared, len(kept), [kept]
+        return True
 
     def _from_bins(self, bins: np.ndarray) -> int | None:
         """Chooses the bin that holds the answer; at most two more passes follow."""
@@ -193,6 +220,26 @@ class Selection:
 def _within(keys: np.ndarray, b: Bracket) -> np.ndarray:
     # One unsigned comparison for low <= key <= high.
     return keys[np.flatnonzero(keys - np.uint32(b.low) <= np.uint32(b.high - b.low))]
+
+
+def _kth_of_all(keys: np.ndarray, b: Bracket, rank: int, group: Group) -> int:
+    """The rank-th largest of all processes' keys, which lie in the bracket.
+
+    At most three rounds of bins: messages are small, however many keys there are.
+    """
+    low, high = b.low, b.high
+    while low < high:
+        shift = max(0, (high - low).bit_length() - _BIN_BITS)
+        bins = (keys - np.uint32(low)) >> np.uint32(shift)
+        counts = group.add(np.bincount(bins, minlength=1 << _BIN_BITS).tolist())
+        chosen = len(counts) - 1
+        while counts[chosen] < rank:
+            rank -= counts[chosen]
+            chosen -= 1
+        low += chosen << shift
+        high = min(high, low + (1 << shift) - 1)
+        keys = _within(keys, Bracket(low, high))
+    return low
 
 
 def kth_largest(values: Sequence[np.ndarray], k: int) -> np.float32:

@@ -18,6 +18,9 @@ Array = jax.Array
 # Counts go past int32 (a 70 B model), so they are held as high * 2**16 + low.
 BITS = 16
 LOW = (1 << BITS) - 1
+# Terms that are added one by one. A longer chain XLA would copy into each of its users,
+# to fuse them, and compile for minutes where all leaves use it; a loop it does not.
+_FEW = 16
 
 
 def magnitude_bits(x: Array) -> Array:
@@ -33,12 +36,12 @@ def total(leaves: Sequence[Array]) -> Array:
     matrices at that of a vector.
     """
     wide = any(x.dtype == jnp.float64 for x in leaves)
-    dtype = jnp.float64 if wide else jnp.float32
-    out = jnp.zeros((), dtype)
-    for x in leaves:
-        x = x.astype(dtype)
-        out = out + jnp.sum(jnp.sum(x, axis=-1) if x.ndim else x)
-    return out
+    zero = jnp.zeros((), jnp.float64 if wide else jnp.float32)
+    wider = [x.astype(zero.dtype) for x in leaves]
+    sums = [jnp.sum(jnp.sum(x, axis=-1) if x.ndim else x) for x in wider]
+    if len(sums) <= _FEW:
+        return sum(sums, zero)
+    return lax.scan(lambda s, x: (s + x, None), zero, jnp.stack(sums))[0]
 
 
 def chunk_sum(x: Array) -> Array:
@@ -59,13 +62,16 @@ def chunk_sum(x: Array) -> Array:
 
 def count(leaves: Sequence[Array]) -> tuple[Array, Array]:
     """Exact number of True entries, as (high, low): high * 2**16 + low."""
-    high, low = jnp.int32(0), jnp.int32(0)
-    for x in leaves:
-        for part in _partial_counts(x):
-            high = high + (part >> BITS)
-            low = low + (part & LOW)
-        high, low = high + (low >> BITS), low & LOW
-    return high, low
+    parts = [p for x in leaves for p in _partial_counts(x)]
+    zero = (jnp.int32(0), jnp.int32(0))
+    if len(parts) <= _FEW:
+        return functools.reduce(_carry, parts, zero)
+    return lax.scan(lambda n, x: (_carry(n, x), None), zero, jnp.stack(parts))[0]
+
+
+def _carry(n: tuple[Array, Array], part: Array) -> tuple[Array, Array]:
+    low = n[1] + (part & LOW)
+    return n[0] + (part >> BITS) + (low >> BITS), low & LOW
 
 
 def _partial_counts(x: Array) -> list[Array]:

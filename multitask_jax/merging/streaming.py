@@ -6,9 +6,7 @@ rather than arithmetic (thresholds, checks for NaN) is done by NumPy on the host
 
 import functools
 import math
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +16,19 @@ import numpy as np
 from multitask_jax.checkpoints import CheckpointError, Reader, Writer
 from multitask_jax.merging import core, statistics
 from multitask_jax.merging.census import Census, mark_kept
-from multitask_jax.merging.plan import BUCKETS, CHUNK, Entry, Pass, Plan
+from multitask_jax.merging.checks import check_fits, refuse_nonfinite
+from multitask_jax.merging.journal import Past
+from multitask_jax.merging.parallel import parallel
+from multitask_jax.merging.plan import (
+    BUCKETS,
+    CHUNK,
+    Chunk,
+    Entry,
+    Pass,
+    Plan,
+    batches_of,
+)
+from multitask_jax.merging.processes import ALONE, Group
 from multitask_jax.merging.selection import (
     INFINITE,
     Bracket,
@@ -34,14 +44,6 @@ from multitask_jax.merging.totals import KthTotal, SumTotal
 _SMALL = 1 << 20  # tensors up to this size keep all keys; larger ones sample a bracket
 _BATCH = 3 << 23  # entries (of all models) whose own statistics are gathered at a time
 _SLICES, _SLICE = 4096, 256  # a sample of the whole model: slices of neighbours
-
-
-class Chunk(NamedTuple):
-    """Entries [start, stop) of a tensor."""
-
-    entry: Entry
-    start: int
-    stop: int
 
 
 class Seen(NamedTuple):
@@ -67,8 +69,13 @@ class Stream:
         allow_nonfinite: bool = False,
         advance: Callable[[int], None] = lambda nbytes: None,
         threads: int = 2,
+        group: Group = ALONE,
+        share: Plan | None = None,
+        past: Past | None = None,
     ):
         """`readers`: the base, then the models. `advance` hears of bytes read.
+
+        `share`: of the plan, what this process of the group does; all by default.
 
         `weights`: T, or T by leaf path. `programs`: of a stream whose method differs in
         ranks alone, so that nothing is compiled again.
@@ -77,15 +84,17 @@ class Stream:
         self.statistics = tuple(statistics)
         self.weights = weights
         self.census, self.advance, self.threads = census, advance, threads
+        self._group, self._share = group, share or plan
         self._check = not allow_nonfinite
         needs = {t.needs for t in method.transforms}
         self._rows = "row" in needs
-        self._unseen = {e.path for e in plan.merged}
+        self._past = past or Past()
+        self._unseen = self._past.unseen(self._share.merged)
         paths = [t.name for t in plan.outputs]
         self._settings = core.settings_of(method, paths)
         # Statistics known so far: of the whole model, and of the tensors at hand.
-        self._model: dict[tuple[int, int], Any] = {}
-        self._tensor: dict[tuple[str, int, int], Any] = {}
+        self._model: dict[tuple[int, int], Any] = dict(self._past.model)
+        self._tensor: dict[tuple[str, int, int], Any] = dict(self._past.tensor)
         # Of the chunks of a batch, where there are batches.
         self._ranks: dict[tuple[str, int, int], tuple[np.ndarray, ...]] = {}
         self._batched = False
@@ -99,22 +108,29 @@ class Stream:
 
     def run(self, writer: Writer) -> list[str]:
         """All passes; returns notes on tensors that were copied."""
-        if self.census is not None and not self.census.exact:
+        if self.census is not None and not self.census.exact and not self._group.index:
             sample = self._sample(self.plan.merged, _SLICES)
             self.census.sampled(
                 [(c.entry.path, self._deltas(c, self._read(c))[1:]) for c in sample]
             )
+        if self.census is not None:
+            self._past.restore(self.census, self._share.merged)
         for p in self.plan.passes:
+            left = self._past.left(p, self._share.merged, self.advance)
             if p.model is None:
-                self._over_batches(p, functools.partial(self._write, writer))
+                self._over_batches(p, left, functools.partial(self._write, writer))
                 continue
-            total = self._total(*p.model, self.plan.merged)
+            if p.model in self._model:
+                continue
+            total, unseen = self._total(*p.model, self.plan.merged), set(self._unseen)
             while p.model not in self._model:  # again where a bracket missed
-                self._over_batches(p, lambda c, total=total: total.add(c))
-                result = total.result()
+                self._over_batches(p, left, lambda c, total=total: total.add(c))
+                result = total.result(self._group)
                 if result is not None:
                     self._model[p.model] = result
-        return [*self._said(), *self._copy(writer)]
+            self._past.found(p, self._model[p.model], self._tensor, unseen)
+        said = [] if self._group.index else self._said()
+        return [*said, *self._copy(writer)]
 
     def _said(self) -> list[str]:
         """What whole-model statistics tell the user."""
@@ -122,12 +138,14 @@ class Stream:
         measures = {k: self.method.transforms[k[0]].measures[k[1]] for k in self._model}
         return [m.says(self._model[k], models) for k, m in measures.items() if m.says]
 
-    def _over_batches(self, p: Pass, work: Callable[[Chunk], None]) -> None:
+    def _over_batches(
+        self, p: Pass, entries: Sequence[Entry], work: Callable[[Chunk], None]
+    ) -> None:
         """One reading: statistics of a few tensors, then `work` on their chunks."""
         models = len(self.readers) - 1
-        batches = _batches(self.plan.merged, _BATCH // models) if p.tensor else None
-        self._batched = batches is not None
-        for batch in batches or [self.plan.merged]:
+        batches = batches_of(entries, _BATCH // models) if p.tensor else [entries]
+        self._batched = bool(p.tensor)
+        for batch in batches:
             for i, j in p.tensor:
                 self._tensor_statistic(batch, i, j)
             self._sweep(work, batch)
@@ -161,14 +179,20 @@ class Stream:
         ranks = [_integer(k) for k in core.ranks_of(measure, d, terms, earlier)]
         starts: list[Any] = [None] * len(ranks)
         if d > _SMALL:
-            count = _SLICES if len(entries) > 1 else _SLICES // 32
-            sample = [self._keys(c, i, j) for c in self._sample(entries, count)]
+            if self._group.index and measure.scope == "model":
+                sample = None  # process 0 takes it for all
+            else:
+                count = _SLICES if len(entries) > 1 else _SLICES // 32
+                sample = [self._keys(c, i, j) for c in self._sample(entries, count)]
             starts = [  # no sample of tiny tensors: a bracket that is missed
                 bracket(np.stack([s[t % terms][:_SLICE] for s in sample]), k / d)
                 if sample
                 else Bracket()
                 for t, k in enumerate(ranks)
             ]
+            if measure.scope == "model":
+                starts = self._group.combine(starts, lambda starts: starts[0])
+                starts = [Bracket(*start) for start in starts]
         selections = [Selection(k, s) for k, s in zip(ranks, starts, strict=True)]
         return KthTotal(selections, lambda c: self._keys(c, i, j, look=True))
 
@@ -232,7 +256,7 @@ class Stream:
             assert self.census is not None
             squares = self.census.products(c.entry.path, base, taus)
             if self._check and not np.isfinite(squares).all():
-                self._refuse_nonfinite(c, arrays)
+                refuse_nonfinite(self.readers, c, arrays)
         return Seen(arrays, taus)
 
     def _keys(self, c: Chunk, i: int, j: int, look: bool = False) -> list[np.ndarray]:
@@ -249,7 +273,7 @@ class Stream:
             keys = [keys_of(x, overwrite=True) for x in taus]
             unchecked = look and self._check and self.census is None
             if unchecked and max(int(k.max()) for k in keys) >= INFINITE:
-                self._refuse_nonfinite(c, seen.arrays)
+                refuse_nonfinite(self.readers, c, seen.arrays)
             return keys
         outs = self._run(("values", i, j), c, seen.arrays, look)
         return [keys_of(np.asarray(x).reshape(-1)[: c.stop - c.start]) for x in outs]
@@ -262,19 +286,17 @@ class Stream:
         theta, counted = self._run(("apply", 0, 0), c, self._visit(c).arrays, True)
         with np.errstate(over="ignore"):
             flat = np.asarray(theta).reshape(-1)[:size].astype(c.entry.out, copy=False)
-        if self._check and _narrow(c.entry.out) and not np.isfinite(flat).all():
-            raise CheckpointError(
-                f"{c.entry.path}: the merged values do not fit {c.entry.out}; choose a"
-                " wider out_dtype (bfloat16, float32), or pass allow_nonfinite"
-            )
+        if self._check:
+            check_fits(c.entry, flat)
         if self._check and self.statistics and not np.isfinite(flat).all():
             raise CheckpointError(
                 f"{c.entry.path}: the merged values are not finite; statistics and"
                 " weights must not be negative"
             )
-        writer.write(c.entry.path, c.start, flat)
         if counted is not None and self.census is not None:
             self.census.trimmed(c.entry.path, size, *counted)
+        # Last: what is all written is all in the census too.
+        writer.write(c.entry.path, c.start, flat)
 
     def _run(
         self, stage: Any, c: Chunk, arrays: Sequence[np.ndarray], look: bool
@@ -309,7 +331,7 @@ class Stream:
                 check=check,
             )
         if check and bad:
-            self._refuse_nonfinite(c, arrays)
+            refuse_nonfinite(self.readers, c, arrays)
         return out
 
     def _statistics(self, c: Chunk, shape: tuple[int, ...]) -> tuple[Any, ...]:
@@ -346,24 +368,14 @@ class Stream:
             for j in range(len(self.method.transforms[i].measures))
         )
 
-    def _refuse_nonfinite(self, c: Chunk, arrays: Sequence[np.ndarray]) -> None:
-        """Names the tensor; sums may overflow where no entry is infinite."""
-        for reader, x in zip(self.readers, arrays, strict=True):
-            places = np.flatnonzero(~np.isfinite(to_compute(x, np.dtype(np.float64))))
-            if len(places):
-                origin = getattr(reader, "origin", lambda _, r=reader: r.path)
-                raise CheckpointError(
-                    f"{origin(c.entry.path)}: tensor {c.entry.path!r} has"
-                    f" {x[places[0]]} at flat index {c.start + int(places[0])} (and"
-                    " maybe more): the fine-tuning diverged, or the file is damaged."
-                    " Leave the model out, exclude the tensor, or pass allow_nonfinite"
-                )
-
     def _copy(self, writer: Writer) -> list[str]:
         """Tensors that come from the base; tells where the models' integers differ."""
         notes = []
         base, *models = self.readers
-        for info in self.plan.copied:
+        for info in self._share.copied:
+            if info.name in self._past.written:
+                self.advance(info.nbytes)
+                continue
             differ = set()
             for start in range(0, info.size, CHUNK):
                 stop = min(start + CHUNK, info.size)
@@ -466,44 +478,3 @@ def _scalar(dtype: np.dtype, x: Any) -> Any:
 
 def _integer(k: Any) -> int:
     return k if isinstance(k, int) else (int(k[0]) << statistics.BITS) | int(k[1])
-
-
-def _narrow(dtype: np.dtype) -> bool:
-    """Whether float32 values may overflow it."""
-    return dtype.itemsize == 1 or dtype == np.float16
-
-
-def _batches(entries: Sequence[Entry], size: int) -> Iterator[list[Entry]]:
-    batch: list[Entry] = []
-    held = 0
-    for e in entries:
-        if batch and held + e.size > size:
-            yield batch
-            batch, held = [], 0
-        batch.append(e)
-        held += e.size
-    yield batch
-
-
-def parallel(work: Callable[[Any], None], items: Iterable[Any], threads: int) -> None:
-    """Calls `work` on each item from a few threads; stops at the first exception."""
-    iterator, lock, stop = iter(items), threading.Lock(), threading.Event()
-
-    def loop() -> None:
-        while not stop.is_set():
-            with lock:
-                item = next(iterator, stop)
-            if item is stop:
-                return
-            try:
-                work(item)
-            except BaseException:
-                stop.set()
-                raise
-
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for future in [pool.submit(loop) for _ in range(threads)]:
-                future.result()
-        finally:
-            stop.set()

@@ -8,13 +8,14 @@ import numpy as np
 
 from multitask_jax.merging import statistics
 from multitask_jax.merging.exact import ExactSum
+from multitask_jax.merging.processes import ALONE, Group
 from multitask_jax.merging.selection import Selection, magnitude
 
 
 class SumTotal:
     """Exact counts, or exact sums of the chunks' terms, rounded once.
 
-    Threads add chunks in any order: the result does not depend on it.
+    Threads and processes add chunks in any order: the result does not depend on it.
     """
 
     def __init__(
@@ -42,12 +43,21 @@ class SumTotal:
                 else:
                     self._sums[i].add(x)
 
-    def result(self) -> tuple[Any, ...]:
-        """As `merge` has it in memory: (high, low) pairs, or floats."""
+    def result(self, group: Group = ALONE) -> tuple[Any, ...]:
+        """As `merge` has it in memory: (high, low) pairs, or floats.
+
+        Of what all processes of the group added; one without chunks adds nothing.
+        """
         if self._kind == "count":
-            pairs = [statistics.split(n) for n in self._sums]
+            rows = group.combine(self._sums, lambda rows: [r for r in rows if r])
+            pairs = [
+                statistics.split(sum(column)) for column in zip(*rows, strict=True)
+            ]
             return tuple((np.int32(high), np.int32(low)) for high, low in pairs)
-        return tuple(self._dtype.type(float(x)) for x in self._sums)
+        parts = [x.parts for x in self._sums]
+        rows = group.combine(parts, lambda rows: [r for r in rows if r])
+        sums = [ExactSum.of_parts(column) for column in zip(*rows, strict=True)]
+        return tuple(self._dtype.type(float(x)) for x in sums)
 
 
 class KthTotal:
@@ -69,11 +79,11 @@ class KthTotal:
             if t not in self._found:
                 selection.add(keys[t % len(keys)])
 
-    def result(self) -> tuple[np.float32, ...] | None:
+    def result(self, group: Group = ALONE) -> tuple[np.float32, ...] | None:
         """The thresholds, or None if one of the brackets missed: add all again."""
         for t, selection in enumerate(self._selections):
             if t not in self._found:
-                key = selection.result()
+                key = selection.result(group)
                 if key is not None:
                     self._found[t] = key
         if len(self._found) < len(self._selections):

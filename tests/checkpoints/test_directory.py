@@ -1,6 +1,7 @@
 import errno
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from multitask_jax import checkpoints
-from multitask_jax.checkpoints import CheckpointError, TensorInfo
+from multitask_jax.checkpoints import CheckpointError, TensorInfo, staging
 
 INFO = [TensorInfo("a", (4,), np.dtype(np.float32))]
 
@@ -152,7 +153,7 @@ with checkpoints.create({str(tmp_path / "out")!r}, info) as writer:
     process.stdout.close()
     assert not (tmp_path / "out").exists()
     (left,) = tmp_path.iterdir()
-    assert left.name == f".out.partial-0-{process.pid}"
+    assert re.fullmatch(rf"\.out\.partial-0-[A-Za-z0-9]+-{process.pid}", left.name)
     time.sleep(0.05)
     write(tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -163,7 +164,8 @@ def test_an_output_moved_half_way_is_restored(tmp_path):
     with subprocess.Popen([sys.executable, "-c", ""]) as gone:
         gone.wait()
     write(tmp_path / "out", 5.0)
-    (tmp_path / "out").rename(tmp_path / f".out.replaced-{gone.pid}")
+    name = staging.replaced(tmp_path / "out").name.rpartition("-")[0]
+    (tmp_path / "out").rename(tmp_path / f"{name}-{gone.pid}")
     with pytest.raises(CheckpointError, match="exists"):
         write(tmp_path / "out", 6.0)
     assert checkpoints.open(tmp_path / "out").read("a")[0] == 5.0

@@ -364,7 +364,7 @@ def test_statistics_are_read(inputs, method, kind, ranges):
 def test_statistics_are_needed(inputs):
     with pytest.raises(ValueError, match="needs fisher statistics"):
         sweep_merge.run(config(method="fisher", ranges="fisher_floor=0.1|1"))
-    assert not Path("work/metrics.jsonl").read_text()
+    assert not Path("work/metrics.jsonl").exists()
 
 
 def test_one_program_serves_all_traced_candidates(inputs):

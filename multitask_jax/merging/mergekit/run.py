@@ -21,6 +21,7 @@ from multitask_jax.merging.mergekit.prepare import (
     whole_plan,
 )
 from multitask_jax.merging.mergekit.recipe import load
+from multitask_jax.merging.processes import ALONE, Group
 
 PathLike = str | os.PathLike[str]
 
@@ -35,6 +36,8 @@ def merge_mergekit(
     allow_missing: Literal["", "base"] = "",
     allow_nonfinite: bool = False,
     overwrite: bool = False,
+    resume: bool = False,
+    verify: bool = False,
     report_files: bool = True,
     flags: Mapping[str, Any] | None = None,
     max_memory: int | None = None,
@@ -42,6 +45,7 @@ def merge_mergekit(
     progress: bool = True,
     threads: int | None = None,
     seed: int = 0,
+    group: Group = ALONE,
 ) -> disk.MergeResult:
     """Runs a mergekit recipe: same results as mergekit 0.1.4, any architecture.
 
@@ -53,8 +57,9 @@ def merge_mergekit(
       flags: what the report says of how to make the merge again, besides the recipe.
       seed: of random masks (DARE, DELLA).
       output_format, max_shard_size, block_pattern, allow_missing, allow_nonfinite,
-        overwrite, report_files, max_memory, dry_run, progress, threads: as for
-        `merge_checkpoints`. `block_pattern` also finds the layers of the recipe.
+        overwrite, resume, verify, report_files, max_memory, dry_run, progress,
+        threads, group: as for `merge_checkpoints`. `block_pattern` also finds the
+        layers of the recipe.
 
     Returns:
       What was done.
@@ -69,7 +74,7 @@ def merge_mergekit(
     parsed = load(recipe)
     is_path = not isinstance(recipe, Mapping)
     folder = Path(recipe).expanduser().parent if is_path else Path.cwd()
-    threads = execution.default_threads(threads)
+    threads = execution.default_threads(threads, group)
     if output_format == "delta":
         raise ValueError(
             "output_format: got delta, but a recipe makes a whole model; choose"
@@ -136,6 +141,15 @@ def merge_mergekit(
             allow_nonfinite=allow_nonfinite,
             progress=progress,
             threads=threads,
+            resume=resume,
+            verify=verify,
+            about={
+                "mergekit_config (its text)": parsed.text,
+                "seed": seed,
+                "block_pattern": block_pattern,
+                "allow_missing": allow_missing,
+            },
+            group=group,
         )
     seconds = time.perf_counter() - started
     return disk.MergeResult(Path(output), text, tuple(notes), seconds)
