@@ -8,7 +8,8 @@ may read it whole, or refuse it by a ValueError that names the file. Anything el
 crash: another exception, more than `--seconds`, more than `--memory` beyond what the
 process held before, a file opened outside the input, or a process that dies. Inputs
 depend on seed, reader and number alone; those that crash are kept in
-WORKDIR/crashes/READER-NUMBER with error.txt beside them. Five minutes of one core; the slowest input is told in CPU time.
+WORKDIR/crashes/READER-NUMBER with error.txt beside them.
+The slowest input is told in CPU time. Five minutes of one core.
 """
 
 import contextlib
