@@ -4,6 +4,7 @@ The tree's `_METADATA` is parsed here and each array is opened as what it is: a 
 array, in an OCDBT database or in a directory of its own.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ from multitask_jax.checkpoints.zarr_boxes import CHUNK_BYTES, boxes, decoded_byt
 TREE, STEP, MANIFEST = "_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt"
 # Where parameters are, by Orbax's own names in its versions 0 and 1.
 ITEMS = ("default", "state", "pytree")
+# A chunk of so many bytes is believed; a larger one if the files could be that much
+# compressed.
+_PLAUSIBLE, _MOST_COMPRESSED = 1 << 28, 1000
 _EMPTY = ("None", "Dict", "List", "Tuple", "NamedTuple")
 
 
@@ -86,6 +90,7 @@ class OrbaxReader:
         keys = self._leaves()
         self._stores = self._open(keys, 0)
         self.tensors = {name: self._info(name, t) for name, t in self._stores.items()}
+        self._check_chunks()
         decoded = max(map(self._decoded, self.tensors), default=0)
         self.cache_bytes = decoded if decoded > CHUNK_BYTES else 0
         if self.cache_bytes:  # its size had to be known first
@@ -164,6 +169,26 @@ class OrbaxReader:
         if problem := shape_problem(store.shape):
             raise CheckpointError(f"{self.path}: {name}: {problem}")
         return TensorInfo(name, tuple(store.shape), np.dtype(dtype))
+
+    def _check_chunks(self) -> None:
+        """Refuses chunks far larger than the files: tensorstore would allocate them.
+
+        Where it can't, it ends the process.
+        """
+        sizes = {
+            name: info.dtype.itemsize
+            * math.prod(self._stores[name].chunk_layout.read_chunk.shape or ())
+            for name, info in self.tensors.items()
+        }
+        name = max(sizes, key=sizes.__getitem__, default="")
+        if sizes.get(name, 0) <= _PLAUSIBLE:
+            return
+        held = sum(p.stat().st_size for p in self._root.rglob("*") if p.is_file())
+        if sizes[name] > _MOST_COMPRESSED * held:
+            raise CheckpointError(
+                f"{self.path}: {name} claims chunks of {sizes[name]:,} bytes, but all"
+                f" files hold {held:,}: damaged"
+            )
 
     def _decoded(self, name: str) -> int:
         info = self.tensors[name]

@@ -394,6 +394,15 @@ def test_an_orbax_directory_is_no_statistics(tmp_path):
         StatisticsFile(path)
 
 
+def test_chunks_that_no_memory_holds(tmp_path):
+    """tensorstore would end the process by std::bad_alloc."""
+    w = {"w": np.arange(5, dtype=np.float32)}
+    path = save(tmp_path / "o", w, format="orbax")
+    (about,) = path.rglob(".zarray")
+    about.write_text(about.read_text().replace('"chunks":[5]', f'"chunks":[{2**40}]'))
+    refused(path, "w claims chunks of 4,398,046,511,104 bytes")
+
+
 @pytest.mark.parametrize(
     "vocabulary",
     ['{"a": 1e3}', '{"\\ud800": 1}', '{"a": 0, "a": 1}', '{"a": -1}', "[1]", "[" * 99],

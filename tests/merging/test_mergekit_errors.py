@@ -187,3 +187,21 @@ def test_the_output_may_not_overlap(folder, tmp_path):
         merging.merge_mergekit(content, tmp_path / "out", threads=0)
     with pytest.raises(ValueError, match="a recipe makes a whole model"):
         merging.merge_mergekit(content, tmp_path / "out", output_format="delta")
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("n" * 400, "no such file or directory"),
+        ("~nobody-of-this-name/model", "no such file or directory"),
+        ("\x1b[2J", "control characters"),
+        ("nul\0", "control characters"),
+        ("a/" * 600, "1200 characters"),
+    ],
+)
+def test_models_that_no_file_system_has(tmp_path, model, message):
+    recipe = {"merge_method": "linear", "models": [{"model": model}]}
+    recipe["models"][0]["parameters"] = {"weight": 1}
+    with pytest.raises(ValueError, match=message) as error:
+        merging.merge_mergekit(recipe, tmp_path / "out", progress=False)
+    assert "\x1b" not in str(error.value)

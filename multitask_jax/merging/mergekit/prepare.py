@@ -39,9 +39,10 @@ def resolve(model: str, folder: Path, where: str = "model") -> Path:
     Raises:
       CheckpointError: there is none; a name on the hub has to be downloaded first.
     """
-    given = Path(model).expanduser()
+    # Neither ~nobody nor a name that is too long for the system is an error by itself.
+    given = os.path.expanduser(model)
     for path in (folder / given, Path.cwd() / given):
-        if path.exists():
+        if os.path.exists(path):
             # Links are kept: the hub's cache links names to files without a suffix.
             return Path(os.path.abspath(path))
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model):

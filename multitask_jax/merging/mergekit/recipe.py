@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from multitask_jax.checkpoints.types import brief
+from multitask_jax.checkpoints.types import brief, name_problem
 from multitask_jax.merging.mergekit import methods
 from multitask_jax.merging.mergekit.yaml_text import MAX_BYTES, read_yaml
 
@@ -177,6 +177,8 @@ def _listed(x: Any, where: str) -> list[Any]:
 def _text(x: Any, where: str) -> str:
     if not isinstance(x, str) or not x.strip():
         raise ValueError(f"{where}: got {_kind(x)}, expected text")
+    if problem := name_problem(x):
+        raise ValueError(f"{where}: got {x[:80]!r}: {problem}")
     return x.strip()
 
 
