@@ -1,6 +1,9 @@
 """A strict environment: 8 CPU devices, no broadcasting of ranks, fixed examples."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import hypothesis
@@ -11,6 +14,13 @@ from absl import flags
 # Before anything touches a device: afterwards JAX refuses to change their number.
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Every merge jits anew what another test may have compiled already. A folder of its own
+# for each worker, empty at first: no run sees what another one compiled.
+_CACHE = tempfile.mkdtemp(prefix="multitask-jax-tests-")
+atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
+jax.config.update("jax_compilation_cache_dir", _CACHE)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 # Experiments read absl flags only as scripts, but libraries beneath them want them.
 flags.FLAGS.mark_as_parsed()
 # Compilation makes first calls slow, so no deadline; the same examples in every run.

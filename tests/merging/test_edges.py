@@ -100,9 +100,9 @@ def test_float64_is_computed_in_float64(tmp_path):
 def test_many_tiny_tensors(tmp_path, monkeypatch):
     from multitask_jax.merging import streaming
 
-    monkeypatch.setattr(streaming, "_SMALL", 1000)
+    monkeypatch.setattr(streaming, "_SMALL", 500)
     rng = np.random.default_rng(0)
-    base = {f"t{i}": rng.standard_normal(20).astype(np.float32) for i in range(200)}
+    base = {f"t{i}": rng.standard_normal(20).astype(np.float32) for i in range(40)}
     model = {k: v + rng.standard_normal(20).astype("f4") for k, v in base.items()}
     method = merging.ties(density=0.3)
     out = stream(tmp_path, method, base, [model], report_files=True)
