@@ -26,7 +26,10 @@ class Census:
         self._lock = threading.Lock()
 
     def _leaf(self, path: str) -> LeafStatistics:
-        return self.leaves.setdefault(path, LeafStatistics.zeros(self.models))
+        leaf = self.leaves.get(path)
+        if leaf is None:
+            leaf = self.leaves[path] = LeafStatistics.zeros(self.models)
+        return leaf
 
     def products(
         self, path: str, base: np.ndarray, deltas: Sequence[np.ndarray]

@@ -25,6 +25,8 @@ from multitask_jax.merging.plan import Entry, Pass
 
 JOURNAL = "merge_journal.jsonl"  # not in the output: it goes before the merge ends
 _SECONDS = 10.0  # between lines, if no file is finished meanwhile
+_PAUSE = 2.0  # at most, if files are finished faster than it takes to say so
+_LEAVES = 1024  # of the census, made ready at a time
 
 
 class Past:
@@ -106,6 +108,7 @@ class Progress:
         self._shard = {n: k for k, names in enumerate(writer.shards) for n in names}
         self._fresh: list[str] = []
         self._next = time.monotonic() + _SECONDS
+        self._soonest = 0.0
         self._lock, self._saving = threading.Lock(), threading.Lock()
 
     # -- while it goes -----------------------------------------------------------------
@@ -125,8 +128,10 @@ class Progress:
             due = self._due[self._shard[name]] if self._shard else set()
             if name in due:
                 due.discard(name)
-                # The last file needs no line: what remains is soon done.
-                ripe = ripe or (not due and bool(self._left))
+                # The last file needs no line: what remains is soon done. Nor does each
+                # of thousands of small ones.
+                finished = not due and bool(self._left)
+                ripe = ripe or (finished and time.monotonic() > self._soonest)
         if ripe:
             self.save()
 
@@ -139,39 +144,43 @@ class Progress:
         with self._saving:
             with self._lock:
                 fresh, self._fresh = self._fresh, []
-            self.inputs.check()
             started = time.monotonic()
+            self.inputs.check()
             if self._journal is not None and fresh:
                 files = sorted(self.directory.glob("*.safetensors"))
                 for k in sorted({self._shard[name] for name in fresh}):
                     _to_disk(files[k])
-                self._line(written=fresh, census=self._state(fresh))
+                self._line(fresh, written=fresh)
             now = time.monotonic()
-            # A slow disk is not to spend its time on this.
+            # A slow disk is not to spend its time on this, nor is a fast one.
             self._next = now + max(_SECONDS, 20 * (now - started))
+            self._soonest = now + min(4 * (now - started), _PAUSE)
 
     def _recorder(self, job: int) -> Callable[..., None]:
         def record(key: Any, value: Any, tensor: Mapping[Any, Any], seen: Any) -> None:
             self.inputs.check()
             at = [[*k, _plain(v)] for k, v in tensor.items()]
-            self._line(
-                job=job,
-                measure=list(key),
-                value=_plain(value),
-                tensor=at,
-                census=self._state(seen),
-            )
+            self._line(seen, job=job, measure=list(key), value=_plain(value), tensor=at)
 
         return record
 
-    def _state(self, paths: Collection[str]) -> dict[str, Any]:
-        return {} if self._census is None else self._census.state(paths)
+    def _line(self, seen: Collection[str] = (), **content: Any) -> None:
+        """Writes a line, with what the census knows of the paths `seen`."""
+        if self._journal is None:
+            return
+        paths, pieces = list(seen) if self._census is not None else [], 0
+        self._put(json.dumps(content)[:-1] + ', "census": {')
+        for i in range(0, len(paths), _LEAVES):  # 100,000 at once would fill memory
+            state = self._census.state(paths[i : i + _LEAVES])
+            if state:
+                self._put(", " * bool(pieces) + json.dumps(state)[1:-1])
+                pieces += 1
+        self._put("}}\n")
+        self._journal.flush()
+        os.fsync(self._journal.fileno())
 
-    def _line(self, **content: Any) -> None:
-        if self._journal is not None:
-            self._journal.write(json.dumps(content).encode() + b"\n")
-            self._journal.flush()
-            os.fsync(self._journal.fileno())
+    def _put(self, text: str) -> None:
+        self._journal.write(text.encode())
 
     def complete(self) -> None:
         """Finishes the files of the weights, once all is written."""

@@ -51,11 +51,10 @@ def before(owner, name, kind):
     setattr(owner, name, call)
 
 
-def torn_line(self, **content):
-    """Half a line, and then the rest: a kill may come between."""
-    text = json.dumps(content).encode() + b"\n"
+def torn(self, text):
+    """Half of a line's piece, and then the rest: a kill may come between."""
     for part in (text[: len(text) // 2], text[len(text) // 2 :]):
-        self._journal.write(part)
+        self._journal.write(part.encode())
         self._journal.flush()
         event("line")
 
@@ -103,7 +102,7 @@ def main(folder, kills, seed):
     before(directory.Writer, "commit", "commit")
     before(report, "write", "report")
     report._figures = lambda *args, **kwargs: None
-    journal.Progress._line = torn_line
+    journal.Progress._put = torn
     whole = child(folder, folder / "whole", None)
     print(json.dumps(whole), flush=True)
     kinds = ["read", "write", "line", "sync", "report", "end", "commit"]
