@@ -83,13 +83,25 @@ class Plan(NamedTuple):
 
 
 def plan_passes(method: Method) -> tuple[Pass, ...]:
-    """Cuts a chain where a whole-model statistic must be known before going on."""
+    """Cuts a chain where a whole-model statistic must be known before going on.
+
+    Raises:
+      ValueError: ranks over the model of values that need statistics of tensors first:
+        their sample would need those of all tensors at once.
+    """
     out: list[Pass] = []
     tensor: list[tuple[int, int]] = []
     for i, transform in enumerate(method.transforms):
         for j, measure in enumerate(transform.measures):
             if measure.scope == "tensor":
                 tensor.append((i, j))
+            elif tensor and measure.kind == "kth":
+                raise ValueError(
+                    f"transform {i} of the chain ranks magnitudes over the whole model"
+                    f" after transform {tensor[0][0]} measured single tensors: such a"
+                    " chain is not streamed; choose one scope for both, or merge in"
+                    " memory (merging.merge)"
+                )
             else:
                 out.append(Pass(tuple(tensor), (i, j)))
                 tensor = []

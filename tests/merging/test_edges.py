@@ -254,3 +254,11 @@ def test_rows_of_a_last_chunk_that_is_not_full(tmp_path, monkeypatch):
         want = merging.merge(method, base, models)
         # The L1 norms are sums of floats in another order.
         np.testing.assert_allclose(out["w"], want["w"], rtol=1e-6, atol=1e-6)
+
+
+def test_model_ranks_after_tensor_statistics_are_not_streamed(tmp_path):
+    base, models = make_models(2)
+    trims = [merging.trim(density=0.5, scope=x) for x in ("tensor", "model")]
+    method = merging.chain(*trims, merging.weighted_sum())
+    with pytest.raises(ValueError, match="transform 1 .* after transform 0"):
+        stream(tmp_path, method, base, models)
