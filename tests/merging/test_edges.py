@@ -260,5 +260,5 @@ def test_model_ranks_after_tensor_statistics_are_not_streamed(tmp_path):
     base, models = make_models(2)
     trims = [merging.trim(density=0.5, scope=x) for x in ("tensor", "model")]
     method = merging.chain(*trims, merging.weighted_sum())
-    with pytest.raises(ValueError, match="transform 1 .* after transform 0"):
+    with pytest.raises(ValueError, match=r"transform 1 .* after transform 0"):
         stream(tmp_path, method, base, models)
