@@ -21,7 +21,6 @@ from multitask_jax.merging import core, delta, execution, mesh_plan, on_mesh, re
 from multitask_jax.merging.census import MOST_MODELS, Census
 from multitask_jax.merging.plan import describe, plan_merge
 from multitask_jax.merging.processes import ALONE, Group
-from multitask_jax.merging.streaming import Stream
 from multitask_jax.merging.task_statistics import StatisticsFile
 
 PathLike = str | os.PathLike[str]
@@ -166,7 +165,7 @@ def merge_checkpoints(
             tensors = delta.written(plan)
         core.settings_of(method, [t.name for t in plan.outputs])  # may refuse the names
         job = execution.Job(method, plan, readers, weights, known or ())
-        runner: Any = Stream
+        runner = None
         if mesh is None:
             memory = execution.memory_of([job], threads, max_memory)
         else:

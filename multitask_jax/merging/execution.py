@@ -77,7 +77,7 @@ def execute(
     resume: bool = False,
     verify: bool = False,
     about: Mapping[str, Any] | None = None,
-    runner: Callable[..., Any] = Stream,
+    runner: Callable[..., Any] | None = None,
     group: Group = ALONE,
 ) -> list[str]:
     """Streams all jobs into one new checkpoint.
@@ -93,7 +93,7 @@ def execute(
       allow_nonfinite, progress, threads, resume, verify, group: as for
         `merge_checkpoints`.
       about: flags or recipe, for what a changed one must not go on with.
-      runner: what does a job; built as a `Stream` is.
+      runner: what does a job, built as a `Stream` is; a `Stream` by default.
 
     Returns:
       All notes, in every process.
@@ -125,7 +125,7 @@ def execute(
         by_job: list[list[str]] = []
         for job, part, past in zip(jobs, parts, writer.past, strict=True):
             shared = {"group": group, "share": part} if group.count > 1 else {}
-            stream = runner(
+            stream = (runner or Stream)(
                 job.method,
                 job.plan,
                 job.readers,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from multitask_jax import merging
-from multitask_jax.merging.mergekit import run as mergekit_run
+from multitask_jax.merging import execution
 from tests.merging.common import assert_same_bits, load
 from tests.merging.test_mergekit import models_in, run
 
@@ -108,13 +108,13 @@ def test_random_masks_over_depth_are_one_job(tmp_path, name, monkeypatch):
     """Each layer as if merged alone with its density; nothing is compiled twice."""
     folder = models_in(tmp_path, 1, layers=2)
     streams = []
-    original = mergekit_run.Stream
+    original = execution.Stream
 
     def spy(*args, **kwargs):
         streams.append(args)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(mergekit_run, "Stream", spy)
+    monkeypatch.setattr(execution, "Stream", spy)
     common = {"weight": 1, "density": [0.3, 0.7]}
     common |= {"epsilon": [0.1, 0.2]} if name == "della_linear" else {}
     got, _ = run(
