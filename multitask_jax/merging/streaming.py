@@ -109,7 +109,9 @@ class Stream:
     def run(self, writer: Writer) -> list[str]:
         """All passes; returns notes on tensors that were copied."""
         if self.census is not None and not self.census.exact and not self._group.index:
-            sample = self._sample(self.plan.merged, _SLICES)
+            # Of entries, also where the method must see whole tensors or rows.
+            loose = [e._replace(whole=False) for e in self.plan.merged]
+            sample = self._sample(loose, _SLICES, rows=False)
             self.census.sampled(
                 [(c.entry.path, self._deltas(c, self._read(c))[1:]) for c in sample]
             )
@@ -211,7 +213,9 @@ class Stream:
             for start in range(0, e.size, step):
                 yield Chunk(e, start, min(start + step, e.size))
 
-    def _sample(self, entries: Sequence[Entry], count: int) -> list[Chunk]:
+    def _sample(
+        self, entries: Sequence[Entry], count: int, *, rows: bool = True
+    ) -> list[Chunk]:
         """`count` slices at evenly spaced places; all of a small model."""
         d = sum(e.size for e in entries)
         if d <= _SMALL:
@@ -221,7 +225,7 @@ class Stream:
         places = ((np.arange(count) + jitter) * (d / count)).astype(np.int64)
         for e in entries:
             # Whole rows where rows are needed.
-            columns = self._columns(e)
+            columns = self._columns(e) if rows else 1
             length = -(-_SLICE // columns) * columns
             for place in places[(places >= before) & (places < before + e.size)]:
                 start = min(int(place) - before, e.size - length)

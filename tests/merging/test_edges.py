@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from experiments import merge as script
-from multitask_jax import merging
+from multitask_jax import checkpoints, merging
 from multitask_jax.checkpoints import CheckpointError
 from multitask_jax.merging import streaming
+from multitask_jax.merging.census import Census
+from multitask_jax.merging.plan import plan_merge
 from tests.merging.common import assert_same_bits, load, make_models, save, stream
 
 
@@ -262,3 +264,24 @@ def test_model_ranks_after_tensor_statistics_are_not_streamed(tmp_path):
     method = merging.chain(*trims, merging.weighted_sum())
     with pytest.raises(ValueError, match=r"transform 1 .* after transform 0"):
         stream(tmp_path, method, base, models)
+
+
+def test_the_reports_sample_is_small_where_tensors_are_seen_whole(tmp_path):
+    """Once every slice of the sample was a whole tensor."""
+    rng = np.random.default_rng(0)
+    base = {"w": rng.standard_normal((1100, 1000), np.float32)}
+    models = [{"w": base["w"] + np.float32(t)} for t in (1, 2)]
+    paths = [save(tmp_path / f"{t}", m) for t, m in enumerate((base, *models))]
+    readers = [checkpoints.open(p) for p in paths]
+    method = merging.nuslerp(flatten=False, row_wise=True)
+    plan = plan_merge(method, readers[0], readers[1:])
+    read = []
+    for r in readers:
+        r.read = lambda *a, f=r.read: read.append(f(*a)) or read[-1]
+    census = Census(2, exact=False)
+    stream = streaming.Stream(method, plan, readers, (1.0, 1.0), census=census)
+    with checkpoints.create(tmp_path / "out", plan.outputs) as writer:
+        stream.run(writer)
+    sizes = [x.size for x in read]
+    assert sizes.count(base["w"].size) == 3  # the merge itself
+    assert max(n for n in sizes if n != base["w"].size) <= 256
