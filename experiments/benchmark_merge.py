@@ -3,7 +3,7 @@
     make benchmark                                      # about half an hour
     python -m experiments.benchmark_merge --nomergekit  # without mergekit
     python -m experiments.benchmark_merge --only=dare,della --repeats=1
-    python -m experiments.benchmark_merge --only=svd --layers=2 --nomergekit
+    python -m experiments.benchmark_merge --only=svd --layers=1 --nomergekit
 
 For every method the report is on (the default) and off (--noreport); mergekit computes
 in float32 and stores bfloat16, as we do. Makes a *synthetic* base and three fine-tunes
@@ -79,8 +79,8 @@ ROWS = {
     "karcher": Row(("--method=karcher",), "karcher", base=False),
     "model_stock": Row(("--method=model_stock",), "model_stock"),
 }
-# Ours alone: whole matrices, one after another (`--only=svd` runs these; try 2 layers,
-# their time a parameter is what counts).
+# Ours alone: whole matrices, one after another (`--only=svd` runs these; try 1 layer,
+# the time a parameter is what counts).
 SVD = ("iso_c", "iso_cts", "tsv_m", "knots", "wudi")
 
 

@@ -17,6 +17,7 @@ from multitask_jax.merging.core import (
     Transform,
     Values,
     add_up,
+    at_transform,
     run_transforms,
     settings_of,
     times,
@@ -58,7 +59,7 @@ def inputs_beside(method: Method) -> Transform:
     def lift(i: int, m: Measure) -> Measure:
         def terms(values: Values, leaf: Leaf, stats: tuple[Any, ...]) -> Values:
             before = run(values, leaf, stats, i)
-            inner = leaf._replace(setting=leaf.setting[i])
+            inner = at_transform(leaf, i, leaf.setting)
             return m.values(before, inner, known(stats)[i])
 
         def ranks(d: int, count: int, stats: tuple[Any, ...]) -> Sequence[Any]:

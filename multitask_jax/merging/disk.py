@@ -128,7 +128,8 @@ def merge_checkpoints(
         about["mesh"] = dict(mesh.shape)
         if resume:
             raise ValueError(
-                "resume: a merge on a mesh can't be gone on with; leave it"
+                "resume: a merge on a mesh can't be gone on with; leave out resume or"
+                " mesh (--resume, --mesh)"
             )
     given = base
     if base is None:

@@ -156,7 +156,7 @@ def walk(
     leaf = core.Leaf(base, weights, size=float(base.size))
     before = after = values = core.start_values(method, base, tuple(models))
     for i, t in enumerate(method.transforms):
-        at = leaf._replace(setting=x.settings[i])
+        at = core.at_transform(leaf, i, x.settings)
         stats: tuple[Any, ...] = ()
         for j, m in enumerate(t.measures):
             if m.scope == "model" and (i, j) != stop:

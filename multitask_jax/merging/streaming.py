@@ -110,8 +110,7 @@ class Stream:
         """All passes; returns notes on tensors that were copied."""
         if self.census is not None and not self.census.exact and not self._group.index:
             # Of entries, also where the method must see whole tensors or rows.
-            loose = [e._replace(whole=False) for e in self.plan.merged]
-            sample = self._sample(loose, _SLICES, rows=False)
+            sample = self._sample(self.plan.merged, _SLICES, rows=False)
             self.census.sampled(
                 [(c.entry.path, self._deltas(c, self._read(c))[1:]) for c in sample]
             )

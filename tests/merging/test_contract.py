@@ -189,15 +189,6 @@ def tiny_models(case: Case, dtype: Any = np.float32) -> tuple[Any, list[Any]]:
 BRIEFLY = {"xla_backend_optimization_level": 0}
 
 
-class Jitted(NamedTuple):
-    """A case's models, and its merge in memory: compiled once for all tests."""
-
-    base: Any
-    models: list[Any]
-    merge: Any  # (base, models, weights, statistics) -> merged
-    out: Any  # of these models, with weights
-
-
 def jit_merge(method: merging.Method, **kwargs: Any) -> Any:
     return jax.jit(
         lambda b, m, w, k: merging.merge(method, b, m, weights=w, **k), **kwargs
@@ -206,10 +197,10 @@ def jit_merge(method: merging.Method, **kwargs: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def jitted(case):
+    """Base, models and the jitted merge with weights."""
     base, models = small_models(case)
-    merge = jit_merge(case.method)
-    out = merge(base, models, weights_of(case), known(case, base))
-    return Jitted(base, models, merge, out)
+    out = jit_merge(case.method)(base, models, weights_of(case), known(case, base))
+    return base, models, out
 
 
 def assert_close(a: Any, b: Any, like: Any, ulps: float = 2) -> None:
@@ -270,7 +261,7 @@ def test_permutation(case):
 
 
 def test_streamed_as_jitted(case, jitted, tmp_path):
-    base, models, _, out = jitted
+    base, models, out = jitted
     streamed = stream(
         tmp_path,
         case.method,
@@ -291,7 +282,7 @@ def test_streamed_without_report_in_small_chunks(case, jitted, tmp_path, monkeyp
     monkeypatch.setattr(streaming, "_SMALL", 1 << 12)
     monkeypatch.setattr(streaming, "_SLICES", 64)
     monkeypatch.setattr(streaming, "_SLICE", 16)
-    base, models, _, out = jitted
+    base, models, out = jitted
     streamed = stream(
         tmp_path,
         case.method,
@@ -315,7 +306,7 @@ def test_eager_as_jitted(case):
 
 
 def test_sharded_as_on_one_device(case, jitted):
-    base, models, _, out = jitted
+    base, models, out = jitted
     mesh = sharding.make_mesh({"model": case.devices})
     shardings = sharding.tree_shardings(base, mesh)
     placed = [jax.device_put(x, shardings) for x in (base, *models)]
