@@ -1,0 +1,261 @@
+"""BERT encoders (Devlin et al. 2019, arXiv 1810.04805) as Hugging Face stores them.
+
+The sentence encoders of this family (all-MiniLM-L6-v2 among them) average the last
+layer's tokens. `load` and `save` read and write Hugging Face directories; what a
+checkpoint holds besides the encoder (pooler, position ids) is carried along untouched.
+
+Legend: B sentences, L tokens, D width, H heads, V vocabulary.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+
+from multitask_jax import checkpoints
+
+Array = jax.Array
+Params = Mapping[str, Any]
+
+
+class Shape(NamedTuple):
+    """Sizes of an encoder, named as in config.json where it has a name for them."""
+
+    vocab_size: int
+    width: int  # hidden_size
+    depth: int  # num_hidden_layers
+    heads: int  # num_attention_heads
+    mlp_width: int  # intermediate_size
+    positions: int  # max_position_embeddings
+    types: int = 2  # type_vocab_size
+    epsilon: float = 1e-12  # layer_norm_eps
+
+
+class Layer(nn.Module):
+    """norm(x + attention(x)), then norm(x + mlp(x)); [B, L, D] -> [B, L, D]."""
+
+    shape: Shape
+
+    @nn.compact
+    def __call__(self, x: Array, bias: Array) -> Array:
+        s = self.shape
+        b, l, _ = x.shape
+        q, k, v = (
+            nn.Dense(s.width, name=name)(x).reshape(b, l, s.heads, -1)
+            for name in ("query", "key", "value")
+        )
+        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
+        y = jnp.einsum("bhqk,bkhd->bqhd", nn.softmax(scores + bias), v)
+        y = nn.Dense(s.width, name="attention_output")(y.reshape(b, l, s.width))
+        x = nn.LayerNorm(epsilon=s.epsilon, name="attention_norm")(x + y)
+        y = nn.gelu(nn.Dense(s.mlp_width, name="intermediate")(x), approximate=False)
+        y = nn.Dense(s.width, name="output")(y)
+        return nn.LayerNorm(epsilon=s.epsilon, name="output_norm")(x + y)
+
+
+class Bert(nn.Module):
+    """Token ids [B, L] and mask [B, L] (1 is a token, 0 is padding) -> [B, L, D]."""
+
+    shape: Shape
+
+    @nn.compact
+    def __call__(self, ids: Array, mask: Array, types: Array | None = None) -> Array:
+        s = self.shape
+        init = nn.initializers.normal(0.02)
+        words = self.param("words", init, (s.vocab_size, s.width))
+        positions = self.param("positions", init, (s.positions, s.width))
+        kinds = self.param("types", init, (s.types, s.width))
+        x = words[ids] + positions[None, : ids.shape[1]]
+        x += kinds[:1][None] if types is None else kinds[types]
+        x = nn.LayerNorm(epsilon=s.epsilon, name="embedding_norm")(x)
+        bias = jnp.where(mask[:, None, None, :] > 0, 0.0, jnp.finfo(x.dtype).min)
+        for i in range(s.depth):
+            x = Layer(s, name=f"layer_{i}")(x, bias)
+        return x
+
+
+def init(key: Array, shape: Shape) -> Any:
+    """Random parameters."""
+    ids = jnp.zeros((1, 1), jnp.int32)
+    return Bert(shape).init(key, ids, ids)["params"]
+
+
+def embed(params: Params, ids: Array, mask: Array, *, shape: Shape) -> Array:
+    """Sentences' embeddings [B, D]: the mean of the last layer's tokens.
+
+    Args:
+      params: as `init` and `load` give them.
+      ids: [B, L] token ids, padded with anything.
+      mask: [B, L], 1 where there is a token.
+      shape: sizes of the encoder.
+    """
+    x = Bert(shape).apply({"params": params}, ids, mask)
+    kept = mask[..., None].astype(x.dtype)
+    return jnp.sum(x * kept, axis=1) / jnp.maximum(jnp.sum(kept, axis=1), 1)
+
+
+# Linen module -> Hugging Face module, within a layer and outside of the layers.
+_IN_LAYER = {
+    "query": "attention.self.query",
+    "key": "attention.self.key",
+    "value": "attention.self.value",
+    "attention_output": "attention.output.dense",
+    "attention_norm": "attention.output.LayerNorm",
+    "intermediate": "intermediate.dense",
+    "output": "output.dense",
+    "output_norm": "output.LayerNorm",
+}
+_EMBEDDINGS = {
+    "words": "embeddings.word_embeddings.weight",
+    "positions": "embeddings.position_embeddings.weight",
+    "types": "embeddings.token_type_embeddings.weight",
+}
+
+
+def _names(shape: Shape) -> dict[tuple[str, ...], str]:
+    """Path in the parameters -> Hugging Face name, of every tensor."""
+    modules = {("embedding_norm",): "embeddings.LayerNorm"}
+    for i in range(shape.depth):
+        for name, there in _IN_LAYER.items():
+            modules[(f"layer_{i}", name)] = f"encoder.layer.{i}.{there}"
+    out: dict[tuple[str, ...], str] = {(k,): v for k, v in _EMBEDDINGS.items()}
+    for path, there in modules.items():
+        weight = "scale" if path[-1].endswith("norm") else "kernel"
+        out[(*path, weight)] = f"{there}.weight"
+        out[(*path, "bias")] = f"{there}.bias"
+    return out
+
+
+def from_hugging_face(
+    tensors: Mapping[str, Any], *, shape: Shape
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Parameters of the encoder, and what else is in the checkpoint.
+
+    Before/after: {"encoder.layer.0.output.dense.weight": [D, M], "pooler...": x} ->
+    {"layer_0": {"output": {"kernel": [M, D]}}}, {"pooler...": x}. Can be jitted.
+
+    Raises:
+      ValueError: tensors are missing; names some.
+    """
+    names = _names(shape)
+    # Checkpoints of models with a head keep the encoder under a prefix.
+    prefix = "" if names[("words",)] in tensors else "bert."
+    if missing := [n for n in names.values() if prefix + n not in tensors]:
+        raise ValueError(
+            f"not a BERT encoder of {shape.depth} layers: of {len(tensors)} tensors"
+            f" {len(missing)} are missing, among them {missing[:3]}"
+        )
+    params: dict[str, Any] = {}
+    for path, name in names.items():
+        at = params
+        for key in path[:-1]:
+            at = at.setdefault(key, {})
+        x = tensors[prefix + name]
+        at[path[-1]] = x.T if path[-1] == "kernel" else x
+    used = {prefix + name for name in names.values()}
+    return params, {k: x for k, x in tensors.items() if k not in used}
+
+
+def to_hugging_face(
+    params: Params, rest: Mapping[str, Any] | None = None, *, shape: Shape
+) -> dict[str, Any]:
+    """The inverse of `from_hugging_face`, bit for bit (without a prefix)."""
+    out = dict(rest or {})
+    for path, name in _names(shape).items():
+        x: Any = params
+        for key in path:
+            x = x[key]
+        out[name] = x.T if path[-1] == "kernel" else x
+    return out
+
+
+def shape_from_config(config: Mapping[str, Any]) -> Shape:
+    """Sizes from the contents of config.json.
+
+    Raises:
+      ValueError: another architecture, or an option that this encoder has not.
+    """
+    wanted = {
+        "model_type": "bert",
+        "hidden_act": "gelu",
+        "position_embedding_type": "absolute",
+    }
+    for key, value in wanted.items():
+        if (got := config.get(key, value)) != value:
+            raise ValueError(f"config.json: {key} is {got!r}, expected {value!r}")
+    return Shape(
+        vocab_size=config["vocab_size"],
+        width=config["hidden_size"],
+        depth=config["num_hidden_layers"],
+        heads=config["num_attention_heads"],
+        mlp_width=config["intermediate_size"],
+        positions=config["max_position_embeddings"],
+        types=config["type_vocab_size"],
+        epsilon=config["layer_norm_eps"],
+    )
+
+
+def read_shape(path: str | os.PathLike[str]) -> Shape:
+    """Sizes of the encoder in a Hugging Face directory.
+
+    Raises:
+      FileNotFoundError: no config.json there.
+      ValueError: as `shape_from_config`.
+    """
+    return shape_from_config(json.loads((Path(path) / "config.json").read_text()))
+
+
+def read_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """All tensors of a checkpoint by their stored names.
+
+    Raises:
+      CheckpointError: not a checkpoint, or damaged.
+    """
+    reader = checkpoints.open(path)
+    try:
+        return {
+            name: np.array(reader.read(name)).reshape(info.shape)
+            for name, info in reader.tensors.items()
+        }
+    finally:
+        reader.close()
+
+
+def load(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any], Shape]:
+    """Parameters, other tensors and sizes from a Hugging Face directory.
+
+    Raises:
+      FileNotFoundError: no config.json there.
+      CheckpointError: not a checkpoint, or damaged.
+      ValueError: another architecture, or tensors are missing.
+    """
+    shape = read_shape(path)
+    return (*from_hugging_face(read_tensors(path), shape=shape), shape)
+
+
+def save(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Any],
+    *,
+    like: str | os.PathLike[str],
+) -> None:
+    """Writes tensors by Hugging Face names, with the config and tokenizer of `like`.
+
+    Raises:
+      FileExistsError: `path` is there already.
+    """
+    folder = Path(path)
+    folder.mkdir(parents=True)
+    for file in Path(like).glob("*.json"):
+        if not file.name.endswith(".index.json"):
+            shutil.copyfile(file, folder / file.name)
+    host = {k: np.ascontiguousarray(x) for k, x in tensors.items()}
+    save_file(host, folder / "model.safetensors", metadata={"format": "pt"})
