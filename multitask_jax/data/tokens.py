@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-BUCKETS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+BUCKETS = (8, 16, 24, 32, 40, 48, 64, 96, 128, 192, 256, 384, 512)
 
 
 class Encoded(NamedTuple):
@@ -56,7 +56,7 @@ def encode(
     path = Path(model_dir) / "tokenizer.json"
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path}: not there; expected a Hugging Face directory with a fast tokenizer"
+            f"{path}: not there; expected a Hugging Face directory with it"
         )
     tokenizer = Tokenizer.from_file(str(path))
     tokenizer.no_padding()
