@@ -3,7 +3,7 @@
     sst2/train.tsv  sst2/validation.tsv  sst2/test.tsv
 
 Each has a header line, `label, sentence` or `label, sentence1, sentence2`, separated by
-tabs and without quoting. Labels are words or numbers; their order in the head is sorted.
+tabs and without quoting. Labels are words or numbers; the head has them in order.
 """
 
 import os

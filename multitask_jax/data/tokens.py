@@ -68,11 +68,20 @@ def encode(
     )
 
 
-def pad(encoded: Encoded, rows: np.ndarray, *, size: int | None = None) -> Batch:
-    """A batch of these rows [B], filled up to `size` with empty ones."""
+def pad(
+    encoded: Encoded,
+    rows: np.ndarray,
+    *,
+    size: int | None = None,
+    buckets: Sequence[int] = BUCKETS,
+) -> Batch:
+    """A batch of these rows [B], filled up to `size` with empty ones.
+
+    It is as long as the first of `buckets` that holds its longest sentence.
+    """
     size = len(rows) if size is None else size
     longest = max(len(s) for i in rows for s in encoded.ids[i])
-    length = next((b for b in BUCKETS if b >= longest), longest)
+    length = next((b for b in buckets if b >= longest), longest)
     shape = (size, len(encoded.ids[0]), length)
     ids, mask = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     for b, i in enumerate(rows):
