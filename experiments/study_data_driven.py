@@ -1,0 +1,188 @@
+"""Merges that look at unlabelled rows: Fisher, RegMean(++), AdaMerging(++), WEMoE.
+
+They are given `apply_fn(tensors, inputs) -> logits` on tensors by Hugging Face names,
+so that statistics fit the checkpoints, and nothing about the architecture.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments.study_tasks import NEVER, Head, features
+from multitask_jax import merging
+from multitask_jax.data import tokens
+from multitask_jax.models import bert
+
+Tensors = dict[str, Any]
+Inputs = dict[str, Any]  # ids and mask [B, S, L]
+
+
+def apply_fns(
+    heads: Mapping[str, Head], shape: bert.Shape
+) -> dict[str, Callable[[Tensors, Inputs], jax.Array]]:
+    """Logits of each task, of its own classes only."""
+
+    def one(head: Head) -> Callable[[Tensors, Inputs], jax.Array]:
+        classes = int(np.sum(head.bias > NEVER / 2))
+        kernel, bias = head.kernel[:, :classes], head.bias[None, :classes]
+
+        def apply(tensors: Tensors, inputs: Inputs) -> jax.Array:
+            params, _ = bert.from_hugging_face(tensors, shape=shape)
+            n, s, l = inputs["ids"].shape
+            flat = (inputs[k].reshape(n * s, l) for k in ("ids", "mask"))
+            u = bert.embed(params, *flat, shape=shape).reshape(n, s, -1)
+            return features(u) @ kernel + bias
+
+        return apply
+
+    return {name: one(head) for name, head in heads.items()}
+
+
+def unlabelled(
+    encoded: Mapping[str, tokens.Encoded], *, rows: int, batch_size: int, length: int
+) -> dict[str, list[Inputs]]:
+    """Batches of each task's first rows, all of one shape: one program a task.
+
+    Sentences are cut to `length` tokens (the last of them stays at the end).
+    """
+    out = {}
+    for name, e in encoded.items():
+        cut = tokens.Encoded(
+            [
+                tuple(
+                    s if len(s) <= length else np.append(s[: length - 1], s[-1])
+                    for s in row
+                )
+                for row in e.ids[:rows]
+            ]
+        )
+        starts = range(0, len(cut.ids) - batch_size + 1, batch_size)
+        padded = [
+            tokens.pad(cut, np.arange(i, i + batch_size), buckets=(length,))
+            for i in starts
+        ]
+        out[name] = [{"ids": p.ids, "mask": p.mask} for p in padded]
+    return out
+
+
+def save_statistics(
+    folder: Path,
+    functions: Mapping[str, Callable[..., Any]],
+    models: Mapping[str, Tensors],
+    batches: Mapping[str, Sequence[Inputs]],
+    *,
+    fisher_rows: int,
+    seed: int,
+) -> dict[str, str]:
+    """Files of Gram matrices and Fisher diagonals beside each model, made once.
+
+    Fisher's labels are drawn from the model's own predictions, one a row: an unbiased
+    estimate of the expectation, at the price of one gradient a row.
+
+    Returns:
+      {"gram", "fisher"}: what --statistics takes.
+    """
+    files: dict[str, list[str]] = {"gram": [], "fisher": []}
+    for i, (name, model) in enumerate(models.items()):
+        apply = functions[name]
+        predict = jax.jit(apply)
+        for kind, made in files.items():
+            path = folder / name / f"{kind}.safetensors"
+            made.append(str(path))
+            if path.exists():
+                continue
+            if kind == "gram":
+                found: Any = merging.gram_matrices(apply, model, batches[name])
+                merging.save_statistics(path, found)
+                continue
+            size = len(batches[name][0]["ids"])
+            few = batches[name][: max(1, fisher_rows // size)]
+            key = jax.random.key(seed * 1000 + i)
+            pairs = [
+                (
+                    b,
+                    jax.random.categorical(
+                        jax.random.fold_in(key, j), predict(model, b)
+                    ),
+                )
+                for j, b in enumerate(few)
+            ]
+            found = merging.fisher_diagonal(
+                apply, model, pairs, labels="given", examples_at_once=4
+            )
+            merging.save_statistics(path, found, examples=size * len(few))
+    return {kind: ",".join(made) for kind, made in files.items()}
+
+
+def in_memory(
+    functions: Mapping[str, Callable[..., Any]],
+    base: Tensors,
+    models: Mapping[str, Tensors],
+    batches: Mapping[str, Sequence[Inputs]],
+    *,
+    steps: int,
+    off_diagonal: float,
+) -> dict[str, Callable[[], Tensors]]:
+    """Rows that have no streamed form, each a function that merges."""
+    names = list(models)
+    f = [functions[n] for n in names]
+    many = [models[n] for n in names]
+    data = [list(batches[n]) for n in names]
+    adam = optax.adam(1e-2)  # the paper's 1e-3 takes 500 steps and more
+
+    def regmean_plus_plus() -> Tensors:
+        return merging.regmean_plus_plus(f, many, data, off_diagonal=off_diagonal)
+
+    def adamerging(level: str) -> Tensors:
+        found = merging.adamerging(
+            f, base, many, data, level=level, steps=steps, optimiser=adam
+        )
+        return found.params
+
+    def adamerging_plus_plus() -> Tensors:
+        found = merging.adamerging_plus_plus(
+            f, base, many, data, level="leaf", steps=steps, optimiser=adam
+        )
+        return found.params
+
+    return {
+        "RegMean++": regmean_plus_plus,
+        "AdaMerging, by task": lambda: adamerging("task"),
+        "AdaMerging, by leaf": lambda: adamerging("leaf"),
+        "AdaMerging++, by leaf": adamerging_plus_plus,
+    }
+
+
+def sparse_means(
+    inputs: Any, *, density: float, reference: Tensors | None = None
+) -> Any:
+    """Models with trimmed task vectors, for ablations of TIES that no flag has.
+
+    With a reference only entries that go its way stay: an oracle of signs. A mean over
+    what is left (`ram` with epsilon 0) follows.
+    """
+    prune = merging.magnitude_prune(density=density, trim_scope="model")
+
+    @jax.jit
+    def one(base: Tensors, model: Tensors, reference: Tensors | None) -> Tensors:
+        trimmed = merging.merge(prune, base, [model], include=inputs.include)
+        if reference is None:
+            return trimmed
+        agrees = {
+            k: jnp.sign(trimmed[k] - x) == jnp.sign(reference[k] - x)
+            for k, x in base.items()
+            if k in reference
+        }
+        return trimmed | {
+            k: jnp.where(same, trimmed[k], base[k]) for k, same in agrees.items()
+        }
+
+    known = None
+    if reference is not None:
+        known = {k: reference[k] for k in inputs.base if k not in inputs.integers}
+    return inputs._replace(models=[one(inputs.base, m, known) for m in inputs.models])
