@@ -59,6 +59,7 @@ def same_bits(a, b):
     """Whether two trees have the same structure, dtypes and bits."""
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        x, y = map(jnp.asarray, (x, y))
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             x, y = jax.random.key_data(x), jax.random.key_data(y)
         assert x.dtype == y.dtype
