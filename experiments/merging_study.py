@@ -38,7 +38,7 @@ from experiments import (
     study_report,
 )
 from experiments.flags import flag
-from experiments.study_merges import Entry
+from experiments.study_merges import Entry, Merger
 from experiments.study_store import Store, remember
 from experiments.study_tasks import Evaluator, Head, Pool, make_pool, sample
 from experiments.study_training import JOINT, Data, Recipe, make_heads, train
@@ -108,6 +108,7 @@ class Seed(NamedTuple):
     heads: dict[str, Head]
     test: Pool
     config: merge.Config  # base and models
+    merger: Merger  # of them
 
 
 def check(config: Config) -> tuple[list[int], list[str], list[str]]:
@@ -222,7 +223,8 @@ class Study:
             self.store.once("training", name, index, lambda made=made: made)
         models = ",".join(str(folder / n) for n in self.names)
         flags = merge.Config(base=config.model_dir, models=models)
-        return Seed(index, folder, data, heads, pools["test"], flags)
+        merger = Merger(flags, folder)
+        return Seed(index, folder, data, heads, pools["test"], flags, merger)
 
     def references(self, seed: Seed) -> None:
         """Base, specialists and the joint model, on every task."""
@@ -245,32 +247,30 @@ class Study:
         return self.store.records[(part, row, first)]["coefficients"]
 
     def row(
-        self, part: str, entry: Entry, seed: Seed, first: int, config: merge.Config
+        self, part: str, entry: Entry, seed: Seed, first: int, merger: Merger
     ) -> dict[str, Any]:
-        """Tunes a row and scores it; the methods' own rows go through the disk."""
+        """Tunes a row and scores it; the main table's go through the command line."""
+        names = [Path(m).name for m in merger.models]
+
+        def score(tensors: Any, pool: Pool) -> dict[str, float]:
+            found = self.accuracies(tensors, seed, pool)
+            return {n: found[n] for n in names}
 
         def make() -> dict[str, Any]:
             known = self.known(part, entry.label, seed, first)
-            names = [Path(m).name for m in config.models.split(",")]
-
-            def score(tensors: Any, pool: Pool) -> dict[str, float]:
-                found = self.accuracies(tensors, seed, pool)
-                return {n: found[n] for n in names}
-
-            on_disk = part == "methods"
             out: dict[str, Any] = {}
-            if on_disk and known is not None:
-                tensors, coefficients, scores = None, known, []
-            else:
-                tuned = study_merges.tune(
-                    entry, config, lambda x: score(x, seed.data.validation), known
+            if part != "methods" or known is None:
+                coefficients, scores, tensors = study_merges.tune(
+                    entry, merger, lambda x: score(x, seed.data.validation), known
                 )
-                coefficients, scores, tensors, _ = tuned
-            if on_disk:
-                flags = dataclasses.replace(config, **entry.flags)
-                output = seed.folder / "merged"
+            else:
+                coefficients, scores, tensors = known, [], None
+            if part == "methods":
                 final = study_merges.merge_on_disk(
-                    flags, coefficients, output, measured=tensors is not None
+                    dataclasses.replace(merger.config, **entry.flags),
+                    coefficients,
+                    seed.folder / "merged",
+                    measured=seed.index == first,
                 )
                 out = {
                     "command": " ".join(final.command[1:]),
@@ -301,8 +301,11 @@ class Study:
             bar.set_description(f"seed {seed.index}: {entry.label}")
             method = entry.flags["method"]
             statistics = files[kind[method]] if method in kind else None
-            config = dataclasses.replace(seed.config, statistics=statistics)
-            self.row("methods", entry, seed, first, config)
+            merger = seed.merger
+            if statistics is not None:
+                config = dataclasses.replace(seed.config, statistics=statistics)
+                merger = Merger(config, seed.folder)
+            self.row("methods", entry, seed, first, merger)
 
     def functions(self, seed: Seed) -> Any:
         """What data-driven methods are given: a function and batches a task."""
@@ -356,24 +359,30 @@ class Study:
                 "test": score(models, seed.test),
             }
 
+        def tall_masks(tall_lambda: str) -> dict[str, Any]:
+            flags = {"method": "tall_masks", "tall_lambda": tall_lambda}
+            merger = seed.merger
+            return {
+                n: merger.at(merger.task_vector(task=t, **flags), {})
+                for t, n in enumerate(self.names)
+            }
+
         def tall() -> dict[str, Any]:
-            options = study_merges.spread(study_merges.BETAS, self.config.budget)
             known = self.known("methods", "TALL masks", seed, first)
             scores = []
             if known is None:
-                for value in options:
-                    models = study_merges.tall_models(seed.config, self.names, value)
-                    own = {
-                        n: self.accuracies(models[n], seed, seed.data.own[n])[n]
-                        for n in self.names
-                    }
-                    scores.append(float(np.mean(list(own.values()))))
-                known = {"tall_lambda": options[int(np.argmax(scores))]}
-            models = study_merges.tall_models(seed.config, self.names, **known)
+                for value in study_merges.TALL_LAMBDAS[: self.config.budget]:
+                    own = [
+                        self.accuracies(model, seed, seed.data.own[n])[n]
+                        for n, model in tall_masks(value).items()
+                    ]
+                    scores.append(float(np.mean(own)))
+                best = study_merges.TALL_LAMBDAS[int(np.argmax(scores))]
+                known = {"tall_lambda": best}
             return {
                 "coefficients": known,
                 "validation": scores,
-                "test": score(models, seed.test),
+                "test": score(tall_masks(**known), seed.test),
             }
 
         self.store.once("methods", "EMR", seed.index, emr)
@@ -412,13 +421,13 @@ class Study:
                 models = seed.config.models.split(",")[:n]
                 config = dataclasses.replace(seed.config, models=",".join(models))
                 row = entry._replace(label=f"{entry.label}: {n}")
-                self.row("counts", row, seed, first, config)
+                self.row("counts", row, seed, first, Merger(config, seed.folder))
 
     def ablations(self, seed: Seed, first: int) -> None:
         """What each step of TIES is worth; scales are tuned for each."""
         joint = self.floats(seed.folder / JOINT)
         for entry in study_merges.ablations(self.config.budget, joint):
-            self.row("ablations", entry, seed, first, seed.config)
+            self.row("ablations", entry, seed, first, seed.merger)
 
 
 def run(config: Config) -> Result:

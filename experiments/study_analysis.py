@@ -3,14 +3,17 @@
 All on the first seed's specialists. A `study` is experiments.merging_study.Study.
 """
 
+import contextlib
 import dataclasses
+import io
 import json
 from typing import Any
 
 import jax
 import numpy as np
 
-from experiments import merge, study_merges
+from experiments import merge
+from experiments.study_merges import Merger
 from experiments.study_training import batch_of, loss_fn
 from multitask_jax import merging, training
 
@@ -23,12 +26,16 @@ def redundancy(study: Any, seed: Any) -> None:
     for name in study.names:
         config = dataclasses.replace(seed.config, models=str(seed.folder / name))
 
-        def own(tensors: Any, name: str = name) -> dict[str, float]:
-            return study.accuracies(tensors, seed, seed.data.own[name])
-
-        def make(config: merge.Config = config, own: Any = own) -> dict[str, Any]:
-            found = study_merges.redundancy(config, DENSITIES, own)
-            return {"densities": DENSITIES, "validation": [*found.values()]}
+        def make(config: Any = config, name: str = name) -> dict[str, Any]:
+            merger = Merger(config, seed.folder)
+            found = []
+            for density in DENSITIES:
+                tau = merger.task_vector(
+                    method="magnitude_prune", trim_scope="model", density=str(density)
+                )
+                pool = seed.data.own[name]
+                found.append(study.accuracies(merger.at(tau, {}), seed, pool)[name])
+            return {"densities": DENSITIES, "validation": found}
 
         study.store.once("redundancy", name, seed.index, make)
 
@@ -36,24 +43,30 @@ def redundancy(study: Any, seed: Any) -> None:
 def forgetting(study: Any, seed: Any) -> None:
     """A specialist's target and control tasks over alpha, by LiNeS and by WiSE-FT.
 
-    alpha is chosen on validation rows by the criterion of LiNeS, for both.
+    LiNeS scales by alpha + (1 - alpha) l / (L - 1), WiSE-FT by alpha throughout. alpha
+    is chosen on validation rows by the criterion of LiNeS, for both.
     """
-    for name in study.names:
-        config = dataclasses.replace(seed.config, models=str(seed.folder / name))
+    ways = {
+        "LiNeS": lambda a: {"lines_alpha": a, "lines_beta": 1.0 - a},
+        "WiSE-FT": lambda a: {"scale": a},
+    }
+    for t, name in enumerate(study.names):
 
-        def make(config: merge.Config = config, name: str = name) -> dict[str, Any]:
+        def make(t: int = t, name: str = name) -> dict[str, Any]:
             others = [n for n in study.names if n != name]
-            merged = study_merges.along_alpha(config)
+            tau = seed.merger.own(t)
             out: dict[str, Any] = {"alphas": ALPHAS}
-            for way, tensors_at in merged.items():
+            for way, at in ways.items():
                 found = [
-                    study.accuracies(tensors_at(a), seed, seed.data.validation)
+                    study.accuracies(
+                        seed.merger.at(tau, at(a)), seed, seed.data.validation
+                    )
                     for a in ALPHAS
                 ]
                 out[way] = {"validation": found}
-            # WiSE-FT ends in the base, and in the specialist itself.
+            # WiSE-FT starts at the base, and ends at the specialist itself.
             base, *_, tuned = out["WiSE-FT"]["validation"]
-            for way, tensors_at in merged.items():
+            for way, at in ways.items():
                 found = out[way]["validation"]
                 alpha = merging.select_alpha(
                     ALPHAS,
@@ -62,8 +75,11 @@ def forgetting(study: Any, seed: Any) -> None:
                     fine_tuned=tuned[name],
                     zero_shot=[base[n] for n in others],
                 )
-                test = study.accuracies(tensors_at(alpha), seed, seed.test)
-                out[way] |= {"alpha": alpha, "test": test}
+                model = seed.merger.at(tau, at(alpha))
+                out[way] |= {
+                    "alpha": alpha,
+                    "test": study.accuracies(model, seed, seed.test),
+                }
             return out
 
         study.store.once("forgetting", name, seed.index, make)
@@ -102,15 +118,15 @@ def conflicts(study: Any, seed: Any) -> None:
 
     def make() -> dict[str, Any]:
         output = seed.folder / "merged"
-        study_merges.quietly(
-            dataclasses.replace(
-                seed.config,
-                method="ties",
-                output=str(output),
-                overwrite=True,
-                progress=False,
-            )
+        config = dataclasses.replace(
+            seed.config,
+            method="ties",
+            output=str(output),
+            overwrite=True,
+            progress=False,
         )
+        with contextlib.redirect_stdout(io.StringIO()):
+            merge.run(config)
         report = json.loads((output / "merge_report.json").read_text())
         return {"depths": report["depths"]}
 

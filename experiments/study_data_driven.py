@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -165,33 +164,3 @@ def in_memory(
         "AdaMerging, by leaf": lambda: adamerging("leaf"),
         "AdaMerging++, by leaf": adamerging_plus_plus,
     }
-
-
-def sparse_means(
-    inputs: Any, *, density: float, reference: Tensors | None = None
-) -> Any:
-    """Models with trimmed task vectors, for ablations of TIES that no flag has.
-
-    With a reference only entries that go its way stay: an oracle of signs. A mean over
-    what is left (`ram` with epsilon 0) follows.
-    """
-    prune = merging.magnitude_prune(density=density, trim_scope="model")
-
-    @jax.jit
-    def one(base: Tensors, model: Tensors, reference: Tensors | None) -> Tensors:
-        trimmed = merging.merge(prune, base, [model], include=inputs.include)
-        if reference is None:
-            return trimmed
-        agrees = {
-            k: jnp.sign(trimmed[k] - x) == jnp.sign(reference[k] - x)
-            for k, x in base.items()
-            if k in reference
-        }
-        return trimmed | {
-            k: jnp.where(same, trimmed[k], base[k]) for k, same in agrees.items()
-        }
-
-    known = None
-    if reference is not None:
-        known = {k: reference[k] for k in inputs.base if k not in inputs.integers}
-    return inputs._replace(models=[one(inputs.base, m, known) for m in inputs.models])

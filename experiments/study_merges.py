@@ -1,32 +1,36 @@
 """The rows of the study's tables: methods, their candidates, tuning, the final merge.
 
-Every row has the same budget of evaluations on validation rows. Candidates are merged
-in memory (`experiments.candidates`); the chosen one is merged once more by the command
-line that users run.
+Every row has the same budget of evaluations on validation rows. A merged task vector is
+made once for all candidates that differ in scale or LiNeS alone, by the streamed merge;
+these are applied in memory by one compiled function. The chosen merge is made once more
+by the command line that users run, and compared.
 
 Legend: T tasks.
 """
 
 import contextlib
 import dataclasses
-import functools
 import io
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from experiments import candidates, merge, study_data_driven
+from experiments import candidates, merge
 from experiments.benchmark_merge import measure
 from multitask_jax import checkpoints, merging
+from multitask_jax.checkpoints import delta_file
 from multitask_jax.models import bert
 
 Coefficients = dict[str, Any]
 Tensors = Mapping[str, Any]
-Evaluate = Callable[[Tensors], dict[str, float]]  # tensors -> accuracy by task
+Score = Callable[[Tensors], dict[str, float]]  # tensors -> accuracy by task
 
 # Of few models only, or of one task at a time: rows of their own or none.
 LEFT_OUT = {
@@ -40,10 +44,11 @@ LEFT_OUT = {
 }
 # lambda of methods that add up T task vectors, and of those that average or choose.
 SUMS = ("task_arithmetic", "magnitude_prune", "dare", "della", "breadcrumbs")
-SCALES = {True: (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)}
-SCALES[False] = (0.3, 0.5, 0.8, 1.0, 1.3, 1.6, 2.0, 3.0)
+SUM_SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
+SCALES = (0.3, 0.5, 0.8, 1.0, 1.3, 1.6, 2.0, 3.0)
 BETAS = (0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0, 1.5)
-# A second coefficient: two values, each with half of the scales.
+TALL_LAMBDAS = ("0.2", "0.3", "0.4", "0.6")
+# A second coefficient: its values share the budget.
 SECOND: dict[str, tuple[str, tuple[Any, ...]]] = {
     "ties": ("density", ("0.2", "0.5")),
     "magnitude_prune": ("density", ("0.2", "0.5")),
@@ -56,8 +61,9 @@ SECOND: dict[str, tuple[str, tuple[Any, ...]]] = {
     "pcb": ("density", ("0.05", "0.2")),
     "sce": ("topk", (0.1, 1.0)),
     "consensus": ("tall_lambda", ("0.2", "0.4")),
-    "regmean": ("off_diagonal", (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99)),
 }
+OFF_DIAGONALS = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
+SWEPT = ("scale", "lines_alpha", "lines_beta")  # applied in memory
 
 
 class Entry(NamedTuple):
@@ -66,8 +72,8 @@ class Entry(NamedTuple):
     label: str
     flags: Coefficients
     grid: tuple[Coefficients, ...]
-    # Changes the models first (ablations that no flag has).
-    prepare: Callable[[candidates.Inputs], candidates.Inputs] | None = None
+    # The merged task vector of an ablation that no flag has.
+    tau: Callable[["Merger"], dict[str, np.ndarray]] | None = None
 
 
 class Tuned(NamedTuple):
@@ -76,7 +82,6 @@ class Tuned(NamedTuple):
     coefficients: Coefficients
     scores: list[float]  # of all candidates, in the grid's order
     tensors: dict[str, np.ndarray]  # the best merge
-    seconds: float
 
 
 def spread(values: Sequence[Any], count: int) -> list[Any]:
@@ -89,21 +94,20 @@ def spread(values: Sequence[Any], count: int) -> list[Any]:
 
 def grid(method: str, *, lines: bool, budget: int) -> tuple[Coefficients, ...]:
     """At most `budget` candidates of a method."""
-    takes = candidates.takes(method)
-    name, values = SECOND.get(method, ("", ()))
+    scaled = "scale" in candidates.takes(method)
     if lines:
         axis, along = "lines_beta", BETAS
-    elif "scale" in takes:
-        axis, along = "scale", SCALES[method in SUMS]
+    elif scaled:
+        axis, along = "scale", SUM_SCALES if method in SUMS else SCALES
+    elif method == "regmean":
+        return tuple({"off_diagonal": x} for x in spread(OFF_DIAGONALS, budget))
     else:
-        return tuple({name: v} for v in spread(values, budget)) if name else ({},)
-    if not name:
+        return ({},)
+    name, values = SECOND.get(method, ("", ()))
+    if not name or budget < 2 * len(values):
         return tuple({axis: x} for x in spread(along, budget))
-    # With LiNeS, what has no scale keeps its second coefficient's default.
-    if "scale" not in takes or budget < 4:
-        return tuple({axis: x} for x in spread(along, budget))
-    half = spread(along, budget // len(values))
-    return tuple({name: v, axis: x} for v in values for x in half)
+    part = spread(along, budget // len(values))
+    return tuple({name: v, axis: x} for v in values for x in part)
 
 
 def entries(budget: int) -> list[Entry]:
@@ -120,44 +124,99 @@ def entries(budget: int) -> list[Entry]:
     return out
 
 
-@functools.lru_cache(maxsize=1)
-def _read(config: merge.Config) -> candidates.Inputs:
-    return candidates.read_inputs(config, merge.build_method(config))
+@jax.jit
+def add_scaled(base: Tensors, tau: Tensors, alpha: Any, beta: Any) -> Tensors:
+    """theta_0 + (alpha + beta l / (L - 1)) tau, as the command line computes it."""
+    scaled = merging.scale_by_depth(alpha=alpha, beta=beta)
+    # The model given is the task vector itself: nothing is subtracted first.
+    return merging.merge(merging.Method((scaled,), start="parameters"), base, [tau])
 
 
-def inputs_of(config: merge.Config) -> candidates.Inputs:
-    """Base and models in memory; the same object while they are the same."""
-    plain = "task_arithmetic" if config.statistics is None else config.method
-    few = {"base": config.base, "models": config.models}
-    return _read(merge.Config(**few, method=plain, statistics=config.statistics))
+class Merger:
+    """Merges of one set of models; the last task vectors are kept."""
+
+    def __init__(self, config: merge.Config, folder: Path):
+        self.config, self.folder = config, folder
+        self.models = config.models.split(",")
+        stored = bert.read_tensors(config.base)
+        self.base = {k: x for k, x in stored.items() if x.dtype.kind == "f"}
+        self.rest = {k: x for k, x in stored.items() if k not in self.base}
+        self._on_device = jax.device_put(self.base)
+        self._kept: dict[str, dict[str, np.ndarray]] = {}
+
+    def task_vector(self, **flags: Any) -> dict[str, np.ndarray]:
+        """tau by a method at scale 1, without LiNeS, in float32."""
+        key = repr(sorted(flags.items()))
+        if key not in self._kept:
+            output = self.folder / "delta"
+            config = dataclasses.replace(
+                self.config, **flags, output=str(output), output_format="delta"
+            )
+            quietly(config)
+            reader = checkpoints.open(self.config.base)
+            found = delta_file.read(output, reader)
+            reader.close()
+            shutil.rmtree(output)
+            if len(self._kept) > 2:
+                self._kept.pop(next(iter(self._kept)))
+            self._kept[key] = found
+        return self._kept[key]
+
+    def own(self, t: int) -> dict[str, np.ndarray]:
+        """tau_t = theta_t - theta_0."""
+        model = bert.read_tensors(self.models[t])
+        return {k: model[k] - x for k, x in self.base.items()}
+
+    def norm_alpha(self, tau: Tensors) -> float:
+        """LiNeS' alpha by the norm rule, to four digits, so that flags can tell it."""
+        total = self.task_vector(method="task_arithmetic")
+        alpha = merging.norm_rule(total, dict(tau), len(self.models))
+        return float(f"{float(alpha):.4g}")
+
+    def at(self, tau: Tensors, swept: Coefficients) -> dict[str, np.ndarray]:
+        """The model of a task vector at a scale or with LiNeS."""
+        alpha = swept.get("lines_alpha", swept.get("scale", 1.0))
+        beta = swept.get("lines_beta", 0.0)
+        zeros = {k: x for k, x in self.base.items() if k not in tau}
+        full = dict(tau) | {k: np.zeros_like(x) for k, x in zeros.items()}
+        found = add_scaled(self._on_device, full, jnp.float32(alpha), jnp.float32(beta))
+        return {k: np.asarray(x) for k, x in found.items()} | self.rest
 
 
 def tune(
-    entry: Entry, config: merge.Config, evaluate: Evaluate, known: Coefficients | None
+    entry: Entry, merger: Merger, score: Score, known: Coefficients | None = None
 ) -> Tuned:
     """The candidate of the best mean accuracy over tasks; the first of equals.
 
     Args:
       entry: the row.
-      config: base, models and statistics.
-      evaluate: on validation rows.
-      known: coefficients chosen before: nothing is evaluated then.
+      merger: of base and models.
+      score: on validation rows.
+      known: coefficients chosen before: nothing is scored then.
     """
-    start = time.perf_counter()
-    config = dataclasses.replace(config, **entry.flags)
-    inputs = inputs_of(config)
-    if entry.prepare is not None:
-        inputs = entry.prepare(inputs)
-    merges = candidates.Candidates(config, inputs, lambda params: 0.0)
-    best: Coefficients = entry.grid[0] if known is None else known
-    scores: list[float] = []
-    if known is None and len(entry.grid) > 1:
-        for coefficients in entry.grid:
-            found = evaluate(merges.params(coefficients))
-            scores.append(float(np.mean(list(found.values()))))
-        best = entry.grid[int(np.argmax(scores))]
-    tensors = {k: np.asarray(x) for k, x in merges.params(best).items()}
-    return Tuned(best, scores, tensors, time.perf_counter() - start)
+
+    def model(given: Coefficients) -> tuple[Coefficients, dict[str, np.ndarray]]:
+        flags = {k: v for k, v in (entry.flags | given).items() if k not in SWEPT}
+        swept = {k: v for k, v in (entry.flags | given).items() if k in SWEPT}
+        tau = merger.task_vector(**flags) if entry.tau is None else entry.tau(merger)
+        if swept.get("lines_alpha") == "norm":
+            swept["lines_alpha"] = merger.norm_alpha(tau)
+            given = given | {"lines_alpha": swept["lines_alpha"]}
+        return given, merger.at(tau, swept)
+
+    if known is not None:
+        return Tuned(known, [], model(known)[1])
+    if len(entry.grid) == 1:
+        found, tensors = model(entry.grid[0])
+        return Tuned(found, [], tensors)
+    best: tuple[float, Coefficients, Any] = (-1.0, {}, None)
+    scores = []
+    for candidate in entry.grid:
+        found, tensors = model(candidate)
+        scores.append(float(np.mean(list(score(tensors).values()))))
+        if scores[-1] > best[0]:
+            best = scores[-1], found, tensors
+    return Tuned(best[1], scores, best[2])
 
 
 def command_line(config: merge.Config) -> list[str]:
@@ -172,7 +231,8 @@ def command_line(config: merge.Config) -> list[str]:
 
 
 def quietly(config: merge.Config) -> None:
-    """`experiments.merge` without its line of success."""
+    """`experiments.merge` in this process, without its line of success."""
+    config = dataclasses.replace(config, progress=False, report=False, overwrite=True)
     with contextlib.redirect_stdout(io.StringIO()):
         merge.run(config)
 
@@ -216,14 +276,12 @@ def difference(a: Tensors, b: Tensors) -> float:
     if set(a) != set(b):
         raise ValueError(f"tensors differ: {sorted(set(a) ^ set(b))[:5]}")
     largest = 0.0
-    for name, x in a.items():
-        x, y = np.asarray(x), np.asarray(b[name])
+    for name, value in a.items():
+        x, y = np.asarray(value), np.asarray(b[name])
         if x.tobytes() != y.tobytes():
-            wide = x.astype(np.float64) - y.astype(np.float64)
+            gap = np.max(np.abs(x.astype(np.float64) - y.astype(np.float64)))
             # Equal values of different bytes (-0) are a difference, too.
-            largest = max(
-                largest, float(np.max(np.abs(wide))), np.finfo(np.float32).tiny
-            )
+            largest = max(largest, float(gap), float(np.finfo(np.float32).tiny))
     return largest
 
 
@@ -237,46 +295,34 @@ def emr_models(
     base = bert.read_tensors(config.base)
     models = {}
     for task in tasks:
-        known = merging.load_task(
-            output / "tasks" / f"{task}.safetensors", reader.tensors
-        )
+        path = output / "tasks" / f"{task}.safetensors"
+        known = merging.load_task(path, reader.tensors)
         models[task] = merging.specialise(final.tensors, known, base=base)
     reader.close()
     return models, final
 
 
-def redundancy(
-    config: merge.Config, densities: Sequence[float], evaluate: Evaluate
-) -> dict[float, dict[str, float]]:
-    """Accuracy of one model trimmed to its largest changes over the whole model."""
-    config = dataclasses.replace(
-        config, method="magnitude_prune", trim_scope="model", scale=1.0
-    )
-    merges = candidates.Candidates(config, inputs_of(config), lambda params: 0.0)
-    return {d: evaluate(merges.params({"density": str(d)})) for d in densities}
+def mean_of_kept(
+    merger: Merger, *, density: float, reference: Tensors | None = None
+) -> dict[str, np.ndarray]:
+    """TIES without its election: the mean over models of what trimming leaves.
 
-
-def along_alpha(config: merge.Config) -> dict[str, Callable[[float], Tensors]]:
-    """One model at alpha: LiNeS (beta = 1 - alpha), and WiSE-FT (all by alpha)."""
-    config = dataclasses.replace(config, method="task_arithmetic")
-    merges = candidates.Candidates(config, inputs_of(config), lambda params: 0.0)
-    return {
-        "LiNeS": lambda a: merges.params({"lines_alpha": a, "lines_beta": 1.0 - a}),
-        "WiSE-FT": lambda a: merges.params({"scale": a}),
-    }
-
-
-def tall_models(
-    config: merge.Config, tasks: Sequence[str], tall_lambda: float
-) -> dict[str, Tensors]:
-    """TALL masks' model of each task, in memory."""
-    config = dataclasses.replace(config, method="tall_masks")
-    inputs = inputs_of(config)
-    merges = candidates.Candidates(config, inputs, lambda params: 0.0)
-    return {
-        task: merges.params({"task": t, "tall_lambda": str(tall_lambda)})
-        for t, task in enumerate(tasks)
-    }
+    With a reference model only entries that go its way are left: an oracle of signs.
+    """
+    total: dict[str, np.ndarray] = {}
+    count: dict[str, np.ndarray] = {}
+    for model in merger.models:
+        alone = Merger(dataclasses.replace(merger.config, models=model), merger.folder)
+        trimmed = alone.task_vector(
+            method="magnitude_prune", trim_scope="model", density=str(density)
+        )
+        for k, tau in trimmed.items():
+            if reference is not None:
+                agrees = np.sign(tau) == np.sign(reference[k] - merger.base[k])
+                tau = np.where(agrees, tau, np.float32(0))
+            total[k] = total.get(k, 0) + tau
+            count[k] = count.get(k, 0) + (tau != 0)
+    return {k: x / np.maximum(count[k], 1).astype(x.dtype) for k, x in total.items()}
 
 
 def ablations(budget: int, joint: Tensors) -> list[Entry]:
@@ -284,9 +330,8 @@ def ablations(budget: int, joint: Tensors) -> list[Entry]:
 
     "Oracle signs" are those of the joint model's change of the base.
     """
-    scales = tuple({"scale": x} for x in spread(SCALES[False], budget))
+    scales = tuple({"scale": x} for x in spread(SCALES, budget))
     ties = {"method": "ties", "density": "0.2"}
-    mean = {"method": "ram", "epsilon": 0.0}
     variants = {
         "TIES": ties,
         "no trim": ties | {"density": "1.0"},
@@ -296,14 +341,28 @@ def ablations(budget: int, joint: Tensors) -> list[Entry]:
             f"density {d}": ties | {"density": d} for d in ("0.05", "0.1", "0.5", "0.8")
         },
     }
-    keep = study_data_driven.sparse_means
     return [
         *(Entry(label, flags, scales) for label, flags in variants.items()),
-        Entry("no election", mean, scales, lambda x: keep(x, density=0.2)),
+        Entry("no election", {}, scales, remembered(mean_of_kept, density=0.2)),
         Entry(
             "oracle signs",
-            mean,
+            {},
             scales,
-            lambda x: keep(x, density=0.2, reference=joint),
+            remembered(mean_of_kept, density=0.2, reference=joint),
         ),
     ]
+
+
+def remembered(
+    make: Callable[..., dict[str, np.ndarray]], **options: Any
+) -> Callable[[Merger], dict[str, np.ndarray]]:
+    """`make(merger, **options)`, made once for all candidates of a row."""
+    made: dict[int, dict[str, np.ndarray]] = {}
+
+    def tau(merger: Merger) -> dict[str, np.ndarray]:
+        if id(merger) not in made:
+            made.clear()
+            made[id(merger)] = make(merger, **options)
+        return made[id(merger)]
+
+    return tau

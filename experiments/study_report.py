@@ -246,7 +246,7 @@ def _trim(path: Path, records: Records, trimmed: Sequence[str]) -> str:
     for name in trimmed:
         record = records.get("redundancy", name)[0]
         densities = record["densities"]
-        accuracy = [100 * v[name] for v in record["validation"]]
+        accuracy = [100 * v for v in record["validation"]]
         axes.plot(
             [100 * d for d in densities], accuracy, "o-", markersize=4, label=name
         )
@@ -300,7 +300,7 @@ def _forgetting(path: Path, records: Records, forgot: Sequence[str]) -> str:
 def _depth(path: Path, depths: Mapping[str, Any]) -> None:
     figure = Figure((5, 3), layout="constrained")
     axes = figure.add_subplot()
-    conflicts = [100 * d["sign_conflicts"] for d in depths.values()]
+    conflicts = [100 * d["conflict_rate"] for d in depths.values()]
     axes.bar(range(len(depths)), conflicts)
     axes.set_xticks(range(len(depths)), list(depths), rotation=30, fontsize=7)
     axes.set_ylabel("sign conflicts, % of shared entries")

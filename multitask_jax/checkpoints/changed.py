@@ -40,11 +40,11 @@ class ChangedReader:
     ):
         """`base` stays the caller's to close."""
         self.path, self.format = path, format
-        self._base, self._changes = base, dict(changes)
+        self._base, self.changes = base, dict(changes)
         self.aliases = dict(base.aliases)
         self.tensors = {
-            name: TensorInfo(name, info.shape, self._changes[name].dtype)
-            if name in self._changes
+            name: TensorInfo(name, info.shape, self.changes[name].dtype)
+            if name in self.changes
             else info
             for name, info in base.tensors.items()
         }
@@ -53,7 +53,7 @@ class ChangedReader:
         """Flat entries [start, stop) in C order."""
         name = self.aliases.get(name, name)
         stop = self.tensors[name].size if stop is None else stop
-        change = self._changes.get(name)
+        change = self.changes.get(name)
         if change is None:
             return self._base.read(name, start, stop)
         if change.whole:
@@ -63,4 +63,4 @@ class ChangedReader:
 
     def close(self) -> None:
         """Drops the changes and the files they lie in; the base stays open."""
-        self._changes = {}
+        self.changes = {}

@@ -116,6 +116,24 @@ def open_reader(path: Path, base: Reader) -> ChangedReader:
     return ChangedReader(path, "delta", base, changes)
 
 
+def read(path: Path, base: Reader) -> dict[str, np.ndarray]:
+    """The task vector itself, dense and in memory, by the base's names.
+
+    Raises:
+      CheckpointError: made for another base, or damaged.
+    """
+    reader = open_reader(path, base)
+    try:
+        out = {}
+        for name, change in reader.changes.items():
+            info = base.tensors[name]
+            zeros = np.zeros(info.size, change.dtype)
+            out[name] = change.apply(zeros, 0, info.size).reshape(info.shape)
+        return out
+    finally:
+        reader.close()
+
+
 def _change(path: Path, kind: str, info: TensorInfo, file: Reader) -> Change:
     dtype = sum_dtype(info.dtype)
     stored = file.tensors[f"{kind}/{info.name}"].dtype
