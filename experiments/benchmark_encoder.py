@@ -1,0 +1,185 @@
+"""Speed of the sentence encoder against transformers' on a CPU, in sentences a second.
+
+    python -m experiments.benchmark_encoder --torch_python=/path/to/python
+
+`--torch_python` is an interpreter with torch and transformers (another environment's,
+or this one's with `pip install multitask-jax[torch]`); without it only ours is timed.
+Both have the sizes of all-MiniLM-L6-v2 with random weights (time does not depend on
+them), the same batch of full length, threads and AdamW, in float32. They take turns in
+one run, so that both meet the same load, after a warm-up; the median of the repeats
+counts.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments import flags
+from experiments.flags import flag
+from multitask_jax.merging.report import table
+from multitask_jax.models import bert
+
+SIZES = bert.Shape(
+    vocab_size=30522, width=384, depth=6, heads=12, mlp_width=1536, positions=512
+)
+KINDS = ("training", "inference")
+Timer = Callable[[str, int], float]  # kind, steps -> seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes and repeats."""
+
+    torch_python: str = flag("Interpreter with torch and transformers.", "")
+    batch: int = flag("Sentences a step.", 32)
+    length: int = flag("Tokens a sentence.", 32)
+    threads: int = flag("Threads of either side (cores, where the OS lets us).", 2)
+    steps: int = flag("Steps of either side before the other's turn.", 5)
+    repeats: int = flag("Turns; the median counts.", 7)
+    output_dir: str = flag("Folder for report.md.", ".cache/benchmark_encoder")
+
+
+def ours(config: Config, shape: bert.Shape = SIZES) -> Timer:
+    """Steps of this library's encoder; compiles them."""
+    size = (config.batch, config.length)
+    ids = np.random.default_rng(0).integers(0, shape.vocab_size, size, np.int32)
+    mask = np.ones(size, np.int32)
+    labels = np.arange(config.batch) % 2
+    optimizer = optax.adamw(2e-5, weight_decay=0.01)
+    head = jnp.zeros((shape.width, 2)), jnp.zeros((2,))
+    params = {"bert": bert.init(jax.random.key(0), shape), "head": head}
+    inference = jax.jit(functools.partial(bert.embed, shape=shape))
+
+    def loss(params: Any) -> jax.Array:
+        kernel, bias = params["head"]
+        x = bert.embed(params["bert"], ids, mask, shape=shape)
+        logits = x @ kernel + bias[None]
+        each = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return jnp.mean(each)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def training(params: Any, state: Any) -> tuple[Any, Any]:
+        updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = params, optimizer.init(params)
+
+    def seconds(kind: str, steps: int) -> float:
+        nonlocal state
+        start = time.perf_counter()
+        for _ in range(steps):
+            if kind == "training":
+                state = jax.block_until_ready(training(*state))
+            else:
+                jax.block_until_ready(inference(state[0]["bert"], ids, mask))
+        return time.perf_counter() - start
+
+    return seconds
+
+
+def theirs(config: Config, shape: bert.Shape = SIZES) -> tuple[Timer, subprocess.Popen]:
+    """Steps of transformers' encoder, in a process that the caller ends.
+
+    Raises:
+      FileNotFoundError: no such interpreter.
+    """
+    settings = {
+        "threads": config.threads,
+        "batch": config.batch,
+        "length": config.length,
+        "config": {
+            "vocab_size": shape.vocab_size,
+            "hidden_size": shape.width,
+            "num_hidden_layers": shape.depth,
+            "num_attention_heads": shape.heads,
+            "intermediate_size": shape.mlp_width,
+            "max_position_embeddings": shape.positions,
+        },
+    }
+    script = Path(__file__).with_name("encoder_in_torch.py")
+    process = subprocess.Popen(
+        [config.torch_python, str(script), json.dumps(settings)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": str(config.threads)},
+    )
+
+    def seconds(kind: str, steps: int) -> float:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(f"{kind} {steps}\n")
+        process.stdin.flush()
+        if not (line := process.stdout.readline()):
+            raise ValueError(
+                f"--torch_python={config.torch_python} ended early; its message is"
+                " above; it needs torch and transformers (pip install them there)"
+            )
+        return float(line)
+
+    return seconds, process
+
+
+def measure(config: Config, sides: dict[str, Timer]) -> dict[tuple[str, str], float]:
+    """Sentences a second by (side, kind): medians over turns."""
+    rates: dict[tuple[str, str], float] = {}
+    for kind in KINDS:
+        for seconds in sides.values():
+            seconds(kind, 2)
+        turns = [
+            {name: seconds(kind, config.steps) for name, seconds in sides.items()}
+            for _ in range(config.repeats)
+        ]
+        for name in sides:
+            median = statistics.median(turn[name] for turn in turns)
+            rates[name, kind] = config.batch * config.steps / median
+    return rates
+
+
+def run(config: Config) -> dict[tuple[str, str], float]:
+    """Times both sides, prints the table and writes it to report.md."""
+    if min(config.batch, config.length, config.steps, config.repeats) < 1:
+        raise ValueError(f"got {config}, expected sizes and repeats of at least 1")
+    if hasattr(os, "sched_setaffinity"):  # XLA has as many threads as it sees cores
+        cores = sorted(os.sched_getaffinity(0))[: config.threads]
+        os.sched_setaffinity(0, cores)
+    process = None
+    sides = {}
+    try:
+        if config.torch_python:
+            sides["transformers"], process = theirs(config)
+        sides["ours"] = ours(config)
+        rates = measure(config, sides)
+    finally:
+        if process is not None:
+            process.communicate()  # closes its input, which ends it
+    rows = [[name, *(f"{rates[name, k]:.0f}" for k in KINDS)] for name in sides]
+    if process is not None:
+        ratios = [rates["ours", k] / rates["transformers", k] for k in KINDS]
+        rows.append(["ratio", *(f"{r:.2f}" for r in ratios)])
+    title = (
+        f"Sentences a second, batches of {config.batch} x {config.length} tokens,"
+        f" {config.threads} threads"
+    )
+    text = f"{title}:\n\n{table(['', *KINDS], rows)}\n"
+    print(text)
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.md").write_text(f"# Speed of the sentence encoder\n\n{text}")
+    return rates
+
+
+if __name__ == "__main__":
+    flags.main(Config, flags.plain_errors(run))

@@ -1,0 +1,70 @@
+"""The other side of `benchmark_encoder`: the same model in transformers, on a CPU.
+
+A program for an interpreter with torch and transformers; it needs nothing of ours. Its
+argument is a JSON object of sizes; for every line "training 5" or "inference 5" on
+standard input it takes so many steps and prints their seconds.
+"""
+
+import json
+import sys
+import time
+from typing import Any
+
+import torch
+from transformers import BertConfig, BertModel
+
+
+class Encoder:
+    """A BERT with random weights, batches of full length, AdamW; no dropout."""
+
+    def __init__(self, settings: dict[str, Any]):
+        torch.set_num_threads(settings["threads"])
+        torch.manual_seed(0)
+        config = BertConfig(
+            **settings["config"],
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+        self.bert = BertModel(config, add_pooling_layer=False)
+        self.head = torch.nn.Linear(config.hidden_size, 2)
+        size = (settings["batch"], settings["length"])
+        self.ids = torch.randint(0, config.vocab_size, size)
+        self.mask = torch.ones(size, dtype=torch.long)
+        self.labels = torch.arange(settings["batch"]) % 2
+        parameters = [*self.bert.parameters(), *self.head.parameters()]
+        self.optimizer = torch.optim.AdamW(parameters, lr=2e-5, weight_decay=0.01)
+
+    def embed(self) -> torch.Tensor:
+        """Means of the last layer's tokens [B, D]."""
+        x = self.bert(input_ids=self.ids, attention_mask=self.mask).last_hidden_state
+        kept = self.mask[..., None].to(x.dtype)
+        return (x * kept).sum(1) / kept.sum(1)
+
+    def training(self) -> None:
+        """A step of AdamW."""
+        self.bert.train()
+        self.optimizer.zero_grad()
+        logits = self.head(self.embed())
+        torch.nn.functional.cross_entropy(logits, self.labels).backward()
+        self.optimizer.step()
+
+    def inference(self) -> None:
+        """A batch of embeddings."""
+        self.bert.eval()
+        with torch.inference_mode():
+            self.embed()
+
+
+def main() -> None:
+    """Serves the requests of standard input until it ends."""
+    encoder = Encoder(json.loads(sys.argv[1]))
+    for line in sys.stdin:
+        kind, steps = line.split()
+        start = time.perf_counter()
+        for _ in range(int(steps)):
+            getattr(encoder, kind)()
+        print(time.perf_counter() - start, flush=True)
+
+
+if __name__ == "__main__":
+    main()
