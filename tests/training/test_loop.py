@@ -68,6 +68,7 @@ def killing(at):
 @pytest.mark.parametrize("points", [(3,), (5,), (9, 11), (6, 7, 10)])
 def test_killed_and_resumed_is_the_same_bit_for_bit(points, whole_run, tmp_path):
     expected, metrics = whole_run
+    assert expected.best.step < 5  # of the first checkpoint, and kept in later ones
     for at in points:
         with pytest.raises(Killed):
             run(tmp_path, batches=killing(at))
