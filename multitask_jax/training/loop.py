@@ -56,7 +56,8 @@ def fit(
     Args:
       step: from `make_step`.
       state: from `init_state`; it is used up.
-      batches: step -> batch; a pure function, so that there is no stream to save.
+      batches: step -> batch, of arrays that nobody changes later; a pure function, so
+        that there is no stream to save.
       steps: in all, those of an earlier run included.
       workdir: where checkpoints/ lies; without it, nothing is saved or resumed.
       config: what else the run depends on (numbers, strings): a checkpoint with

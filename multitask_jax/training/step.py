@@ -60,7 +60,8 @@ def make_step(
     The loss's key is the state's key with the step folded in, so that a step depends
     on the state and the batch alone. On a mesh the batch is cut along its leading axis
     and the loss must be what it is for the whole batch (a mean over it): the compiler
-    adds the sums over devices.
+    adds the sums over devices. What a batch is made of may tell its task: with batches
+    such as {"parity": arrays} the loss branches in Python, traced once a task.
 
     Args:
       loss_fn: (params, batch, key) -> (loss [], metrics: scalars by name).

@@ -8,7 +8,7 @@ import pytest
 
 from multitask_jax import checkpoints
 from multitask_jax.sharding import make_mesh
-from multitask_jax.training import Step, adamw, fit, init_state, make_step, writers
+from multitask_jax.training import Step, fit, init_state, make_step, writers
 from tests.training.common import (
     batch_at,
     evaluate,
@@ -19,7 +19,7 @@ from tests.training.common import (
 )
 
 STEPS = 12
-OPTIMIZER = adamw(3e-2, steps=STEPS, clip=1.0)
+OPTIMIZER = optax.adam(1e-2)
 STEP = make_step(noisy_loss, OPTIMIZER)
 
 
@@ -68,6 +68,7 @@ def killing(at):
 @pytest.mark.parametrize("points", [(3,), (5,), (9, 11), (6, 7, 10)])
 def test_killed_and_resumed_is_the_same_bit_for_bit(points, whole_run, tmp_path):
     expected, metrics = whole_run
+    assert expected.best.step < 5  # of the first checkpoint, and kept in later ones
     for at in points:
         with pytest.raises(Killed):
             run(tmp_path, batches=killing(at))
