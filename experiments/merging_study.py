@@ -107,6 +107,7 @@ class Seed(NamedTuple):
     data: Data
     heads: dict[str, Head]
     test: Pool
+    pools: dict[str, dict[int, Pool]]  # part -> of the first n tasks
     config: merge.Config  # base and models
     merger: Merger  # of them
 
@@ -224,7 +225,16 @@ class Study:
         models = ",".join(str(folder / n) for n in self.names)
         flags = merge.Config(base=config.model_dir, models=models)
         merger = Merger(flags, folder)
-        return Seed(index, folder, data, heads, pools["test"], flags, merger)
+        first = {
+            p: {
+                n: make_pool(
+                    config.model_dir, {k: part[p][k] for k in self.names[:n]}, **most
+                )
+                for n in range(2, len(self.names) + 1)
+            }
+            for p in ("validation", "test")
+        }
+        return Seed(index, folder, data, heads, pools["test"], first, flags, merger)
 
     def references(self, seed: Seed) -> None:
         """Base, specialists and the joint model, on every task."""
@@ -251,17 +261,20 @@ class Study:
     ) -> dict[str, Any]:
         """Tunes a row and scores it; the main table's go through the command line."""
         names = [Path(m).name for m in merger.models]
+        validation, test = (seed.pools[p][len(names)] for p in ("validation", "test"))
 
         def score(tensors: Any, pool: Pool) -> dict[str, float]:
-            found = self.accuracies(tensors, seed, pool)
-            return {n: found[n] for n in names}
+            return self.accuracies(tensors, seed, pool)
 
         def make() -> dict[str, Any]:
             known = self.known(part, entry.label, seed, first)
             out: dict[str, Any] = {}
-            if part != "methods" or known is None:
+            alone = known is None and entry.grid == ({},)
+            if part == "methods" and alone:  # nothing to choose
+                coefficients, scores, tensors = {}, [], None
+            elif part != "methods" or known is None:
                 coefficients, scores, tensors = study_merges.tune(
-                    entry, merger, lambda x: score(x, seed.data.validation), known
+                    entry, merger, lambda x: score(x, validation), known
                 )
             else:
                 coefficients, scores, tensors = known, [], None
@@ -285,7 +298,7 @@ class Study:
                 "coefficients": coefficients,
                 "validation": scores,
                 **out,
-                "test": score(tensors, seed.test),
+                "test": score(tensors, test),
             }
 
         return self.store.once(part, entry.label, seed.index, make)

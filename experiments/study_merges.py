@@ -233,7 +233,10 @@ def command_line(config: merge.Config) -> list[str]:
 def quietly(config: merge.Config) -> None:
     """`experiments.merge` in this process, without its line of success."""
     config = dataclasses.replace(config, progress=False, report=False, overwrite=True)
-    with contextlib.redirect_stdout(io.StringIO()):
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
         merge.run(config)
 
 
