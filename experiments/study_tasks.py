@@ -142,7 +142,7 @@ def probe(
     used = np.flatnonzero(np.any(x != 0, axis=0))
     fits = [
         LogisticRegression(C=c, max_iter=2000).fit(x[:, used], labels)
-        for c in (1.0, 10.0, 100.0)
+        for c in (0.3, 1.0, 3.0, 10.0)
     ]
     scores = [f.score(validation[:, used], validation_labels) for f in fits]
     best = fits[int(np.argmax(scores))]
