@@ -438,6 +438,11 @@ def _compute(
     before = after = values = core.start_values(method, base, tuple(models))
     total = base + core.add_up(values)
     bad = jnp.sum(~jnp.isfinite(total), dtype=jnp.int32) if check else None
+    if check:  # before the rest, which can then overwrite what both compute
+        arrays, bad = jax.lax.optimization_barrier((arrays, bad))
+        base, *models = [x.astype(compute) for x in arrays]
+        leaf = leaf._replace(base=base)
+        before = after = values = core.start_values(method, base, tuple(models))
     what, stop, j = stage
     if what == "apply":
         for i, t in enumerate(method.transforms):
