@@ -34,6 +34,7 @@ from multitask_jax import checkpoints
 from multitask_jax.checkpoints import TensorInfo
 
 _MERGEKIT = ("torch==2.13.0", "mergekit==0.1.5")
+_NO_BYTECODE = "PYTHONDONTWRITEBYTECODE"
 
 
 FLOOR = "floor: read inputs, write output"
@@ -221,8 +222,14 @@ def mergekit(
 def measure(command: list[str]) -> tuple[float, float]:
     """(seconds, peak RssAnon in MB) of a command and what it starts."""
     started = time.perf_counter()
+    # Compiled modules are kept, as those of installed packages are.
+    environment = {k: v for k, v in os.environ.items() if k != _NO_BYTECODE}
     process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
     )
     peak = 0
 

@@ -22,6 +22,7 @@ The first merges on 8 devices (simulated ones on a CPU). The second tells what e
 
 import contextlib
 import dataclasses
+import gc
 import inspect
 import math
 import sys
@@ -461,6 +462,7 @@ def _interrupted(config: Config) -> str:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # modules stay: no collection needs to look at them again
     _keep_freed_memory()
     signals.as_interruption()
     signals.say_on_bus_error(

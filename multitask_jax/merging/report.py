@@ -233,7 +233,8 @@ def _figures(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    figure = Figure(figsize=(9, 3.2))  # fixed: a "constrained" layout takes long
+    figure.subplots_adjust(left=0.06, right=0.99, bottom=0.15, top=0.91, wspace=0.22)
     left, middle, right = figure.subplots(1, 3)
     blocks = {k: d for k, d in depths.items() if k != "outside blocks"} or depths
     x = np.arange(len(blocks))
@@ -253,7 +254,7 @@ def _figures(
     size = 2.2 + 0.45 * len(names)
     figure = Figure(figsize=(size + 1, size), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(total.cosines, vmin=-1, vmax=1, cmap="RdBu_r")
+    axes.imshow(total.cosines, vmin=-1, vmax=1, cmap="RdBu_r")
     axes.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=8)
     axes.set_yticks(range(len(names)), names, fontsize=8)
     for i in range(len(names)):
@@ -261,7 +262,6 @@ def _figures(
             value = _number(round(float(total.cosines[i, j]), 2))
             axes.text(j, i, value, ha="center", va="center", fontsize=8)
     axes.set_title("cosines of task vectors", fontsize=9)
-    figure.colorbar(image, shrink=0.8)
     FigureCanvasAgg(figure).print_png(directory / _COSINE_FIGURE)
 
 

@@ -31,8 +31,7 @@ def keys_of(values: np.ndarray, *, overwrite: bool = False) -> np.ndarray:
 def row_ranks(values: np.ndarray) -> np.ndarray:
     """Place of each |value| in its row, 0 for the smallest; of equals, the first.
 
-    NumPy sorts integers of 64 bits several times as fast as XLA does on a CPU, so they
-    hold magnitude and column. Subnormals count as 0.
+    Subnormals count as 0.
 
     Args:
       values: (rows, n) float32.
@@ -43,16 +42,51 @@ def row_ranks(values: np.ndarray) -> np.ndarray:
     rows, n = values.shape
     keys = keys_of(values)
     np.multiply(keys, keys >= _SMALLEST_NORMAL, out=keys)
+    places = _order_in_32_bits(keys) if 1 << 8 <= n <= 1 << 12 else _order(keys)
+    out = np.empty(rows * n, np.uint16 if n <= 1 << 16 else np.uint32)
+    out[places.reshape(-1)] = np.tile(np.arange(n, dtype=out.dtype), rows)
+    return out.reshape(rows, n)
+
+
+def _order(keys: np.ndarray) -> np.ndarray:
+    """Flat places of keys, each row from its smallest on; of equals, the first leads.
+
+    NumPy sorts integers several times as fast as indices (or XLA on a CPU), so they
+    hold key and column.
+    """
+    rows, n = keys.shape
     packed = keys.astype(np.uint64)
     packed <<= np.uint64(32)
     packed |= np.arange(n, dtype=np.uint64)
     packed.sort(axis=-1)
-    packed &= np.uint64(0xFFFFFFFF)  # the columns, from the smallest magnitude on
+    packed &= np.uint64(0xFFFFFFFF)  # the columns
     places = packed.view(np.int64)
     places += np.arange(rows)[:, None] * n
-    out = np.empty(rows * n, np.uint16 if n <= 1 << 16 else np.uint32)
-    out[places.reshape(-1)] = np.tile(np.arange(n, dtype=out.dtype), rows)
-    return out.reshape(rows, n)
+    return places
+
+
+def _order_in_32_bits(keys: np.ndarray) -> np.ndarray:
+    """`_order` by integers of half the size, which takes half the time.
+
+    They lack the last bits of keys: those are 0 in most task vectors of 16-bit models.
+    Rows that this leaves in the wrong order are sorted again.
+    """
+    rows, n = keys.shape
+    bits = (n - 1).bit_length()
+    lacking = bits - 1  # of 31
+    packed = keys & np.uint32((1 << lacking) - 1)
+    if 16 * np.count_nonzero(packed) > keys.size:  # float32 models: most rows
+        return _order(keys)
+    np.right_shift(keys, np.uint32(lacking), out=packed)
+    packed <<= np.uint32(bits)
+    packed |= np.arange(n, dtype=np.uint32)
+    packed.sort(axis=-1)
+    packed &= np.uint32((1 << bits) - 1)
+    places = packed + np.arange(rows)[:, None] * n
+    ordered = np.take(keys, places)
+    wrong = np.flatnonzero((ordered[:, 1:] < ordered[:, :-1]).any(axis=1))
+    places[wrong] = _order(keys[wrong]) + (wrong - np.arange(len(wrong)))[:, None] * n
+    return places
 
 
 def magnitude(key: int) -> np.float32:

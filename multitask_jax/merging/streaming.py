@@ -42,7 +42,9 @@ from multitask_jax.merging.task_statistics import StatisticsFile
 from multitask_jax.merging.totals import KthTotal, SumTotal
 
 _SMALL = 1 << 20  # tensors up to this size keep all keys; larger ones sample a bracket
-_BATCH = 3 << 23  # entries (of all models) whose own statistics are gathered at a time
+# Entries (of all models) whose own statistics are gathered at a time: more where sums
+# are all that is kept of them, since threads wait for each other between batches.
+_BATCH, _BATCH_OF_SUMS = 3 << 23, 3 << 25
 _SLICES, _SLICE = 4096, 256  # a sample of the whole model: slices of neighbours
 
 
@@ -144,7 +146,10 @@ class Stream:
     ) -> None:
         """One reading: statistics of a few tensors, then `work` on their chunks."""
         models = len(self.readers) - 1
-        batches = batches_of(entries, _BATCH // models) if p.tensor else [entries]
+        measures = [self.method.transforms[i].measures[j] for i, j in p.tensor]
+        kept = self._ranked() or any(m.kind == "kth" for m in measures)
+        size = (_BATCH if kept else _BATCH_OF_SUMS) // models
+        batches = batches_of(entries, size) if p.tensor else [entries]
         self._batched = bool(p.tensor)
         for batch in batches:
             for i, j in p.tensor:
@@ -346,6 +351,10 @@ class Stream:
             for s in files
         )
 
+    def _ranked(self) -> bool:
+        first = self.method.transforms[:1]
+        return self.method.start == "task_vectors" and any(t.ranks for t in first)
+
     def _row_ranks(
         self, c: Chunk, arrays: Sequence[np.ndarray], shape: tuple[int, ...]
     ) -> tuple[np.ndarray, ...]:
@@ -353,8 +362,7 @@ class Stream:
 
         Kept from what measures a tensor to what writes it: sorting is most of the time.
         """
-        first = self.method.transforms[0] if self.method.transforms else None
-        if first is None or not first.ranks or self.method.start != "task_vectors":
+        if not self._ranked():
             return ()
         ranks = self._ranks.get((c.entry.path, c.start, c.stop))
         if ranks is None:
@@ -429,7 +437,12 @@ def _compute(
     leaf = core.Leaf(base, scaled, (), offset, size, known, ranks)
     before = after = values = core.start_values(method, base, tuple(models))
     total = base + core.add_up(values)
-    bad = chunk_sum((~jnp.isfinite(total)).astype(jnp.int32)) if check else None
+    bad = jnp.sum(~jnp.isfinite(total), dtype=jnp.int32) if check else None
+    if check:  # before the rest, which can then overwrite what both compute
+        arrays, bad = jax.lax.optimization_barrier((arrays, bad))
+        base, *models = [x.astype(compute) for x in arrays]
+        leaf = leaf._replace(base=base)
+        before = after = values = core.start_values(method, base, tuple(models))
     what, stop, j = stage
     if what == "apply":
         for i, t in enumerate(method.transforms):

@@ -1,5 +1,6 @@
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
@@ -126,3 +127,30 @@ def test_row_ranks_of_long_rows():
     assert got.dtype == np.uint32
     order = np.argsort(np.abs(x[0]), kind="stable")
     np.testing.assert_array_equal(got[0][order], np.arange(x.size))
+
+
+@pytest.mark.parametrize("columns", [256, 700, 1 << 12])
+def test_row_ranks_of_16_bit_models(columns):
+    # 32 bits hold few enough bits of these that they alone misplace some.
+    rng = np.random.default_rng(0)
+    base = rng.standard_normal((64, columns), np.float32) * np.float32(0.01)
+    model = base + rng.standard_normal(base.shape, np.float32) * np.float32(0.001)
+    stored = [x.astype(ml_dtypes.bfloat16).astype(np.float32) for x in (base, model)]
+    x = stored[1] - stored[0]
+    x[:, :2] = x[:, 2:4] * np.float32(1 + 2**-23)  # equal but for the last bits
+    want = np.argsort(np.argsort(np.abs(x), kind="stable"), kind="stable")
+    np.testing.assert_array_equal(selection.row_ranks(x), want)
+
+
+def test_row_ranks_in_32_bits_sort_few_rows_again(monkeypatch):
+    # All entries of 8 bits: no row of 64 is sorted by integers of 64 bits.
+    again = []
+    order = selection._order
+    monkeypatch.setattr(
+        selection, "_order", lambda keys: again.append(len(keys)) or order(keys)
+    )
+    x = np.random.default_rng(0).standard_normal((64, 1024), np.float32)
+    selection.row_ranks(x.astype(ml_dtypes.bfloat16).astype(np.float32))
+    assert again == [0]
+    selection.row_ranks(x)  # float32: all at once
+    assert again == [0, 64]
