@@ -1,0 +1,73 @@
+"""A tiny BERT with a tokenizer, and *synthetic* tasks that it can learn."""
+
+import json
+
+import jax
+import numpy as np
+
+from multitask_jax.models import bert
+
+WORDS = [f"w{i}" for i in range(40)]
+SHAPE = bert.Shape(
+    vocab_size=44, width=16, depth=2, heads=2, mlp_width=32, positions=64
+)
+
+
+def make_base(folder):
+    """Random weights, and a tokenizer of whole words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    vocabulary = {w: i for i, w in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]"])}
+    vocabulary |= {w: i + 4 for i, w in enumerate(WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    source = folder.with_name("source")
+    source.mkdir(parents=True)
+    tokenizer.save(str(source / "tokenizer.json"))
+    (source / "config.json").write_text(
+        json.dumps(
+            {
+                "model_type": "bert",
+                "vocab_size": SHAPE.vocab_size,
+                "hidden_size": SHAPE.width,
+                "num_hidden_layers": SHAPE.depth,
+                "num_attention_heads": SHAPE.heads,
+                "intermediate_size": SHAPE.mlp_width,
+                "max_position_embeddings": SHAPE.positions,
+                "type_vocab_size": SHAPE.types,
+                "layer_norm_eps": SHAPE.epsilon,
+            }
+        )
+    )
+    params = jax.tree.map(np.asarray, bert.init(jax.random.key(0), SHAPE))
+    rest = {
+        "embeddings.position_ids": np.arange(64)[None],
+        "pooler.dense.weight": np.ones((16, 16), np.float32),
+    }
+    tensors = bert.to_hugging_face(params, rest, shape=SHAPE)
+    bert.save(folder, tensors, like=source)
+    return folder
+
+
+def make_tasks(folder, names=("first", "second", "third")):
+    """The label tells which half of the words a sentence is from; one has pairs."""
+    rng = np.random.default_rng(0)
+    for t, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        halves = np.split(rng.permutation(WORDS), 2)
+
+        def sentence(label, halves=halves):
+            return " ".join(rng.choice(halves[label], rng.integers(3, 9)))
+
+        for part, rows in (("train", 80), ("validation", 24), ("test", 24)):
+            lines = []
+            for i in range(rows):
+                sentences = [sentence(i % 2)]
+                if t == 1:
+                    sentences.append(sentence(i % 2))
+                lines.append("\t".join([str(i % 2), *sentences]))
+            header = "label\tsentence" + ("1\tsentence2" if t == 1 else "")
+            text = "\n".join([header, *lines]) + "\n"
+            (folder / name / f"{part}.tsv").write_text(text)
+    return folder

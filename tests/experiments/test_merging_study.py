@@ -1,0 +1,244 @@
+"""The study from end to end on a tiny base and *synthetic* tasks, and its pieces."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import flags, merge, merging_study, study_merges, study_tasks
+from experiments.merging_study import Config
+from multitask_jax import merging
+from multitask_jax.models import bert
+from tests.experiments.study_common import SHAPE, make_base, make_tasks
+
+SMOKE = "experiments/flagfiles/study/smoke.flags"
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    root = tmp_path_factory.mktemp("study")
+    return make_base(root / "base"), make_tasks(root / "tasks"), root / "out"
+
+
+def smoke(places, repository, **changes):
+    """The smoke flagfile's config, on these files."""
+    from absl import flags as absl_flags
+
+    base, tasks, out = places
+    values = absl_flags.FlagValues()
+    flags.define(Config, values)
+    values(["study", f"--flagfile={repository / SMOKE}"])
+    return dataclasses.replace(
+        flags.read(Config, values),
+        model_dir=str(base),
+        data_dir=str(tasks),
+        workdir=str(out),
+        progress=False,
+        **changes,
+    )
+
+
+@pytest.fixture(scope="module")
+def config(places, pytestconfig):
+    parts = ",".join(merging_study.PARTS)
+    return smoke(places, pytestconfig.rootpath, parts=parts)
+
+
+@pytest.fixture(scope="module")
+def result(config):
+    return merging_study.run(config)
+
+
+def rows(result, part):
+    return {r["row"]: r for r in result.records if r["part"] == part}
+
+
+def test_every_part_is_there(result, config, places):
+    for part in (*merging_study.PARTS, "references", "training"):
+        if part not in ("data_driven",):
+            assert rows(result, part), part
+    assert set(rows(result, "methods")) >= {
+        "linear",
+        "ties",
+        "EMR",
+        "AdaMerging, by leaf",
+    }
+    out = places[2]
+    for name in ("methods", "tasks", "forgetting", "conflicts", "redundancy"):
+        assert (out / f"{name}.png").stat().st_size > 5_000
+    assert (out / "report.md").read_text() == result.report
+    assert "| *base* |" in result.report
+
+
+def test_specialists_learn_and_heads_fit_the_base(result):
+    reference = rows(result, "references")
+    for name in ("first", "second", "third"):
+        own = reference[f"expert: {name}"]["test"][name]
+        assert own >= reference["base"]["test"][name] - 0.1
+        assert own > 0.6
+
+
+def test_tuned_in_memory_is_what_the_command_line_writes(result):
+    compared = [r for r in rows(result, "methods").values() if "difference" in r]
+    assert len(compared) >= 3
+    assert [r["row"] for r in compared if r["difference"] > 0] == []
+
+
+def test_budget(result, config):
+    for record in rows(result, "methods").values():
+        assert len(record.get("validation", [])) <= config.budget
+
+
+def test_a_second_run_does_nothing_again(result, config, monkeypatch):
+    path = merging_study.Path(config.workdir) / "metrics.jsonl"
+    before = path.read_bytes()
+    monkeypatch.setattr(study_merges, "merge_on_disk", None)
+    monkeypatch.setattr(study_tasks.Evaluator, "accuracies", None)
+    again = merging_study.run(config)
+    assert path.read_bytes() == before
+    assert again.report == result.report
+
+
+def test_a_cut_off_line_is_done_again(result, config, tmp_path):
+    work = tmp_path / "work"
+    shutil.copytree(config.workdir, work)
+    path = work / "metrics.jsonl"
+    text = path.read_text()
+    last = json.loads(text.splitlines()[-1])
+    path.write_text(text[:-20])
+    again = merging_study.run(dataclasses.replace(config, workdir=str(work)))
+    redone = rows(again, last["part"])[last["row"]]
+    assert {k: v for k, v in redone.items() if k != "spent"} == {
+        k: v for k, v in last.items() if k != "spent"
+    }
+
+
+def test_other_settings_are_refused(result, config):
+    with pytest.raises(ValueError, match=r"another run .*'epochs': \(1, 5\)"):
+        merging_study.run(dataclasses.replace(config, epochs=5))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data_dir": ""}, "--data_dir: got none"),
+        ({"tasks": "first"}, "expected two or more"),
+        ({"tasks": "first,nth"}, r"got tasks \['nth'\]"),
+        ({"seeds": "1,1"}, "--seeds: got"),
+        ({"methods": "tis"}, r"--methods: got \['tis'\]"),
+        ({"parts": "all"}, r"--parts: got \['all'\]"),
+        ({"model_dir": "nowhere"}, "make minilm"),
+        ({"budget": 0}, "--budget: got 0"),
+    ],
+)
+def test_errors(config, changes, message, tmp_path):
+    changed = dataclasses.replace(config, workdir=str(tmp_path / "w"), **changes)
+    with pytest.raises(ValueError, match=message):
+        merging_study.run(changed)
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("budget", [1, 2, 8])
+def test_no_method_has_more_candidates_than_the_budget(budget):
+    entries = study_merges.entries(budget)
+    assert {e.flags["method"] for e in entries} | set(study_merges.LEFT_OUT) == set(
+        merging.METHODS
+    )
+    for entry in entries:
+        assert 1 <= len(entry.grid) <= budget
+        assert len({repr(c) for c in entry.grid}) == len(entry.grid)
+        for candidate in entry.grid:
+            merge.build_method(merge.Config(**entry.flags | candidate))
+
+
+@pytest.fixture(scope="module")
+def models(places):
+    base = places[0]
+    tensors = bert.read_tensors(base)
+    rng = np.random.default_rng(1)
+    paths = []
+    for name in ("a", "b", "c"):
+        moved = {
+            k: x + 0.1 * rng.standard_normal(x.shape).astype(x.dtype)
+            if x.dtype.kind == "f"
+            else x
+            for k, x in tensors.items()
+        }
+        paths.append(str(base.with_name(name)))
+        bert.save(paths[-1], moved, like=base)
+    return merge.Config(base=str(base), models=",".join(paths))
+
+
+@pytest.mark.parametrize(
+    ("flags", "swept"),
+    [
+        ({"method": "ties", "density": "0.3"}, {"scale": 1.3}),
+        ({"method": "task_arithmetic"}, {"scale": 0.3}),
+        ({"method": "ties"}, {"lines_alpha": 0.2, "lines_beta": 0.7}),
+    ],
+)
+def test_scaled_task_vectors_are_merges_in_memory(models, tmp_path, flags, swept):
+    merger = study_merges.Merger(models, tmp_path)
+    got = merger.at(merger.task_vector(**flags), swept)
+    whole = dataclasses.replace(models, **flags | swept)
+    others = [
+        {k: x for k, x in bert.read_tensors(m).items() if k in merger.base}
+        for m in merger.models
+    ]
+    want = jax.jit(lambda b, m: merging.merge(merge.build_method(whole), b, m))(
+        merger.base, others
+    )
+    assert study_merges.difference(got, dict(want) | merger.rest) == 0
+
+
+def test_differences_are_seen():
+    x = {"a": np.array([1.0, 0.0], np.float32)}
+    assert study_merges.difference(x, {"a": x["a"].copy()}) == 0
+    assert study_merges.difference(x, {"a": np.array([1.0, -0.0], np.float32)}) > 0
+    assert study_merges.difference(x, {"a": x["a"] + 1}) == 1
+    with pytest.raises(ValueError, match="tensors differ"):
+        study_merges.difference(x, {"b": x["a"]})
+
+
+def test_means_of_what_is_kept_by_hand(models, tmp_path):
+    merger = study_merges.Merger(models, tmp_path)
+    own = [merger.own(t) for t in range(3)]
+    flat = [np.concatenate([v.reshape(-1) for v in tau.values()]) for tau in own]
+    kept = []
+    for tau in flat:
+        k = len(tau) - int(0.2 * len(tau))
+        kept.append(np.where(np.abs(tau) >= np.sort(np.abs(tau))[k - 1], tau, 0))
+    count = np.maximum(sum((x != 0).astype(int) for x in kept), 1)
+    got = study_merges.mean_of_kept(merger, density=0.2)
+    got = np.concatenate([got[k].reshape(-1) for k in own[0]])
+    np.testing.assert_allclose(got, sum(kept) / count, rtol=1e-6, atol=1e-9)
+    # An oracle that is one of the models keeps that model's own entries.
+    first = bert.read_tensors(merger.models[0])
+    one = dataclasses.replace(models, models=merger.models[0])
+    alone = study_merges.Merger(one, tmp_path)
+    got = study_merges.mean_of_kept(alone, density=0.2, reference=first)
+    got = np.concatenate([got[k].reshape(-1) for k in own[0]])
+    np.testing.assert_array_equal(got, kept[0])
+
+
+def test_padding_and_batches_do_not_change_accuracy(places):
+    base, tasks, _ = places
+    evaluator = study_tasks.Evaluator(SHAPE)
+    from multitask_jax.data import text_tasks
+
+    task = text_tasks.read(tasks / "second")
+    params = evaluator.params(bert.read_tensors(base))
+    pools = [
+        study_tasks.make_pool(
+            str(base), {"second": task.test}, max_length=32, batch_size=b
+        )
+        for b in (3, 64)
+    ]
+    a, b = (evaluator.features(params, pool)["second"] for pool in pools)
+    np.testing.assert_allclose(a, b, atol=1e-5)
+    assert evaluator.traces() <= sum(
+        len({x.ids.shape for x in p.batches}) for p in pools
+    )
