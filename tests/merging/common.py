@@ -74,6 +74,11 @@ def load(path: Path) -> dict[str, np.ndarray]:
     }
 
 
+def merged(method: merging.Method, base: Any, models: Any, **kwargs: Any) -> Any:
+    """The merge in memory, jitted: one program where eager ones compile each step."""
+    return jax.jit(lambda b, m: merging.merge(method, b, m, **kwargs))(base, models)
+
+
 def random_statistics(kind: str, base: Any, count: int) -> list[Any]:
     """Fishers of all leaves, or Grams of all kernels, of `count` models."""
     rng = np.random.default_rng(7)
