@@ -10,6 +10,9 @@ import numpy as np
 from multitask_jax import checkpoints, merging, tree
 from multitask_jax.checkpoints import TensorInfo
 
+# What is not about bits need not be optimised: it compiles in half the time.
+BRIEFLY = {"xla_backend_optimization_level": 0}
+
 
 def make_tree(
     rng: np.random.Generator,

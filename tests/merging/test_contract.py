@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 
 from multitask_jax import merging, sharding, tree
 from tests.merging.common import (
+    BRIEFLY,
     FLOATS,
     assert_same_bits,
     make_models,
@@ -190,10 +191,6 @@ def tiny_models(case: Case, dtype: Any = np.float32) -> tuple[Any, list[Any]]:
         for x in (base, *models)
     ]
     return base, models
-
-
-# What is not about bits need not be optimised: it compiles in half the time.
-BRIEFLY = {"xla_backend_optimization_level": 0}
 
 
 def jit_merge(method: merging.Method, **kwargs: Any) -> Any:
