@@ -26,6 +26,7 @@ class Case(NamedTuple):
     models: int = 3
     exact: bool = True  # streamed, jitted and sharded agree bit for bit
     leafwise: bool = False  # no collective on a mesh
+    ulps: float = 2  # of the identity
     gain: float = 1.0  # how much larger than a task vector a term of a sum can be
     rows: bool = False  # whole rows meet on a device
     # LAPACK between collectives starves the threads of 8 simulated devices on 2 cores.
@@ -82,7 +83,7 @@ CASES = {
     "consensus": Case(merging.consensus(), leafwise=True),
     "nuslerp": Case(merging.nuslerp(), models=2, exact=False),
     "multislerp": Case(merging.multislerp(), exact=False),
-    "karcher": Case(merging.karcher(max_iter=5), exact=False),
+    "karcher": Case(merging.karcher(max_iter=5), exact=False, ulps=4),
     "nearswap": Case(merging.nearswap(t=0.05), models=1, leafwise=True),
     "magmax": Case(merging.magmax(), leafwise=True, ordered=True),  # a tie: the last
     "ram": Case(merging.ram(), leafwise=True),
@@ -246,7 +247,7 @@ def test_identity(case, compiled):
     base, _, merge = compiled
     weights = weights_of(case) and (1.0,) * case.models
     out = merge(base, [base] * case.models, weights, known(case, base))
-    assert_close(out, base, base)
+    assert_close(out, base, base, ulps=case.ulps)
 
 
 def test_permutation(case, compiled):
@@ -267,7 +268,7 @@ def test_permutation(case, compiled):
     for path in a:
         # A sum that cancels in one order may not in another, and the election with it.
         close = np.isclose(a[path], b[path], rtol=1e-5, atol=1e-5)
-        assert np.mean(~close) < 2e-3, path
+        assert np.sum(~close) <= 2e-3 * close.size, path
 
 
 def test_streamed_as_jitted(case, jitted, tmp_path):
@@ -305,7 +306,9 @@ def test_streamed_without_report_in_small_chunks(case, jitted, tmp_path, monkeyp
 
 
 def test_eager_as_jitted(case):
-    base, models = tiny_models(case)  # eager, each operation compiles for each shape
+    base, models = tiny_models(case)
+    for x in (base, *models):
+        del x["block_1"]  # eager, each operation compiles for each shape
 
     def merge(b, m, w):
         return merging.merge(case.method, b, m, weights=w, **known(case, base))
