@@ -10,6 +10,9 @@ import numpy as np
 from multitask_jax import checkpoints, merging, tree
 from multitask_jax.checkpoints import TensorInfo
 
+# What is not about bits need not be optimised: it compiles in half the time.
+BRIEFLY = {"xla_backend_optimization_level": 0}
+
 
 def make_tree(
     rng: np.random.Generator,
@@ -72,6 +75,11 @@ def load(path: Path) -> dict[str, np.ndarray]:
         name: np.array(reader.read(name)).reshape(info.shape)
         for name, info in reader.tensors.items()
     }
+
+
+def merged(method: merging.Method, base: Any, models: Any, **kwargs: Any) -> Any:
+    """The merge in memory, jitted: one program where eager ones compile each step."""
+    return jax.jit(lambda b, m: merging.merge(method, b, m, **kwargs))(base, models)
 
 
 def random_statistics(kind: str, base: Any, count: int) -> list[Any]:

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 
 from multitask_jax import merging, sharding, tree
 from tests.merging.common import (
+    BRIEFLY,
     FLOATS,
     assert_same_bits,
     make_models,
@@ -25,6 +26,7 @@ class Case(NamedTuple):
     models: int = 3
     exact: bool = True  # streamed, jitted and sharded agree bit for bit
     leafwise: bool = False  # no collective on a mesh
+    ulps: float = 2  # of the identity
     gain: float = 1.0  # how much larger than a task vector a term of a sum can be
     rows: bool = False  # whole rows meet on a device
     # LAPACK between collectives starves the threads of 8 simulated devices on 2 cores.
@@ -81,7 +83,7 @@ CASES = {
     "consensus": Case(merging.consensus(), leafwise=True),
     "nuslerp": Case(merging.nuslerp(), models=2, exact=False),
     "multislerp": Case(merging.multislerp(), exact=False),
-    "karcher": Case(merging.karcher(max_iter=5), exact=False),
+    "karcher": Case(merging.karcher(max_iter=5), exact=False, ulps=4),
     "nearswap": Case(merging.nearswap(t=0.05), models=1, leafwise=True),
     "magmax": Case(merging.magmax(), leafwise=True, ordered=True),  # a tie: the last
     "ram": Case(merging.ram(), leafwise=True),
@@ -164,10 +166,17 @@ def case(request):
 
 
 def small_models(case: Case, dtype: Any = np.float32) -> tuple[Any, list[Any]]:
-    """A leaf of several chunks, two of one shape, a vector, a scalar, an empty one."""
-    base, models = make_models(case.models, dtype, rows=64, blocks=2)
+    """A leaf of several chunks, two of one shape, a vector, a scalar, an empty one.
+
+    What is streamed compiles for each size of a chunk, or for each shape of whole rows:
+    here all leaves fit the smallest chunk, and rows have three lengths.
+    """
+    base, models = make_models(case.models, dtype, rows=10, blocks=2)
     for x in (base, *models):
         del x["block_0"]["mlp"]["bias"], x["block_1"]["attention"]
+        heads, x["embed"] = x["embed"][:2], x["embed"][2:]
+        heads = heads.reshape(-1)[:960].reshape(3, 8, 40)
+        x["block_0"]["attention"] = {"kernel": heads}
     return base, models
 
 
@@ -185,10 +194,6 @@ def tiny_models(case: Case, dtype: Any = np.float32) -> tuple[Any, list[Any]]:
     return base, models
 
 
-# What is not about bits need not be optimised: it compiles in half the time.
-BRIEFLY = {"xla_backend_optimization_level": 0}
-
-
 def jit_merge(method: merging.Method, **kwargs: Any) -> Any:
     return jax.jit(
         lambda b, m, w, k: merging.merge(method, b, m, weights=w, **k), **kwargs
@@ -196,11 +201,17 @@ def jit_merge(method: merging.Method, **kwargs: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def jitted(case):
-    """Base, models and the jitted merge with weights."""
+def compiled(case):
+    """Base, models and their jitted merge, compiled once for all tests of a case."""
     base, models = small_models(case)
-    out = jit_merge(case.method)(base, models, weights_of(case), known(case, base))
-    return base, models, out
+    return base, models, jit_merge(case.method)
+
+
+@pytest.fixture(scope="module")
+def jitted(case, compiled):
+    """Base, models and what the jitted merge with weights makes of them."""
+    base, models, merge = compiled
+    return base, models, merge(base, models, weights_of(case), known(case, base))
 
 
 def assert_close(a: Any, b: Any, like: Any, ulps: float = 2) -> None:
@@ -232,23 +243,23 @@ def agree(case: Case, a: Any, b: Any, base: Any, models: Any) -> None:
     assert_close(tree.flatten(a), tree.flatten(b), tree.flatten(terms), ulps=8)
 
 
-def test_identity(case):
-    base, _ = tiny_models(case)
-    out = jax.jit(
-        lambda b: merging.merge(case.method, b, [b] * case.models, **known(case, b))
-    )(base)
-    assert_close(out, base, base)
+def test_identity(case, compiled):
+    base, _, merge = compiled
+    weights = weights_of(case) and (1.0,) * case.models
+    out = merge(base, [base] * case.models, weights, known(case, base))
+    assert_close(out, base, base, ulps=case.ulps)
 
 
-def test_permutation(case):
+def test_permutation(case, compiled):
     if case.ordered or case.models == 1:
         pytest.skip("one model, or the order of models means something")
-    base, models = tiny_models(case)
+    base, models, merge = compiled
+    if case.permuted:
+        base, models = tiny_models(case)
+        merge = jit_merge(case.permuted)
     weights = weights_of(case)
     order = [*range(1, case.models), 0]
     permuted = weights and tuple(weights[t] for t in order)
-    method = case.permuted or case.method
-    merge = jax.jit(lambda b, m, w, k: merging.merge(method, b, m, weights=w, **k))
     data = known(case, base)
     turned = {k: [v[t] for t in order] for k, v in data.items()}
     a = merge(base, models, weights, data)
@@ -257,7 +268,7 @@ def test_permutation(case):
     for path in a:
         # A sum that cancels in one order may not in another, and the election with it.
         close = np.isclose(a[path], b[path], rtol=1e-5, atol=1e-5)
-        assert np.mean(~close) < 2e-3, path
+        assert np.sum(~close) <= 2e-3 * close.size, path
 
 
 def test_streamed_as_jitted(case, jitted, tmp_path):
@@ -279,7 +290,7 @@ def test_streamed_without_report_in_small_chunks(case, jitted, tmp_path, monkeyp
 
     monkeypatch.setattr(streaming, "CHUNK", 1 << 10)
     monkeypatch.setattr(streaming, "BUCKETS", (1 << 6, 1 << 10))
-    monkeypatch.setattr(streaming, "_SMALL", 1 << 12)
+    monkeypatch.setattr(streaming, "_SMALL", 1 << 10)
     monkeypatch.setattr(streaming, "_SLICES", 64)
     monkeypatch.setattr(streaming, "_SLICE", 16)
     base, models, out = jitted
@@ -295,7 +306,9 @@ def test_streamed_without_report_in_small_chunks(case, jitted, tmp_path, monkeyp
 
 
 def test_eager_as_jitted(case):
-    base, models = tiny_models(case)  # eager, each operation compiles for each shape
+    base, models = tiny_models(case)
+    for x in (base, *models):
+        del x["block_1"]  # eager, each operation compiles for each shape
 
     def merge(b, m, w):
         return merging.merge(case.method, b, m, weights=w, **known(case, base))

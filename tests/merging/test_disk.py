@@ -204,6 +204,7 @@ def hugging_face(path: Path, params, **config) -> Path:
     return path
 
 
+@pytest.mark.usefixtures("figures")
 def test_directory_layout_and_model_card(tmp_path):
     base = small()
     hugging_face(tmp_path / "b", base)

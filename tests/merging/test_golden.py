@@ -11,6 +11,7 @@ import pytest
 
 from multitask_jax import checkpoints, merging
 from multitask_jax.merging import transforms
+from tests.merging.common import BRIEFLY
 
 # Tolerances stated with the data.
 ATOL = dict.fromkeys(("slerp", "model_stock"), 5e-6) | dict.fromkeys(
@@ -46,7 +47,8 @@ def check(name: str, case: str, method: Any, fields: Any, **kwargs: Any) -> None
     base = fields.get("base", models[0])
     atol = max(ATOL.get(name, 1e-6), 4 * float(np.max(fields["float64_gap"])))
     merge = lambda b, m: merging.merge(method, b, m, **kwargs)  # noqa: E731
-    for out in (merge(base, models), jax.jit(merge)(base, models)):
+    jitted = jax.jit(merge, compiler_options=BRIEFLY)
+    for out in (merge(base, models), jitted(base, models)):
         for got, want in zip(
             jax.tree.leaves(out), jax.tree.leaves(fields["expected"]), strict=True
         ):
@@ -63,13 +65,10 @@ def test_ties_over_the_whole_model(shared):
         )
         check("ties_global", case, method, f)
         # Masks are exact.
-        trim = transforms.trim(density=p["density"])
+        trim = merging.chain(transforms.trim(density=p["density"]))
+        trimmed = jax.jit(lambda b, m, trim=trim: merging.merge(trim, b, [m]))
         for t in range(len(f["expected_kept"])):
-            kept = merging.merge(
-                merging.chain(trim),
-                f["base"],
-                [{k: v[t] for k, v in f["models"].items()}],
-            )
+            kept = trimmed(f["base"], {k: v[t] for k, v in f["models"].items()})
             for k in f["base"]:
                 changed = np.asarray(kept[k]) != f["base"][k]
                 moved = f["models"][k][t] != f["base"][k]

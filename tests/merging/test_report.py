@@ -9,6 +9,8 @@ from multitask_jax import merging, tree
 from multitask_jax.merging import interference
 from tests.merging.common import make_models, save
 
+pytestmark = pytest.mark.usefixtures("figures")
+
 
 def merge_with_report(folder, method, base, models, names=None, **kwargs):
     base_path = save(folder / "base", base)

@@ -26,12 +26,6 @@ METHODS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def no_figures(monkeypatch):
-    """They take half of the time of such small merges."""
-    monkeypatch.setattr(report, "_figures", lambda *args, **kwargs: None)
-
-
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")

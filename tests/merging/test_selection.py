@@ -10,12 +10,22 @@ from hypothesis.extra import numpy as hnp
 from multitask_jax.merging import selection, statistics
 from multitask_jax.merging.selection import LARGEST, Bracket, Selection, keys_of
 
+# Few sizes: JAX compiles for each.
 values = hnp.arrays(
     np.float32,
-    st.integers(1, 60),
+    st.sampled_from([1, 2, 3, 10, 37, 60]),
     elements=st.floats(-4, 4, width=32, allow_subnormal=False)
     | st.sampled_from([0.0, -0.0, 1.5, 3e38]),
 )
+
+
+chunk_sum = jax.jit(statistics.chunk_sum)
+
+
+@jax.jit
+def kth_magnitude(parts, k):
+    (found,) = statistics.kth_magnitudes([parts], [k])
+    return found
 
 
 @given(values, st.data())
@@ -24,8 +34,13 @@ def test_kth_magnitude_as_sorted(x, data):
     want = np.sort(np.abs(x))[len(x) - k]
     halves = [x[: len(x) // 2], x[len(x) // 2 :]]
     assert selection.kth_largest(halves, k) == want
-    (got,) = statistics.kth_magnitudes([[jnp.asarray(h) for h in halves]], [k])
-    assert got == want
+    assert kth_magnitude(halves, statistics.split(k)) == want
+
+
+def test_ranks_that_are_known_when_traced():
+    x = np.float32([0.5, -3.0, 0.0, 2.0, -2.0])
+    groups, ks = [[x[:2], x[2:]], [x], []], [2, 5, 1]
+    assert list(statistics.kth_magnitudes(groups, ks)) == [2.0, 0.0, 0.0]
 
 
 def run(x: np.ndarray, k: int, start: Bracket | None, step: int) -> tuple[int, int]:
@@ -98,12 +113,14 @@ def test_counts_beyond_int32():
 
 
 @given(
-    hnp.arrays(np.float32, st.integers(0, 3000), elements=st.floats(-1, 1, width=32))
+    hnp.arrays(
+        np.float32,
+        st.sampled_from([0, 1, 7, 511, 512, 513, 3000]),
+        elements=st.floats(-1, 1, width=32),
+    )
 )
 def test_chunk_sum(x):
-    np.testing.assert_allclose(
-        statistics.chunk_sum(jnp.asarray(x)), x.astype(np.float64).sum(), atol=1e-3
-    )
+    np.testing.assert_allclose(chunk_sum(x), x.astype(np.float64).sum(), atol=1e-3)
 
 
 @given(
