@@ -77,10 +77,12 @@ def measures(accuracy: np.ndarray, reference: Mapping[str, np.ndarray]) -> list[
     """Average, normalised, recovered, and accuracy by task, of [S, T]."""
     base, own = (reference[k].mean(axis=1) for k in ("base", EXPERTS))
     average = accuracy.mean(axis=1)
+    # Where specialists learn nothing there is nothing to recover.
+    learnt = bool((own > base).all())
     return [
         spread(average),
         spread((accuracy / reference[EXPERTS]).mean(axis=1)),
-        spread((average - base) / (own - base)),
+        spread((average - base) / (own - base)) if learnt else "",
         *(f"{100 * x:.1f}" for x in accuracy.mean(axis=0)),
     ]
 

@@ -8,13 +8,21 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import flags, merge, merging_study, study_merges, study_tasks
+from experiments import (
+    flags,
+    merge,
+    merging_study,
+    study_analysis,
+    study_merges,
+    study_tasks,
+)
 from experiments.merging_study import Config
+from experiments.study_stand_in import SHAPE, make_base, make_tasks
 from multitask_jax import merging
 from multitask_jax.models import bert
-from tests.experiments.study_common import SHAPE, make_base, make_tasks
 
 SMOKE = "experiments/flagfiles/study/smoke.flags"
+ABLATED = ("TIES", "oracle signs")
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +57,18 @@ def config(places, pytestconfig):
 
 @pytest.fixture(scope="module")
 def result(config):
-    return merging_study.run(config)
+    """One run of all parts, with fewer rows in the longer ones."""
+    ablations = study_merges.ablations
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(merging_study, "COUNTED", ("ties",))
+        patch.setattr(study_analysis, "DENSITIES", (1.0, 0.2))
+        patch.setattr(study_analysis, "ALPHAS", (0.0, 0.5, 1.0))
+        patch.setattr(
+            study_merges,
+            "ablations",
+            lambda *a: [e for e in ablations(*a) if e.label in ABLATED],
+        )
+        return merging_study.run(config)
 
 
 def rows(result, part):
@@ -97,7 +116,8 @@ def test_a_second_run_does_nothing_again(result, config, monkeypatch):
     before = path.read_bytes()
     monkeypatch.setattr(study_merges, "merge_on_disk", None)
     monkeypatch.setattr(study_tasks.Evaluator, "accuracies", None)
-    again = merging_study.run(config)
+    small = dataclasses.replace(config, parts="methods,redundancy,forgetting")
+    again = merging_study.run(small)
     assert path.read_bytes() == before
     assert again.report == result.report
 
@@ -108,8 +128,10 @@ def test_a_cut_off_line_is_done_again(result, config, tmp_path):
     path = work / "metrics.jsonl"
     text = path.read_text()
     last = json.loads(text.splitlines()[-1])
+    assert last["part"] == "gradients"
     path.write_text(text[:-20])
-    again = merging_study.run(dataclasses.replace(config, workdir=str(work)))
+    small = dataclasses.replace(config, workdir=str(work), parts="gradients")
+    again = merging_study.run(small)
     redone = rows(again, last["part"])[last["row"]]
     assert {k: v for k, v in redone.items() if k != "spent"} == {
         k: v for k, v in last.items() if k != "spent"

@@ -1,6 +1,13 @@
-"""A tiny BERT with a tokenizer, and *synthetic* tasks that it can learn."""
+"""Stand-ins for a base and tasks, to try the study anywhere: random and *synthetic*.
+
+A BERT of two narrow layers with random weights and a tokenizer of made-up words, and
+tasks whose label tells which half of the words a sentence is from. They show that all
+parts run; their numbers mean nothing.
+"""
 
 import json
+from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,8 +20,8 @@ SHAPE = bert.Shape(
 )
 
 
-def make_base(folder):
-    """Random weights, and a tokenizer of whole words."""
+def make_base(folder: Path) -> Path:
+    """A Hugging Face directory: random weights, and a tokenizer of whole words."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     vocabulary = {w: i for i, w in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]"])}
@@ -50,14 +57,16 @@ def make_base(folder):
     return folder
 
 
-def make_tasks(folder, names=("first", "second", "third")):
-    """The label tells which half of the words a sentence is from; one has pairs."""
+def make_tasks(
+    folder: Path, names: Sequence[str] = ("first", "second", "third")
+) -> Path:
+    """A folder a task, of 80 training rows; the second one has pairs of sentences."""
     rng = np.random.default_rng(0)
     for t, name in enumerate(names):
         (folder / name).mkdir(parents=True)
         halves = np.split(rng.permutation(WORDS), 2)
 
-        def sentence(label, halves=halves):
+        def sentence(label: int, halves: list[np.ndarray] = halves) -> str:
             return " ".join(rng.choice(halves[label], rng.integers(3, 9)))
 
         for part, rows in (("train", 80), ("validation", 24), ("test", 24)):
