@@ -7,7 +7,12 @@ from safetensors.numpy import load_file, save_file
 
 from experiments import merge
 from multitask_jax import checkpoints, merging
-from multitask_jax.checkpoints import CheckpointError, TensorInfo, safetensors_file
+from multitask_jax.checkpoints import (
+    CheckpointError,
+    TensorInfo,
+    delta_file,
+    safetensors_file,
+)
 from multitask_jax.checkpoints.delta_file import fingerprint
 from multitask_jax.merging.delta import as_delta
 from tests.merging.common import assert_same_bits, load, make_models, save
@@ -51,6 +56,10 @@ def test_smaller_form_is_stored_and_read_back(tmp_path, dtype):
     assert {k for k in stored if k.startswith("dense/")} == {"dense/b", "dense/d"}
     assert stored["values/a"].shape == (np.count_nonzero(tau["a"]),)
     assert not list(path.glob("dense*"))
+    alone = delta_file.read(path, checkpoints.open(base))
+    assert list(alone) == list(tau)
+    for name, x in tau.items():
+        np.testing.assert_array_equal(alone[name], x.astype(alone[name].dtype))
     reader = checkpoints.open(path, checkpoints.open(base))
     assert reader.format == "delta"
     assert list(reader.tensors) == list(theta)
