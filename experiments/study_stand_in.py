@@ -58,11 +58,13 @@ def make_base(folder: Path) -> Path:
 
 
 def make_tasks(
-    folder: Path, names: Sequence[str] = ("first", "second", "third")
+    folder: Path,
+    names: Sequence[str] = ("first", "second", "third"),
+    pairs: Sequence[str] = ("second",),
 ) -> Path:
-    """A folder a task, of 80 training rows; the second one has pairs of sentences."""
+    """A folder a task, of 80 training rows; `pairs` have two sentences a row."""
     rng = np.random.default_rng(0)
-    for t, name in enumerate(names):
+    for name in names:
         (folder / name).mkdir(parents=True)
         halves = np.split(rng.permutation(WORDS), 2)
 
@@ -73,10 +75,10 @@ def make_tasks(
             lines = []
             for i in range(rows):
                 sentences = [sentence(i % 2)]
-                if t == 1:
+                if name in pairs:
                     sentences.append(sentence(i % 2))
                 lines.append("\t".join([str(i % 2), *sentences]))
-            header = "label\tsentence" + ("1\tsentence2" if t == 1 else "")
+            header = "label\tsentence" + ("1\tsentence2" if name in pairs else "")
             text = "\n".join([header, *lines]) + "\n"
             (folder / name / f"{part}.tsv").write_text(text)
     return folder
