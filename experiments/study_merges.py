@@ -116,9 +116,11 @@ def entries(budget: int) -> list[Entry]:
     for method in merging.METHODS:
         if method in LEFT_OUT:
             continue
-        flags = {"method": method}
+        flags: Coefficients = {"method": method}
         out.append(Entry(method, flags, grid(method, lines=False, budget=budget)))
         flags = {"method": method, "lines_alpha": "norm"}
+        if "scale" in candidates.takes(method):
+            flags["scale"] = 1.0  # LiNeS is all the scale there is
         label = f"{method} + LiNeS"
         out.append(Entry(label, flags, grid(method, lines=True, budget=budget)))
     return out
@@ -146,6 +148,8 @@ class Merger:
 
     def task_vector(self, **flags: Any) -> dict[str, np.ndarray]:
         """tau by a method at scale 1, without LiNeS, in float32."""
+        if "scale" in candidates.takes(flags["method"]):
+            flags = {"scale": 1.0} | flags  # where it has another default
         key = repr(sorted(flags.items()))
         if key not in self._kept:
             output = self.folder / "delta"

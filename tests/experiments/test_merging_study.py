@@ -204,6 +204,7 @@ def models(places):
         ({"method": "ties", "density": "0.3"}, {"scale": 1.3}),
         ({"method": "task_arithmetic"}, {"scale": 0.3}),
         ({"method": "ties"}, {"lines_alpha": 0.2, "lines_beta": 0.7}),
+        ({"method": "consensus"}, {"scale": 1.6}),  # whose default scale is not 1
     ],
 )
 def test_scaled_task_vectors_are_merges_on_disk(models, tmp_path, flags, swept):
