@@ -173,7 +173,7 @@ class Merger:
 
     def norm_alpha(self, tau: Tensors) -> float:
         """LiNeS' alpha by the norm rule, to four digits, so that flags can tell it."""
-        total = self.task_vector(method="task_arithmetic")
+        total = self.task_vector(method="task_arithmetic", statistics=None)
         alpha = merging.norm_rule(total, dict(tau), len(self.models))
         return float(f"{float(alpha):.4g}")
 
