@@ -215,6 +215,28 @@ def test_scaled_task_vectors_are_merges_on_disk(models, tmp_path, flags, swept):
     assert study_merges.difference(got, final.tensors) == 0
 
 
+def test_lines_after_a_method_with_statistics(models, tmp_path):
+    files = []
+    for i, path in enumerate(models.models.split(",")):
+        fisher = {
+            k: np.full_like(x, i + 1)
+            for k, x in bert.read_tensors(path).items()
+            if x.dtype.kind == "f"
+        }
+        files.append(str(tmp_path / f"{i}.safetensors"))
+        merging.save_statistics(files[-1], fisher)
+    config = dataclasses.replace(models, statistics=",".join(files))
+    merger = study_merges.Merger(config, tmp_path)
+    found = {e.label: e for e in study_merges.entries(2)}["fisher + LiNeS"]
+    tuned = study_merges.tune(found, merger, lambda x: {"a": 0.5})
+    assert tuned.coefficients == {**found.grid[0], "lines_alpha": 1.0}
+    flags = dataclasses.replace(config, **found.flags)
+    final = study_merges.merge_on_disk(
+        flags, tuned.coefficients, tmp_path / "out", measured=False
+    )
+    assert study_merges.difference(tuned.tensors, final.tensors) == 0
+
+
 def test_differences_are_seen():
     x = {"a": np.array([1.0, 0.0], np.float32)}
     assert study_merges.difference(x, {"a": x["a"].copy()}) == 0
