@@ -89,7 +89,8 @@ def measures(accuracy: np.ndarray, reference: Mapping[str, np.ndarray]) -> list[
 
 def short(coefficients: Mapping[str, Any]) -> str:
     """Before/after: {"density": "0.2", "scale": 1.0} -> "density .2, scale 1"."""
-    words = {"lines_beta": "beta", "tall_lambda": "lambda", "off_diagonal": "off"}
+    words = {"lines_alpha": "alpha", "lines_beta": "beta"}
+    words |= {"tall_lambda": "lambda", "off_diagonal": "off"}
     return ", ".join(f"{words.get(k, k)} {float(v):g}" for k, v in coefficients.items())
 
 
@@ -207,7 +208,7 @@ def _bars(path: Path, records: Records, rows: Sequence[tuple[str, np.ndarray]]) 
         axes.axvline(value, color="0.5", linestyle=style, linewidth=1, label=name)
     axes.set_yticks(range(len(plain)), plain, fontsize=8)
     axes.set_xlabel("accuracy on all tasks, % (test)")
-    axes.legend(fontsize=7, loc="lower left")
+    axes.legend(fontsize=7, loc="upper left")
     _save(figure, path)
 
 
