@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 from absl import app
 from absl import flags as absl_flags
+from absl import logging as absl_logging
 
 C = TypeVar("C")
 # `--help` shows the flags as those of the script that calls `define`.
@@ -110,12 +111,13 @@ def main(
                 f"got stray arguments {argv[1:]}; write --name=value (--helpfull lists"
                 " every flag)"
             )
+        # Orbax tells of each of its files; --verbosity=0 shows that.
+        if not absl_flags.FLAGS["verbosity"].present:
+            absl_logging.set_verbosity(absl_logging.WARNING)
         run(read(config_class))
 
-    # JAX tells at INFO which accelerators it did not find, Orbax each of its files: not
-    # worth a line. --verbosity=0 shows them.
+    # JAX tells at INFO which accelerators it did not find: not worth a line.
     python_logging.getLogger("jax").setLevel(python_logging.WARNING)
-    absl_flags.FLAGS.set_default("verbosity", -1)
     app.run(start)
 
 
