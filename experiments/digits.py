@@ -446,11 +446,8 @@ def write_report(
         by_seed = f"; by seed: {', '.join(scales)}" if any(scales) else ""
         on_validation = 100 * validation[method].mean()
         lines.append(f"- {method}: {on_validation:.1f} on validation images{by_seed}")
-    command = " \\\n    ".join(
-        f"--{name}={value}"
-        for name, value in merge.recipe_of(chosen[best][0]).items()
-        if name not in ("report", "progress", "overwrite")
-    )
+    around = ("report", "progress", "overwrite")
+    command = " \\\n    ".join(merge.flags_of(chosen[best][0], leave_out=around))
     lines += [
         "",
         "Scales were tried in memory; the merges that the command line then wrote are"

@@ -26,7 +26,7 @@ import gc
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import multitask_jax
@@ -422,6 +422,15 @@ def recipe_of(config: Config) -> dict[str, Any]:
         if (f.name == "method" or getattr(config, f.name) != f.default)
         and f.name not in (*_PROCESSES, "distributed", "resume")
     }
+
+
+def flags_of(config: Config, *, leave_out: Sequence[str] = ()) -> list[str]:
+    """`recipe_of` as words of a command line: ["--method=ties", "--report=false"]."""
+    return [
+        f"--{name}={str(value).lower() if isinstance(value, bool) else value}"
+        for name, value in recipe_of(config).items()
+        if name not in leave_out
+    ]
 
 
 def recipe_named(name: str) -> Callable[..., merging.Method]:

@@ -21,7 +21,6 @@ Legend: S seeds, T tasks.
 """
 
 import dataclasses
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,16 +33,23 @@ from experiments import (
     flags,
     merge,
     study_analysis,
-    study_data_driven,
     study_merges,
     study_report,
+    study_rows,
 )
 from experiments.flags import flag
 from experiments.study_merges import Entry, Merger
 from experiments.study_store import Store, remember
-from experiments.study_tasks import Evaluator, Head, Pool, make_pool, sample
+from experiments.study_tasks import (
+    Evaluator,
+    Head,
+    Pool,
+    make_pool,
+    sample,
+)
 from experiments.study_training import JOINT, Data, Recipe, make_heads, train
 from multitask_jax.data import text_tasks, tokens
+from multitask_jax.data.text_tasks import Rows
 from multitask_jax.models import bert
 
 PARTS = (
@@ -55,11 +61,8 @@ PARTS = (
     "forgetting",
     "gradients",
 )
-# Methods that are also merged for 2..T tasks.
-COUNTED = ("linear", "task_arithmetic", "ties", "ties + LiNeS", "iso_c")
 # May differ from an earlier run in the same folder.
 FREE = ("workdir", "seeds", "parts", "methods", "progress")
-UNLABELLED_LENGTH = 32  # tokens that data-driven methods see of a sentence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,10 +110,14 @@ class Seed(NamedTuple):
     folder: Path
     data: Data
     heads: dict[str, Head]
-    test: Pool
     pools: dict[str, dict[int, Pool]]  # part -> of the first n tasks
-    config: merge.Config  # base and models
-    merger: Merger  # of them
+    own_test: dict[str, Pool]  # of each task alone
+    merger: Merger  # of base and models
+
+    @property
+    def test(self) -> Pool:
+        """Test rows of all tasks."""
+        return self.pools["test"][len(self.own_test)]
 
 
 def check(config: Config) -> tuple[list[int], list[str], list[str]]:
@@ -166,8 +173,7 @@ class Study:
         self.evaluator = Evaluator(bert.read_shape(config.model_dir))
         params, rest = bert.from_hugging_face(tensors, shape=self.evaluator.shape)
         self.base = (jax.tree.map(np.ascontiguousarray, params), rest)
-        self.tensors = tensors
-        self.store = Store(self.workdir / "metrics.jsonl")
+        self.store = Store(self.workdir)
 
     def accuracies(
         self, tensors: Mapping[str, Any], seed: Seed, pool: Pool
@@ -184,26 +190,27 @@ class Study:
             "validation": config.validation_rows,
             "test": config.test_rows or max(len(t.test.labels) for t in self.tasks),
         }
-        rows = {t.name: sample(t, count, seed=index) for t in self.tasks}
-        part = {p: {n: r[p] for n, r in rows.items()} for p in text_tasks.PARTS}
-        most = {"max_length": config.max_length}
-        pools = {
-            p: make_pool(config.model_dir, part[p], **most) for p in text_tasks.PARTS
-        }
-        own = {
-            n: make_pool(config.model_dir, {n: r}, **most)
-            for n, r in part["validation"].items()
-        }
-        encoded = {
-            n: tokens.encode(config.model_dir, r.sentences, **most)
-            for n, r in part["train"].items()
-        }
-        data = Data(part["train"], encoded, pools["validation"], own)
+        rows: dict[str, dict[str, Rows]] = {p: {} for p in text_tasks.PARTS}
+        encoded: dict[str, dict[str, tokens.Encoded]] = {p: {} for p in rows}
+        for task in self.tasks:
+            for part, sampled in sample(task, count, seed=index).items():
+                rows[part][task.name] = sampled
+                encoded[part][task.name] = tokens.encode(
+                    config.model_dir, sampled.sentences, max_length=config.max_length
+                )
+
+        def pool(part: str, names: Sequence[str]) -> Pool:
+            return make_pool(encoded[part], {n: rows[part][n] for n in names})
+
+        used = ("validation", "test")
+        own = {part: {n: pool(part, [n]) for n in self.names} for part in used}
+        counts = range(2, len(self.names) + 1)
+        pools = {part: {n: pool(part, self.names[:n]) for n in counts} for part in used}
+        every = pools["validation"][len(self.names)]
+        data = Data(rows["train"], encoded["train"], every, own["validation"])
         folder = self.workdir / f"seed_{index}"
         params = jax.device_put(self.base[0])
-        heads = make_heads(
-            folder, data, params, self.evaluator, pools["train"], self.classes
-        )
+        heads = make_heads(folder, data, params, self.evaluator, self.classes)
         recipe = Recipe(
             config.epochs, config.batch_size, config.rate, config.max_length
         )
@@ -220,22 +227,13 @@ class Study:
                 model_dir=config.model_dir,
                 recipe=recipe,
                 seed=index,
-                progress=False,
             )
             self.store.once("training", name, index, lambda made=made: made)
         models = ",".join(str(folder / n) for n in self.names)
         flags = merge.Config(base=config.model_dir, models=models)
-        merger = Merger(flags, folder)
-        first = {
-            p: {
-                n: make_pool(
-                    config.model_dir, {k: part[p][k] for k in self.names[:n]}, **most
-                )
-                for n in range(2, len(self.names) + 1)
-            }
-            for p in ("validation", "test")
-        }
-        return Seed(index, folder, data, heads, pools["test"], first, flags, merger)
+        return Seed(
+            index, folder, data, heads, pools, own["test"], Merger(flags, folder)
+        )
 
     def references(self, seed: Seed) -> None:
         """Base, specialists and the joint model, on every task."""
@@ -251,198 +249,6 @@ class Study:
                 },
             )
 
-    def known(self, part: str, row: str, seed: Seed, first: int) -> Any:
-        """Coefficients of the first seed, where they are chosen once; else None."""
-        if self.config.tune_every_seed or seed.index == first:
-            return None
-        return self.store.records[(part, row, first)]["coefficients"]
-
-    def row(
-        self, part: str, entry: Entry, seed: Seed, first: int, merger: Merger
-    ) -> dict[str, Any]:
-        """Tunes a row and scores it; the main table's go through the command line."""
-        names = [Path(m).name for m in merger.models]
-        validation, test = (seed.pools[p][len(names)] for p in ("validation", "test"))
-
-        def score(tensors: Any, pool: Pool) -> dict[str, float]:
-            return self.accuracies(tensors, seed, pool)
-
-        def make() -> dict[str, Any]:
-            known = self.known(part, entry.label, seed, first)
-            out: dict[str, Any] = {}
-            alone = known is None and entry.grid == ({},)
-            if part == "methods" and alone:  # nothing to choose
-                coefficients, scores, tensors = {}, [], None
-            elif part != "methods" or known is None:
-                coefficients, scores, tensors = study_merges.tune(
-                    entry, merger, lambda x: score(x, validation), known
-                )
-            else:
-                coefficients, scores, tensors = known, [], None
-            if part == "methods":
-                final = study_merges.merge_on_disk(
-                    dataclasses.replace(merger.config, **entry.flags),
-                    coefficients,
-                    seed.folder / "merged",
-                    measured=seed.index == first,
-                )
-                out = {
-                    "command": " ".join(final.command[1:]),
-                    "merge_seconds": round(final.seconds, 2),
-                    "merge_megabytes": final.megabytes,
-                }
-                if tensors is not None:
-                    gap = study_merges.difference(tensors, final.tensors)
-                    out["difference"] = gap
-                tensors = final.tensors
-            return {
-                "coefficients": coefficients,
-                "validation": scores,
-                **out,
-                "test": score(tensors, test),
-            }
-
-        return self.store.once(part, entry.label, seed.index, make)
-
-    def methods(self, seed: Seed, first: int) -> None:
-        """The main table."""
-        entries = chosen_entries(self.config)
-        kind = {"fisher": "fisher", "regmean": "gram"}
-        needed = {kind[m] for m in (e.flags["method"] for e in entries) if m in kind}
-        files = self.statistics(seed) if needed else {}
-        bar = tqdm(entries, disable=None if self.config.progress else True)
-        for entry in bar:
-            bar.set_description(f"seed {seed.index}: {entry.label}")
-            method = entry.flags["method"]
-            statistics = files[kind[method]] if method in kind else None
-            merger = seed.merger
-            if statistics is not None:
-                config = dataclasses.replace(seed.config, statistics=statistics)
-                merger = Merger(config, seed.folder)
-            self.row("methods", entry, seed, first, merger)
-
-    def functions(self, seed: Seed) -> Any:
-        """What data-driven methods are given: a function and batches a task."""
-        functions = study_data_driven.apply_fns(seed.heads, self.evaluator.shape)
-        batches = study_data_driven.unlabelled(
-            seed.data.encoded,
-            rows=self.config.unlabelled_rows,
-            batch_size=16,
-            length=min(UNLABELLED_LENGTH, self.config.max_length),
-        )
-        return functions, batches
-
-    def floats(self, path: Any) -> dict[str, Any]:
-        """Float tensors of a checkpoint, on the device."""
-        tensors = bert.read_tensors(path)
-        kept = {k: x for k, x in tensors.items() if x.dtype.kind == "f"}
-        return jax.device_put(kept)
-
-    def statistics(self, seed: Seed) -> dict[str, str]:
-        """Gram and Fisher files beside the specialists."""
-        _, batches = self.functions(seed)
-        start = time.perf_counter()
-        files = study_data_driven.save_statistics(
-            seed.folder,
-            self.evaluator.shape,
-            seed.heads,
-            {n: self.floats(seed.folder / n) for n in self.names},
-            batches,
-            fisher_rows=self.config.fisher_rows,
-            seed=seed.index,
-        )
-        spent = {"seconds": round(time.perf_counter() - start, 2)}
-        self.store.once("statistics", "gram and fisher", seed.index, lambda: spent)
-        return files
-
-    def a_model_a_task(self, seed: Seed, first: int) -> None:
-        """EMR and TALL masks: each task is scored on its own model."""
-
-        def score(models: Mapping[str, Any], pool: Pool) -> dict[str, float]:
-            return {n: self.accuracies(models[n], seed, pool)[n] for n in self.names}
-
-        def emr() -> dict[str, Any]:
-            models, final = study_merges.emr_models(
-                seed.config, seed.folder / "merged", self.names, measured=True
-            )
-            return {
-                "coefficients": {},
-                "command": " ".join(final.command[1:]),
-                "merge_seconds": round(final.seconds, 2),
-                "merge_megabytes": final.megabytes,
-                "test": score(models, seed.test),
-            }
-
-        def tall_masks(tall_lambda: str) -> dict[str, Any]:
-            flags = {"method": "tall_masks", "tall_lambda": tall_lambda}
-            merger = seed.merger
-            return {
-                n: merger.at(merger.task_vector(task=t, **flags), {})
-                for t, n in enumerate(self.names)
-            }
-
-        def tall() -> dict[str, Any]:
-            known = self.known("methods", "TALL masks", seed, first)
-            scores = []
-            if known is None:
-                for value in study_merges.TALL_LAMBDAS[: self.config.budget]:
-                    own = [
-                        self.accuracies(model, seed, seed.data.own[n])[n]
-                        for n, model in tall_masks(value).items()
-                    ]
-                    scores.append(float(np.mean(own)))
-                best = study_merges.TALL_LAMBDAS[int(np.argmax(scores))]
-                known = {"tall_lambda": best}
-            return {
-                "coefficients": known,
-                "validation": scores,
-                "test": score(tall_masks(**known), seed.test),
-            }
-
-        self.store.once("methods", "EMR", seed.index, emr)
-        self.store.once("methods", "TALL masks", seed.index, tall)
-
-    def data_driven(self, seed: Seed) -> None:
-        """Rows without a streamed form."""
-        functions, batches = self.functions(seed)
-        gram = self.store.records.get(("methods", "regmean", seed.index), {})
-        found = gram.get("coefficients", {}).get("off_diagonal", 0.9)
-        rows = study_data_driven.in_memory(
-            functions,
-            self.floats(self.config.model_dir),
-            {n: self.floats(seed.folder / n) for n in self.names},
-            batches,
-            steps=self.config.adamerging_steps,
-            off_diagonal=float(found),
-        )
-        for row, make in rows.items():
-            self.store.once(
-                "methods",
-                row,
-                seed.index,
-                lambda make=make: {
-                    "coefficients": {},
-                    "test": self.accuracies(make(), seed, seed.test),
-                },
-            )
-
-    def counts(self, seed: Seed, first: int) -> None:
-        """Merges of the first 2..T - 1 tasks, tuned anew (T are in the main table)."""
-        for entry in study_merges.entries(self.config.budget):
-            if entry.label not in COUNTED:
-                continue
-            for n in range(2, len(self.names)):
-                models = seed.config.models.split(",")[:n]
-                config = dataclasses.replace(seed.config, models=",".join(models))
-                row = entry._replace(label=f"{entry.label}: {n}")
-                self.row("counts", row, seed, first, Merger(config, seed.folder))
-
-    def ablations(self, seed: Seed, first: int) -> None:
-        """What each step of TIES is worth; scales are tuned for each."""
-        joint = self.floats(seed.folder / JOINT)
-        for entry in study_merges.ablations(self.config.budget, joint):
-            self.row("ablations", entry, seed, first, seed.merger)
-
 
 def run(config: Config) -> Result:
     """Trains (once), merges, evaluates; writes report.md and figures.
@@ -451,7 +257,7 @@ def run(config: Config) -> Result:
       ValueError: a flag, a task or the base is not as it should be; says which.
     """
     seeds, tasks, parts = check(config)
-    chosen_entries(config)
+    entries = chosen_entries(config)
     remember(config, Path(config.workdir), FREE)
     study = Study(config, tasks)
     first = seeds[0]
@@ -459,14 +265,14 @@ def run(config: Config) -> Result:
         seed = study.prepare(index)
         study.references(seed)
         if "methods" in parts:
-            study.methods(seed, first)
-            study.a_model_a_task(seed, first)
+            study_rows.methods(study, seed, first, entries)
+            study_rows.a_model_a_task(study, seed, first)
         if "data_driven" in parts:
-            study.data_driven(seed)
+            study_rows.data_driven(study, seed)
         if "counts" in parts:
-            study.counts(seed, first)
+            study_rows.counts(study, seed, first)
         if "ablations" in parts:
-            study.ablations(seed, first)
+            study_rows.ablations(study, seed, first)
         if index == first:
             study_analysis.conflicts(study, seed)
             if "redundancy" in parts:

@@ -3,17 +3,14 @@
 All on the first seed's specialists. A `study` is experiments.merging_study.Study.
 """
 
-import contextlib
 import dataclasses
-import io
 import json
 from typing import Any
 
 import jax
 import numpy as np
 
-from experiments import merge
-from experiments.study_merges import Merger
+from experiments.study_merges import QUIET, quietly
 from experiments.study_training import batch_of, loss_fn
 from multitask_jax import merging, training
 
@@ -23,16 +20,13 @@ ALPHAS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 def redundancy(study: Any, seed: Any) -> None:
     """How much of a specialist can be trimmed before its own accuracy falls."""
-    for name in study.names:
-        config = dataclasses.replace(seed.config, models=str(seed.folder / name))
+    merger = seed.merger
+    for t, name in enumerate(study.names):
 
-        def make(config: Any = config, name: str = name) -> dict[str, Any]:
-            merger = Merger(config, seed.folder)
+        def make(t: int = t, name: str = name) -> dict[str, Any]:
             found = []
             for density in DENSITIES:
-                tau = merger.task_vector(
-                    method="magnitude_prune", trim_scope="model", density=str(density)
-                )
+                tau = merger.trimmed(merger.models[t], density)
                 pool = seed.data.own[name]
                 found.append(study.accuracies(merger.at(tau, {}), seed, pool)[name])
             return {"densities": DENSITIES, "validation": found}
@@ -118,15 +112,8 @@ def conflicts(study: Any, seed: Any) -> None:
 
     def make() -> dict[str, Any]:
         output = seed.folder / "merged"
-        config = dataclasses.replace(
-            seed.config,
-            method="ties",
-            output=str(output),
-            overwrite=True,
-            progress=False,
-        )
-        with contextlib.redirect_stdout(io.StringIO()):
-            merge.run(config)
+        around = QUIET | {"output": str(output), "report": True}
+        quietly(dataclasses.replace(seed.merger.config, method="ties", **around))
         report = json.loads((output / "merge_report.json").read_text())
         return {"depths": report["depths"]}
 

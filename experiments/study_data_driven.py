@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import optax
 
-from experiments.study_tasks import NEVER, Head, features, logits
+from experiments.study_tasks import NEVER, Head, logits
 from multitask_jax import merging, tree
 from multitask_jax.data import tokens
 from multitask_jax.models import bert
@@ -28,14 +28,11 @@ def apply_fns(
 
     def one(head: Head) -> Callable[[Tensors, Inputs], jax.Array]:
         classes = int(np.sum(head.bias > NEVER / 2))
-        kernel, bias = head.kernel[:, :classes], head.bias[None, :classes]
+        own = Head(head.kernel[:, :classes], head.bias[:classes])._asdict()
 
         def apply(tensors: Tensors, inputs: Inputs) -> jax.Array:
             params, _ = bert.from_hugging_face(tensors, shape=shape)
-            n, s, l = inputs["ids"].shape
-            flat = (inputs[k].reshape(n * s, l) for k in ("ids", "mask"))
-            u = bert.embed(params, *flat, shape=shape).reshape(n, s, -1)
-            return features(u) @ kernel + bias
+            return logits(params, inputs | own, shape)
 
         return apply
 
@@ -73,13 +70,15 @@ def save_statistics(
     folder: Path,
     shape: bert.Shape,
     heads: Mapping[str, Head],
-    models: Mapping[str, Tensors],
+    load: Callable[[str], Tensors],
     batches: Mapping[str, Sequence[Inputs]],
     *,
     fisher_rows: int,
     seed: int,
 ) -> dict[str, str]:
     """Files of Gram matrices and Fisher diagonals beside each model, made once.
+
+    `load` reads a task's model; it is not called where both files are there.
 
     Fisher's labels are drawn from the model's own predictions, one a row: an unbiased
     estimate of the expectation, at the price of one gradient a row.
@@ -103,17 +102,18 @@ def save_statistics(
         merging.save_statistics(path, own, examples=examples)
 
     files: dict[str, list[str]] = {"gram": [], "fisher": []}
-    for i, (name, model) in enumerate(models.items()):
-        params = {"encoder": model, "head": heads[name]._asdict()}
+    for i, name in enumerate(batches):
+        paths = {kind: folder / name / f"{kind}.safetensors" for kind in files}
+        for kind, path in paths.items():
+            files[kind].append(str(path))
+        if all(path.exists() for path in paths.values()):
+            continue
+        params = {"encoder": load(name), "head": heads[name]._asdict()}
         size = len(batches[name][0]["ids"])
-        path = folder / name / "gram.safetensors"
-        files["gram"].append(str(path))
-        if not path.exists():
+        if not paths["gram"].exists():
             found = merging.gram_matrices(apply, params, batches[name])
-            save(path, found, size * len(batches[name]))
-        path = folder / name / "fisher.safetensors"
-        files["fisher"].append(str(path))
-        if not path.exists():
+            save(paths["gram"], found, size * len(batches[name]))
+        if not paths["fisher"].exists():
             few = batches[name][: max(1, fisher_rows // size)]
             keys = jax.random.split(jax.random.key(1000 * seed + i), len(few))
             pairs = [
@@ -123,7 +123,7 @@ def save_statistics(
             fisher = merging.fisher_diagonal(
                 apply, params, pairs, labels="given", examples_at_once=4
             )
-            save(path, tree.flatten(fisher), size * len(few))
+            save(paths["fisher"], tree.flatten(fisher), size * len(few))
     return {kind: ",".join(made) for kind, made in files.items()}
 
 

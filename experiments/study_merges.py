@@ -24,6 +24,7 @@ import numpy as np
 
 from experiments import candidates, merge
 from experiments.benchmark_merge import measure
+from experiments.study_tasks import floats_of
 from multitask_jax import checkpoints, merging
 from multitask_jax.checkpoints import delta_file
 from multitask_jax.models import bert
@@ -63,6 +64,7 @@ SECOND: dict[str, tuple[str, tuple[Any, ...]]] = {
     "consensus": ("tall_lambda", ("0.2", "0.4")),
 }
 OFF_DIAGONALS = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
+QUIET = {"progress": False, "report": False, "overwrite": True}
 SWEPT = ("scale", "lines_alpha", "lines_beta")  # applied in memory
 
 
@@ -141,22 +143,20 @@ class Merger:
         self.config, self.folder = config, folder
         self.models = config.models.split(",")
         stored = bert.read_tensors(config.base)
-        self.base = {k: x for k, x in stored.items() if x.dtype.kind == "f"}
+        self.base = floats_of(stored)
         self.rest = {k: x for k, x in stored.items() if k not in self.base}
         self._on_device = jax.device_put(self.base)
         self._kept: dict[str, dict[str, np.ndarray]] = {}
 
     def task_vector(self, **flags: Any) -> dict[str, np.ndarray]:
-        """tau by a method at scale 1, without LiNeS, in float32."""
+        """tau by a method (and other flags) at scale 1, without LiNeS, in float32."""
         if "scale" in candidates.takes(flags["method"]):
             flags = {"scale": 1.0} | flags  # where it has another default
         key = repr(sorted(flags.items()))
         if key not in self._kept:
             output = self.folder / "delta"
-            config = dataclasses.replace(
-                self.config, **flags, output=str(output), output_format="delta"
-            )
-            quietly(config)
+            around = {"output": str(output), "output_format": "delta", **QUIET}
+            quietly(dataclasses.replace(self.config, **flags, **around))
             reader = checkpoints.open(self.config.base)
             found = delta_file.read(output, reader)
             reader.close()
@@ -166,6 +166,15 @@ class Merger:
             self._kept[key] = found
         return self._kept[key]
 
+    def trimmed(self, model: str, density: float) -> dict[str, np.ndarray]:
+        """tau of one model, but for its largest changes over the whole model 0."""
+        return self.task_vector(
+            method="magnitude_prune",
+            models=model,
+            trim_scope="model",
+            density=str(density),
+        )
+
     def own(self, t: int) -> dict[str, np.ndarray]:
         """tau_t = theta_t - theta_0."""
         model = bert.read_tensors(self.models[t])
@@ -173,7 +182,7 @@ class Merger:
 
     def norm_alpha(self, tau: Tensors) -> float:
         """LiNeS' alpha by the norm rule, to four digits, so that flags can tell it."""
-        total = self.task_vector(method="task_arithmetic", statistics=None)
+        total = self.task_vector(method="task_arithmetic")
         alpha = merging.norm_rule(total, dict(tau), len(self.models))
         return float(f"{float(alpha):.4g}")
 
@@ -181,8 +190,9 @@ class Merger:
         """The model of a task vector at a scale or with LiNeS."""
         alpha = swept.get("lines_alpha", swept.get("scale", 1.0))
         beta = swept.get("lines_beta", 0.0)
-        zeros = {k: x for k, x in self.base.items() if k not in tau}
-        full = dict(tau) | {k: np.zeros_like(x) for k, x in zeros.items()}
+        full = {
+            k: tau[k] if k in tau else np.zeros_like(x) for k, x in self.base.items()
+        }
         found = add_scaled(self._on_device, full, jnp.float32(alpha), jnp.float32(beta))
         return {k: np.asarray(x) for k, x in found.items()} | self.rest
 
@@ -198,24 +208,25 @@ def tune(
       score: on validation rows.
       known: coefficients chosen before: nothing is scored then.
     """
+    own = None if entry.tau is None else entry.tau(merger)
 
     def model(given: Coefficients) -> tuple[Coefficients, dict[str, np.ndarray]]:
-        flags = {k: v for k, v in (entry.flags | given).items() if k not in SWEPT}
-        swept = {k: v for k, v in (entry.flags | given).items() if k in SWEPT}
-        tau = merger.task_vector(**flags) if entry.tau is None else entry.tau(merger)
+        every = entry.flags | given
+        flags = {k: v for k, v in every.items() if k not in SWEPT}
+        swept = {k: v for k, v in every.items() if k in SWEPT}
+        tau = merger.task_vector(**flags) if own is None else own
         if swept.get("lines_alpha") == "norm":
             swept["lines_alpha"] = merger.norm_alpha(tau)
             given = given | {"lines_alpha": swept["lines_alpha"]}
         return given, merger.at(tau, swept)
 
-    if known is not None:
-        return Tuned(known, [], model(known)[1])
-    if len(entry.grid) == 1:
-        found, tensors = model(entry.grid[0])
+    grid = entry.grid if known is None else (known,)
+    if len(grid) == 1:
+        found, tensors = model(grid[0])
         return Tuned(found, [], tensors)
     best: tuple[float, Coefficients, Any] = (-1.0, {}, None)
     scores = []
-    for candidate in entry.grid:
+    for candidate in grid:
         found, tensors = model(candidate)
         scores.append(float(np.mean(list(score(tensors).values()))))
         if scores[-1] > best[0]:
@@ -223,20 +234,8 @@ def tune(
     return Tuned(best[1], scores, best[2])
 
 
-def command_line(config: merge.Config) -> list[str]:
-    """The command that merges as `config` says."""
-    flags = []
-    for name, value in merge.recipe_of(config).items():
-        if isinstance(value, bool):
-            flags.append(f"--{name}" if value else f"--no{name}")
-        else:
-            flags.append(f"--{name}={value}")
-    return [sys.executable, "-m", "experiments.merge", *flags]
-
-
 def quietly(config: merge.Config) -> None:
-    """`experiments.merge` in this process, without its line of success."""
-    config = dataclasses.replace(config, progress=False, report=False, overwrite=True)
+    """`experiments.merge` in this process; it prints nothing."""
     with (
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(io.StringIO()),
@@ -252,19 +251,22 @@ class Final(NamedTuple):
     seconds: float
     megabytes: float | None  # of a process of its own; None inside this one
 
+    def record(self) -> dict[str, Any]:
+        """What is kept of it."""
+        return {
+            "command": " ".join(self.command[1:]),
+            "merge_seconds": round(self.seconds, 2),
+            "merge_megabytes": self.megabytes,
+        }
+
 
 def merge_on_disk(
     config: merge.Config, coefficients: Coefficients, output: Path, *, measured: bool
 ) -> Final:
     """Runs `experiments.merge`, as a process of its own if it is to be measured."""
-    config = dataclasses.replace(
-        candidates.config_at(config, coefficients),
-        output=str(output),
-        progress=False,
-        report=False,
-        overwrite=True,
-    )
-    command = command_line(config)
+    config = candidates.config_at(config, coefficients)
+    config = dataclasses.replace(config, output=str(output), **QUIET)
+    command = [sys.executable, "-m", "experiments.merge", *merge.flags_of(config)]
     if measured:
         seconds, megabytes = measure(command)
     else:
@@ -319,10 +321,7 @@ def mean_of_kept(
     total: dict[str, np.ndarray] = {}
     count: dict[str, np.ndarray] = {}
     for model in merger.models:
-        alone = Merger(dataclasses.replace(merger.config, models=model), merger.folder)
-        trimmed = alone.task_vector(
-            method="magnitude_prune", trim_scope="model", density=str(density)
-        )
+        trimmed = merger.trimmed(model, density)
         for k, tau in trimmed.items():
             if reference is not None:
                 agrees = np.sign(tau) == np.sign(reference[k] - merger.base[k])
@@ -350,26 +349,11 @@ def ablations(budget: int, joint: Tensors) -> list[Entry]:
     }
     return [
         *(Entry(label, flags, scales) for label, flags in variants.items()),
-        Entry("no election", {}, scales, remembered(mean_of_kept, density=0.2)),
+        Entry("no election", {}, scales, lambda m: mean_of_kept(m, density=0.2)),
         Entry(
             "oracle signs",
             {},
             scales,
-            remembered(mean_of_kept, density=0.2, reference=joint),
+            lambda m: mean_of_kept(m, density=0.2, reference=joint),
         ),
     ]
-
-
-def remembered(
-    make: Callable[..., dict[str, np.ndarray]], **options: Any
-) -> Callable[[Merger], dict[str, np.ndarray]]:
-    """`make(merger, **options)`, made once for all candidates of a row."""
-    made: dict[int, dict[str, np.ndarray]] = {}
-
-    def tau(merger: Merger) -> dict[str, np.ndarray]:
-        if id(merger) not in made:
-            made.clear()
-            made[id(merger)] = make(merger, **options)
-        return made[id(merger)]
-
-    return tau

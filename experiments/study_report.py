@@ -5,6 +5,7 @@ accuracy (100 % is the specialists); "recovered" is how far the average has come
 the base's to the specialists'.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,11 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from multitask_jax.merging import report
+
 Record = Mapping[str, Any]
 EXPERTS = "specialists, own task"
+table = functools.partial(report.table, rule="--:")
 BARS, COUNTS = "methods.png", "tasks.png"
 FRONT, DEPTH, TRIM = "forgetting.png", "conflicts.png", "redundancy.png"
 
@@ -65,12 +69,6 @@ def spread(values: np.ndarray) -> str:
     if len(values) == 1:
         return f"{values[0]:.1f}"
     return f"{values.mean():.1f} ± {values.std(ddof=1):.1f}"
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown; all but the first column to the right."""
-    lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def measures(accuracy: np.ndarray, reference: Mapping[str, np.ndarray]) -> list[str]:

@@ -7,22 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments import sweep_log
+
 
 class Store:
     """Results by (part, row, seed), one JSON a line; what is there is not redone."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, workdir: Path):
+        self.workdir = workdir
         self.records: dict[tuple[str, str, int], dict[str, Any]] = {}
-        lines = path.read_text().splitlines() if path.exists() else []
-        for line in lines:
-            try:
-                self._keep(json.loads(line))
-            except ValueError:
-                break  # the last line of a run that was killed while writing it
-        if lines and len(lines) > len(self.records):
-            text = "".join(json.dumps(r) + "\n" for r in self.records.values())
-            path.write_text(text)
+        for record in sweep_log.read_lines(workdir):
+            self._keep(record)
 
     def _keep(self, record: dict[str, Any]) -> None:
         self.records[(record["part"], record["row"], record["seed"])] = record
@@ -36,8 +31,7 @@ class Store:
             made = dict(make())
             spent = round(time.perf_counter() - start, 2)
             record = {"part": part, "row": row, "seed": seed, **made, "spent": spent}
-            with self.path.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+            sweep_log.append(self.workdir, record)
             self._keep(record)
         return self.records[(part, row, seed)]
 

@@ -61,19 +61,30 @@ def logits(params: Any, batch: Mapping[str, Any], shape: bert.Shape) -> jax.Arra
 
 
 def make_pool(
-    model_dir: str, rows: Mapping[str, Rows], *, max_length: int, batch_size: int = 64
+    encoded: Mapping[str, tokens.Encoded],
+    rows: Mapping[str, Rows],
+    *,
+    batch_size: int = 64,
 ) -> Pool:
-    """Tokenises rows by task and sorts all their sentences by length."""
-    sentences = [(s,) for r in rows.values() for row in r.sentences for s in row]
-    encoded = tokens.encode(model_dir, sentences, max_length=max_length)
+    """Sorts all sentences of `rows`, by task, by length; `encoded` are their tokens."""
+    sentences = [(s,) for name in rows for row in encoded[name].ids for s in row]
     places, start = {}, 0
     for name, r in rows.items():
         shape = (len(r.labels), len(r.sentences[0]))
         size = shape[0] * shape[1]
         places[name] = np.arange(start, start + size).reshape(shape)
         start += size
-    batches = tokens.in_order(encoded, batch_size)
+    batches = tokens.in_order(tokens.Encoded(sentences), batch_size)
     return Pool(batches, places, {name: r.labels for name, r in rows.items()})
+
+
+def floats_of(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """What a merge is about: the tensors of floats."""
+    return {
+        k: x
+        for k, x in tensors.items()
+        if jnp.issubdtype(jnp.result_type(x), jnp.floating)
+    }
 
 
 class Evaluator:
@@ -88,12 +99,7 @@ class Evaluator:
 
     def params(self, tensors: Mapping[str, Any]) -> Any:
         """Parameters on the device from tensors by Hugging Face names."""
-        floats = {
-            k: x
-            for k, x in tensors.items()
-            if jnp.issubdtype(jnp.result_type(x), jnp.floating)
-        }
-        return self._convert(floats)
+        return self._convert(floats_of(tensors))
 
     def embed(self, params: Any, pool: Pool) -> np.ndarray:
         """Embeddings [sentences, D] in the pool's own order."""

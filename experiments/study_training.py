@@ -19,7 +19,7 @@ import numpy as np
 import optax
 from safetensors.numpy import load_file, save_file
 
-from experiments.study_tasks import Evaluator, Head, Pool, logits, probe
+from experiments.study_tasks import Evaluator, Head, Pool, logits, make_pool, probe
 from multitask_jax import training
 from multitask_jax.data import tokens
 from multitask_jax.data.text_tasks import Rows
@@ -82,12 +82,13 @@ def batch_of(
 
 
 def make_heads(
-    folder: Path, data: Data, base: Any, evaluator: Evaluator, pool: Pool, classes: int
+    folder: Path, data: Data, base: Any, evaluator: Evaluator, classes: int
 ) -> dict[str, Head]:
     """Probes of the base for all tasks; kept in heads.safetensors."""
     path = folder / "heads.safetensors"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
+        pool = make_pool(data.encoded, data.train)
         x = evaluator.features(base, pool)
         v = evaluator.features(base, data.validation)
         tensors = {}
@@ -113,7 +114,6 @@ def train(
     model_dir: str,
     recipe: Recipe,
     seed: int,
-    progress: bool,
 ) -> dict[str, Any]:
     """Fine-tunes the base on one task, or (JOINT) on all by turns; writes a directory.
 
@@ -127,7 +127,6 @@ def train(
       model_dir: whose config and tokenizer go along.
       recipe: how to train.
       seed: of the order of rows.
-      progress: show a bar.
 
     Returns:
       A record: seconds, steps, the best validation accuracy and its step.
@@ -175,7 +174,7 @@ def train(
         eval_every=epoch,
         checkpoint_every=2 * epoch if name == JOINT else None,
         log_every=max(1, epoch // 4),
-        progress=progress,
+        progress=False,
     )
     best = result.best
     bert.save(

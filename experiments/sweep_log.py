@@ -47,6 +47,18 @@ def open_log(workdir: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]
             f"{workdir} holds another sweep, with other {', '.join(changes)}; choose"
             " another --workdir, or remove that one to start again"
         )
+    return read_lines(workdir)
+
+
+def read_lines(workdir: Path) -> list[dict[str, Any]]:
+    """What `append` wrote; none where there is no file yet.
+
+    Raises:
+      ValueError: the file is damaged.
+    """
+    metrics = workdir / "metrics.jsonl"
+    if not metrics.exists():
+        return []
     # A line that a kill cut short was never an answer.
     whole, newline, rest = metrics.read_bytes().rpartition(b"\n")
     if rest:
@@ -67,11 +79,7 @@ def command_of(chosen: merge.Config) -> str:
     """The command line of experiments.merge for a config."""
     chosen = dataclasses.replace(chosen, output=chosen.output or "OUT")
     around = ("report", "progress", "overwrite", "threads")
-    words = [
-        f"--{name}={str(value).lower() if isinstance(value, bool) else value}"
-        for name, value in merge.recipe_of(chosen).items()
-        if name not in around
-    ]
+    words = merge.flags_of(chosen, leave_out=around)
     return shlex.join(["python", "-m", "experiments.merge", *words])
 
 

@@ -163,8 +163,8 @@ def glue(
     chosen = np.zeros(count, bool)
     cut = min(max(round(count * validation), 1), count - 1)
     chosen[np.random.default_rng(seed).permutation(count)[:cut]] = True
-    parts = [_where(all_rows, ~chosen), _where(all_rows, chosen), test]
-    return Task(name, tuple(made.info.features["label"].names), *parts)
+    parts = [text_tasks.at(all_rows, np.flatnonzero(c)) for c in (~chosen, chosen)]
+    return Task(name, tuple(made.info.features["label"].names), *parts, test)
 
 
 def write(folder: str | os.PathLike[str], task: Task) -> None:
@@ -190,8 +190,3 @@ def write(folder: str | os.PathLike[str], task: Task) -> None:
 
 def _text(x: bytes | str) -> str:
     return x.decode("utf-8") if isinstance(x, bytes) else x
-
-
-def _where(given: Rows, chosen: np.ndarray) -> Rows:
-    kept = np.flatnonzero(chosen)
-    return Rows(given.labels[kept], [given.sentences[i] for i in kept])

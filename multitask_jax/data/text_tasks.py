@@ -93,8 +93,12 @@ def read(folder: str | os.PathLike[str]) -> Task:
 def take(rows: Rows, count: int, *, seed: int) -> Rows:
     """A random sample of rows (all, if there are fewer), in the order of the file."""
     chosen = np.random.default_rng(seed).permutation(len(rows.labels))[:count]
-    chosen.sort()
-    return Rows(rows.labels[chosen], [rows.sentences[i] for i in chosen])
+    return at(rows, np.sort(chosen))
+
+
+def at(rows: Rows, places: np.ndarray) -> Rows:
+    """The rows at these places [M]."""
+    return Rows(rows.labels[places], [rows.sentences[i] for i in places])
 
 
 def _order(label: str) -> tuple[float, str]:

@@ -98,9 +98,11 @@ def _number(x: float) -> str:
     return "-" if np.isnan(x) else f"{x:.3g}"
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
+def table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], *, rule: str = "---"
+) -> str:
+    """A Markdown table; `rule` aligns all columns but the first: "--:" to the right."""
+    lines = [header, ["---", *[rule] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

@@ -431,18 +431,17 @@ def _compute(
     `stage`: ("apply", ..), ("reduce", i, j) or ("values", i, j). Also returns the
     number of entries that are not finite (if `check`).
     """
+    bad = None
+    if check:  # before the rest, which can then overwrite what both compute
+        base, *models = [x.astype(compute) for x in arrays]
+        total = base + core.add_up(core.start_values(method, base, tuple(models)))
+        bad = jnp.sum(~jnp.isfinite(total), dtype=jnp.int32)
+        arrays, bad = jax.lax.optimization_barrier((arrays, bad))
     base, *models = [x.astype(compute) for x in arrays]
     known = jax.tree.map(lambda x: x.astype(compute), statistics)
     scaled = tuple(w.astype(compute) for w in weights)
     leaf = core.Leaf(base, scaled, (), offset, size, known, ranks)
     before = after = values = core.start_values(method, base, tuple(models))
-    total = base + core.add_up(values)
-    bad = jnp.sum(~jnp.isfinite(total), dtype=jnp.int32) if check else None
-    if check:  # before the rest, which can then overwrite what both compute
-        arrays, bad = jax.lax.optimization_barrier((arrays, bad))
-        base, *models = [x.astype(compute) for x in arrays]
-        leaf = leaf._replace(base=base)
-        before = after = values = core.start_values(method, base, tuple(models))
     what, stop, j = stage
     if what == "apply":
         for i, t in enumerate(method.transforms):

@@ -14,11 +14,13 @@ from experiments import (
     study_analysis,
     study_data_driven,
     study_merges,
+    study_rows,
     study_tasks,
 )
 from experiments.merging_study import Config
 from experiments.study_stand_in import SHAPE, make_base, make_tasks
 from multitask_jax import merging
+from multitask_jax.data import text_tasks, tokens
 from multitask_jax.models import bert
 
 SMOKE = "experiments/flagfiles/study/smoke.flags"
@@ -60,7 +62,7 @@ def result(config):
     """One run of all parts, with fewer rows in the longer ones."""
     ablations, in_memory = study_merges.ablations, study_data_driven.in_memory
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(merging_study, "COUNTED", ("ties",))
+        patch.setattr(study_rows, "COUNTED", ("ties",))
         patch.setattr(study_analysis, "DENSITIES", (1.0, 0.2))
         patch.setattr(study_analysis, "ALPHAS", (0.0, 0.5, 1.0))
         patch.setattr(
@@ -225,12 +227,12 @@ def test_lines_after_a_method_with_statistics(models, tmp_path):
         }
         files.append(str(tmp_path / f"{i}.safetensors"))
         merging.save_statistics(files[-1], fisher)
-    config = dataclasses.replace(models, statistics=",".join(files))
-    merger = study_merges.Merger(config, tmp_path)
+    merger = study_merges.Merger(models, tmp_path)
     found = {e.label: e for e in study_merges.entries(2)}["fisher + LiNeS"]
+    found = found._replace(flags=found.flags | {"statistics": ",".join(files)})
     tuned = study_merges.tune(found, merger, lambda x: {"a": 0.5})
     assert tuned.coefficients == {**found.grid[0], "lines_alpha": 1.0}
-    flags = dataclasses.replace(config, **found.flags)
+    flags = dataclasses.replace(models, **found.flags)
     final = study_merges.merge_on_disk(
         flags, tuned.coefficients, tmp_path / "out", measured=False
     )
@@ -270,14 +272,11 @@ def test_means_of_what_is_kept_by_hand(models, tmp_path):
 def test_padding_and_batches_do_not_change_accuracy(places):
     base, tasks, _ = places
     evaluator = study_tasks.Evaluator(SHAPE)
-    from multitask_jax.data import text_tasks
-
     task = text_tasks.read(tasks / "second")
     params = evaluator.params(bert.read_tensors(base))
+    encoded = {"second": tokens.encode(str(base), task.test.sentences, max_length=32)}
     pools = [
-        study_tasks.make_pool(
-            str(base), {"second": task.test}, max_length=32, batch_size=b
-        )
+        study_tasks.make_pool(encoded, {"second": task.test}, batch_size=b)
         for b in (3, 64)
     ]
     a, b = (evaluator.features(params, pool)["second"] for pool in pools)

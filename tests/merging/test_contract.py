@@ -26,7 +26,8 @@ class Case(NamedTuple):
     models: int = 3
     exact: bool = True  # streamed, jitted and sharded agree bit for bit
     leafwise: bool = False  # no collective on a mesh
-    ulps: float = 2  # of the identity
+    # Within 2 ulp of the identity on tiny models, without weights; else within 4.
+    tiny: bool = False
     gain: float = 1.0  # how much larger than a task vector a term of a sum can be
     rows: bool = False  # whole rows meet on a device
     # LAPACK between collectives starves the threads of 8 simulated devices on 2 cores.
@@ -83,7 +84,7 @@ CASES = {
     "consensus": Case(merging.consensus(), leafwise=True),
     "nuslerp": Case(merging.nuslerp(), models=2, exact=False),
     "multislerp": Case(merging.multislerp(), exact=False),
-    "karcher": Case(merging.karcher(max_iter=5), exact=False, ulps=4),
+    "karcher": Case(merging.karcher(max_iter=5), exact=False, tiny=True),
     "nearswap": Case(merging.nearswap(t=0.05), models=1, leafwise=True),
     "magmax": Case(merging.magmax(), leafwise=True, ordered=True),  # a tie: the last
     "ram": Case(merging.ram(), leafwise=True),
@@ -245,9 +246,13 @@ def agree(case: Case, a: Any, b: Any, base: Any, models: Any) -> None:
 
 def test_identity(case, compiled):
     base, _, merge = compiled
-    weights = weights_of(case) and (1.0,) * case.models
-    out = merge(base, [base] * case.models, weights, known(case, base))
-    assert_close(out, base, base, ulps=case.ulps)
+    if case.tiny:
+        base, _ = tiny_models(case)
+        out = jax.jit(lambda b: merging.merge(case.method, b, [b] * case.models))(base)
+    else:
+        weights = weights_of(case) and (1.0,) * case.models
+        out = merge(base, [base] * case.models, weights, known(case, base))
+    assert_close(out, base, base)
 
 
 def test_permutation(case, compiled):
