@@ -107,12 +107,12 @@ def evaluate(config: Config) -> Result:
     )
     embed = jax.jit(functools.partial(bert.embed, shape=shape))
     start = time.perf_counter()
-    x = np.zeros((len(pairs.scores), 2, shape.width), np.float32)
-    for batch in tokens.in_order(encoded, config.batch_size):
+    batches, out = tokens.in_order(encoded, config.batch_size), []
+    for batch in batches:
         b, s, l = batch.ids.shape
         flat = embed(params, batch.ids.reshape(-1, l), batch.mask.reshape(-1, l))
-        kept = batch.rows >= 0
-        x[batch.rows[kept]] = np.asarray(flat).reshape(b, s, -1)[kept]
+        out.append(flat.reshape(b, s, -1))
+    x = tokens.by_row(batches, out)
     seconds = time.perf_counter() - start
     norms = np.linalg.norm(x, axis=-1)
     cosine = np.sum(x[:, 0] * x[:, 1], axis=-1) / (norms[:, 0] * norms[:, 1])

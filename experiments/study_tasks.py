@@ -103,13 +103,9 @@ class Evaluator:
 
     def embed(self, params: Any, pool: Pool) -> np.ndarray:
         """Embeddings [sentences, D] in the pool's own order."""
+        # A list: all batches are under way before the first result is waited for.
         out = [self._embed(params, b.ids[:, 0], b.mask[:, 0]) for b in pool.batches]
-        count = 1 + max(int(p.max()) for p in pool.places.values())
-        found = np.zeros((count, self.shape.width), np.float32)
-        for batch, u in zip(pool.batches, out, strict=True):
-            kept = batch.rows >= 0
-            found[batch.rows[kept]] = np.asarray(u)[kept]
-        return found
+        return tokens.by_row(pool.batches, out)
 
     def features(self, params: Any, pool: Pool) -> dict[str, np.ndarray]:
         """Features [N, 4 D] of each task's rows."""

@@ -8,9 +8,9 @@ Legend: N rows, S sentences a row (1 or 2), L tokens, B rows a batch.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -99,6 +99,14 @@ def in_order(encoded: Encoded, batch_size: int) -> list[Batch]:
         pad(encoded, order[i : i + batch_size], size=batch_size)
         for i in range(0, len(order), batch_size)
     ]
+
+
+def by_row(batches: Sequence[Batch], values: Iterable[Any]) -> np.ndarray:
+    """Values [N, ...] in the order of rows, from those of each batch, [B, ...]."""
+    found: dict[int, np.ndarray] = {}
+    for batch, x in zip(batches, values, strict=True):
+        found |= {int(r): v for r, v in zip(batch.rows, np.asarray(x), strict=True)}
+    return np.stack([found[row] for row in range(max(found) + 1)])
 
 
 def steps_an_epoch(rows: int, batch_size: int) -> int:

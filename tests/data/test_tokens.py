@@ -35,6 +35,13 @@ def test_in_order_has_every_row_once(lengths, size):
             assert not ids[0, count:].any()
 
 
+@hypothesis.given(st.permutations(range(11)), st.integers(1, 9))
+def test_values_come_back_in_the_order_of_rows(lengths, size):
+    batches = tokens.in_order(made([n + 1 for n in lengths]), size)
+    sums = [b.mask.sum(axis=(1, 2)) for b in batches]
+    np.testing.assert_array_equal(tokens.by_row(batches, sums), np.add(lengths, 1))
+
+
 def test_buckets_keep_the_number_of_shapes_small():
     lengths = list(range(1, 200))
     shapes = {b.ids.shape for b in tokens.in_order(made(lengths), 8)}
