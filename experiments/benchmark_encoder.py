@@ -10,15 +10,12 @@ one run, so that both meet the same load, after a warm-up; the median of the rep
 counts.
 """
 
-import contextlib
 import dataclasses
 import functools
-import json
 import os
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import flags
+from experiments import flags, torch_side
 from experiments.flags import flag
+from experiments.torch_side import Timer
 from multitask_jax.merging.report import table
 from multitask_jax.models import bert
 
@@ -36,7 +34,6 @@ SIZES = bert.Shape(
     vocab_size=30522, width=384, depth=6, heads=12, mlp_width=1536, positions=512
 )
 KINDS = ("training", "inference")
-Timer = Callable[[str, int], float]  # kind, steps -> seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,29 +106,12 @@ def theirs(config: Config, shape: bert.Shape = SIZES) -> tuple[Timer, subprocess
             "max_position_embeddings": shape.positions,
         },
     }
-    script = Path(__file__).with_name("encoder_in_torch.py")
-    process = subprocess.Popen(
-        [config.torch_python, str(script), json.dumps(settings)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": str(config.threads)},
+    return torch_side.start(
+        "encoder_in_torch.py",
+        settings,
+        python=config.torch_python,
+        threads=config.threads,
     )
-
-    def seconds(kind: str, steps: int) -> float:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.write(f"{kind} {steps}\n")
-            process.stdin.flush()
-        if not (line := process.stdout.readline()):
-            raise ValueError(
-                f"--torch_python={config.torch_python} ended early; its message is"
-                " above; it needs torch and transformers (pip install them there)"
-            )
-        return float(line)
-
-    return seconds, process
 
 
 def measure(config: Config, sides: dict[str, Timer]) -> dict[tuple[str, str], float]:

@@ -21,6 +21,12 @@ from multitask_jax.merging.fitted.fisher import (
     fisher_diagonal,
 )
 from multitask_jax.merging.fitted.gram import dense_leaves, gram_matrices
+from multitask_jax.merging.fitted.moments import (
+    Moments,
+    input_moments,
+    load_moments,
+    save_moments,
+)
 from multitask_jax.merging.fitted.regmean import regmean, regress
 from multitask_jax.merging.fitted.regmean_plus_plus import regmean_plus_plus
 from multitask_jax.merging.fitted.wemoe import (
@@ -109,6 +115,7 @@ __all__ = [
     "Measure",
     "MergeResult",
     "Method",
+    "Moments",
     "SingleTask",
     "Transform",
     "Wemoe",
@@ -143,6 +150,7 @@ __all__ = [
     "flatten_spectrum",
     "flatten_spectrum_by_task",
     "gram_matrices",
+    "input_moments",
     "interpolate_by_weights",
     "interpolate_spherically",
     "iso_c",
@@ -156,6 +164,7 @@ __all__ = [
     "limit_step",
     "linear",
     "lines_single_task",
+    "load_moments",
     "load_statistics",
     "load_task",
     "localise",
@@ -181,6 +190,7 @@ __all__ = [
     "regmean_plus_plus",
     "regress",
     "rewarded_soup",
+    "save_moments",
     "save_statistics",
     "scale",
     "scale_by_depth",

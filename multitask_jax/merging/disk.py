@@ -42,7 +42,7 @@ class MergeResult(NamedTuple):
 def merge_checkpoints(
     method: core.Method,
     base: PathLike | None,
-    models: Sequence[PathLike],
+    models: Sequence[PathLike | Reader],
     output: PathLike,
     *,
     weights: Sequence[float] | None = None,
@@ -76,7 +76,7 @@ def merge_checkpoints(
       base: checkpoint of theta_0; None for methods on parameters alone (linear, slerp),
         where the first model then gives names, dtypes and companion files.
       models: checkpoints of the fine-tuned models; with a base also PEFT LoRA
-        adapters of it, and deltas.
+        adapters of it, and deltas. An open reader, which stays open, is one as well.
       output: directory that appears when all is done.
       weights: one a model.
       statistics: files by `save_statistics`, one a model, for fisher and regmean.
@@ -114,7 +114,8 @@ def merge_checkpoints(
       ValueError: wrong number of weights or densities, no blocks for LiNeS.
     """
     started = time.perf_counter()
-    models = [Path(m).expanduser() for m in models]
+    given_models = list(models)
+    models = [Path(getattr(m, "path", m)).expanduser() for m in given_models]
     weights = core.check_models(method, len(models), weights)
     _check_weights(method, weights)
     threads = execution.default_threads(threads, group)
@@ -137,12 +138,14 @@ def merge_checkpoints(
             raise ValueError("this method needs a base: pass the models' common origin")
         if output_format == "delta":
             raise ValueError("output_format='delta' needs a base to be a change of")
-        base = models[0]
-        notes.append(f"No base: names, dtypes and other files are {base.name}'s.")
-    base = Path(base).expanduser()
+        base = given_models[0]
+        notes.append(f"No base: names, dtypes and other files are {models[0].name}'s.")
     with contextlib.ExitStack() as stack:
         readers: list[Reader] = []
-        for path in (base, *models):
+        for path in (base, *given_models):
+            if not isinstance(path, str | os.PathLike):
+                readers.append(path)
+                continue
             origin = readers[0] if readers and given is not None else None
             readers.append(checkpoints.open(path, origin))
             stack.callback(readers[-1].close)

@@ -24,9 +24,11 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from multitask_jax import checkpoints
+from multitask_jax.layers.transformer import Block
 
 Array = jax.Array
 Params = Mapping[str, Any]
+EPSILON = 1e-12  # ViT's
 
 
 class Shape(NamedTuple):
@@ -53,30 +55,6 @@ def patchify(images: Array, patch_size: int) -> Array:
     return 2 * x.transpose(0, 1, 3, 2, 4).reshape(b, -1, p * p) - 1
 
 
-def _norm(name: str) -> nn.LayerNorm:
-    return nn.LayerNorm(epsilon=1e-12, name=name)  # ViT's epsilon
-
-
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); [B, L, D] -> [B, L, D]."""
-
-    shape: Shape
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        s = self.shape
-        b, l, _ = x.shape
-        y = _norm("layernorm_before")(x)
-        q, k, v = (
-            nn.Dense(s.width, name=name)(y).reshape(b, l, s.heads, -1)
-            for name in ("query", "key", "value")
-        )
-        y = jax.nn.dot_product_attention(q, k, v).reshape(b, l, s.width)
-        x = x + nn.Dense(s.width, name="attention_output")(y)
-        y = nn.Dense(s.mlp_width, name="intermediate")(_norm("layernorm_after")(x))
-        return x + nn.Dense(s.width, name="output")(nn.gelu(y, approximate=False))
-
-
 class DigitsTransformer(nn.Module):
     """Patches [B, P, C] -> tokens [B, L, D]; of the places kept [B, K], if given."""
 
@@ -93,8 +71,8 @@ class DigitsTransformer(nn.Module):
         cls = self.param("cls_token", init, (s.width,)) + position[0]
         x = jnp.concatenate([jnp.tile(cls, (len(x), 1, 1)), x], axis=1)
         for i in range(s.depth):
-            x = Block(s, name=f"layer_{i}")(x)
-        return _norm("layernorm")(x)
+            x = Block(s.width, s.heads, s.mlp_width, EPSILON, name=f"layer_{i}")(x)
+        return nn.LayerNorm(epsilon=EPSILON, name="layernorm")(x)
 
 
 class Reconstruction(nn.Module):

@@ -12,6 +12,8 @@ from multitask_jax.merging.fitted import capture
 from multitask_jax.merging.fitted.batching import batch_size, check_list
 from multitask_jax.merging.task_statistics import Gram
 
+Measure = Callable[[jax.Array], jax.Array]
+
 
 class Dense(NamedTuple):
     """What `dense_leaves` found out about a model's parameters."""
@@ -21,11 +23,23 @@ class Dense(NamedTuple):
     order: tuple[str, ...]  # all used leaves, as the model first comes to them
 
 
+def squares(x: jax.Array) -> jax.Array:
+    """X^T X of inputs X: [..., rows, n] -> [..., n, n]."""
+    return jnp.einsum(
+        "...ri,...rj->...ij",
+        x,
+        x,
+        precision="highest",
+        preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
+    )
+
+
 class _Record:
     """Grams of the products seen so far, and what else leaves are used for."""
 
-    def __init__(self, params: dict[str, Any]):
+    def __init__(self, params: dict[str, Any], measure: Measure = squares):
         self.params = params
+        self.measure = measure
         self.grams: dict[str, Gram] = {}
         self.reasons: dict[str, str] = {}
         self.order: dict[str, None] = {}
@@ -40,14 +54,7 @@ class _Record:
         if found is None:
             self.reasons.setdefault(path, "a product contracts parts of its axes")
             return
-        x = capture.inputs_of(product)
-        matrix = jnp.einsum(
-            "...ri,...rj->...ij",
-            x,
-            x,
-            precision="highest",
-            preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
-        )
+        matrix = self.measure(capture.inputs_of(product))
         self.add(path, Gram(matrix, *found))
 
     def add(self, path: str, new: Gram) -> None:
@@ -90,7 +97,7 @@ class _Record:
             )
 
         def body(carried: Any, xs: Any) -> Any:
-            inner = _Record(self.params)
+            inner = _Record(self.params, self.measure)
             now = [*values[:consts], *carried, *xs]
             args = [
                 x if v is None else v._replace(replay=lambda _, x=x: x)
@@ -118,11 +125,20 @@ class _Record:
         return [*last, *ys]
 
 
-def _captured(
-    apply_fn: Callable[..., Any], params: Any, inputs: Any
+def captured(
+    apply_fn: Callable[..., Any], params: Any, inputs: Any, measure: Measure = squares
 ) -> tuple[dict[str, Gram], _Record]:
+    """What `measure` makes of the inputs of each dense layer, summed over its uses.
+
+    Args:
+      apply_fn, params, inputs: as for `gram_matrices`.
+      measure: [..., rows, n] -> [..., m, n], to be added up.
+
+    Returns:
+      By leaf path, as the matrix of a Gram, and what else was found out.
+    """
     leaves = tree.flatten(params)
-    record = _Record({p: jnp.asarray(x) for p, x in leaves.items()})
+    record = _Record({p: jnp.asarray(x) for p, x in leaves.items()}, measure)
     capture.evaluate(
         lambda by_path, inputs: apply_fn(tree.unflatten(params, by_path), inputs),
         record.params,
@@ -142,7 +158,7 @@ def dense_leaves(apply_fn: Callable[..., Any], params: Any, inputs: Any) -> Dens
     found = {}
 
     def look(params: Any, inputs: Any) -> None:
-        grams, record = _captured(apply_fn, params, inputs)
+        grams, record = captured(apply_fn, params, inputs)
         averaged = {
             p: record.reasons.get(p, "not used")
             for p in record.params
@@ -196,7 +212,7 @@ def gram_matrices(
 # Jitted, and so one trace and one compilation serve all models of a function.
 @functools.partial(jax.jit, static_argnums=0)
 def _grams(apply_fn: Callable[..., Any], params: Any, inputs: Any) -> dict[str, Gram]:
-    grams, record = _captured(apply_fn, params, inputs)
+    grams, record = captured(apply_fn, params, inputs)
     if not grams:
         raise ValueError(
             "apply_fn multiplies its inputs with no parameter (or only by parts);"

@@ -1,0 +1,154 @@
+"""Speed of the mixture-of-experts layer, forward and backward, on this machine.
+
+    python -m experiments.benchmark_moe --torch_python=/path/to/python
+
+Each dispatcher against a dense feed-forward layer of the same active FLOPs (hidden
+width k H), and against a plain PyTorch mixture (a loop over experts with index_select)
+and PyTorch's dense layer, if an interpreter with torch is named. Same sizes, float32,
+same threads; all take turns in one run after a warm-up, and medians count.
+"""
+
+import dataclasses
+import functools
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from experiments import flags, torch_side
+from experiments.flags import flag
+from multitask_jax import moe
+from multitask_jax.merging.report import table
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes and repeats."""
+
+    torch_python: str = flag("Interpreter with torch.", "")
+    tokens: int = flag("Tokens.", 8192)
+    width: int = flag("Width of a token.", 512)
+    hidden: int = flag("Hidden width of an expert.", 1024)
+    experts: int = flag("Experts.", 8)
+    k: int = flag("Experts a token.", 2)
+    factor: float = flag("Of capacity: room over an equal share.", 1.25)
+    blocks: str = flag("Comma list of rows of a block, for grouped.", "128,256,512")
+    ragged: bool = flag("Also by lax.ragged_dot (slow on a CPU).", True)
+    threads: int = flag("Threads of either side.", 2)
+    repeats: int = flag("Turns; the median counts.", 7)
+    output_dir: str = flag("Folder for report.md.", ".cache/benchmark_moe")
+
+
+def ours(config: Config) -> dict[str, Callable[[], Any]]:
+    """Compiled steps by name: gradients of all parameters and tokens."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    d, h, e = config.width, config.hidden, config.experts
+    x = jax.random.normal(keys[0], (config.tokens, d))
+    expert = moe.EXPERTS["mlp"]
+    params = {
+        "gate": moe.init_gate(keys[1], d, e),
+        "experts": moe.experts.init(keys[2], "mlp", experts=e, width=d, hidden=h),
+    }
+    ffn = moe.experts.init(keys[3], "mlp", experts=1, width=d, hidden=config.k * h)
+
+    def dense(params: Any, x: jax.Array) -> jax.Array:
+        flat = jax.tree.map(lambda p: p[0], params)
+        return expert(
+            flat, x, lambda x, layer: x @ layer["kernel"] + layer["bias"][None]
+        )
+
+    def mixture(serve: Any, params: Any, x: jax.Array) -> jax.Array:
+        routing = moe.route(moe.gate_logits(params["gate"], x), k=config.k)
+        return serve(expert, params["experts"], x, routing).y
+
+    serves = {
+        f"capacity {config.factor:g}": functools.partial(
+            moe.capacity, factor=config.factor
+        ),
+        **{
+            f"grouped, blocks of {b}": functools.partial(moe.grouped, block=int(b))
+            for b in config.blocks.split(",")
+        },
+    }
+    if config.ragged:
+        serves["grouped, ragged_dot"] = moe.grouped
+    sides: dict[str, Any] = {"dense": (dense, ffn)}
+    sides |= {n: (functools.partial(mixture, s), params) for n, s in serves.items()}
+
+    def step(f: Any, params: Any) -> Callable[[], Any]:
+        graded = jax.jit(jax.grad(lambda p, x: jnp.mean(f(p, x) ** 2), (0, 1)))
+        return lambda: jax.block_until_ready(graded(params, x))
+
+    return {name: step(*side) for name, side in sides.items()}
+
+
+def run(config: Config) -> dict[str, float]:
+    """Times all, prints the table and writes it to report.md; milliseconds by name.
+
+    Raises:
+      ValueError: sizes below 1, or the other side ended.
+    """
+    if min(config.tokens, config.repeats, config.experts, config.k) < 1:
+        raise ValueError(f"got {config}, expected sizes and repeats of at least 1")
+    if hasattr(os, "sched_setaffinity"):  # XLA has as many threads as it sees cores
+        cores = sorted(os.sched_getaffinity(0))[: config.threads]
+        os.sched_setaffinity(0, cores)
+    steps, process = ours(config), None
+
+    def seconds(name: str) -> float:
+        start = time.perf_counter()
+        steps[name]()
+        return time.perf_counter() - start
+
+    timers: dict[str, Callable[[], float]] = {
+        name: functools.partial(seconds, name) for name in steps
+    }
+    try:
+        if config.torch_python:
+            there, process = torch_side.start(
+                "moe_in_torch.py",
+                dataclasses.asdict(config),
+                python=config.torch_python,
+                threads=config.threads,
+            )
+            timers["PyTorch, dense"] = lambda: there("dense", 1)
+            timers["PyTorch, loop over experts"] = lambda: there("mixture", 1)
+        for timer in timers.values():  # compiles, warms up
+            timer()
+            timer()
+        turns = [{n: t() for n, t in timers.items()} for _ in range(config.repeats)]
+    finally:
+        if process is not None:
+            process.communicate()
+    found = {n: 1e3 * statistics.median(turn[n] for turn in turns) for n in timers}
+    rows = [
+        [
+            name,
+            f"{ms:.0f}",
+            f"{ms / found['dense']:.2f}",
+            f"{found[loop] / ms:.2f}"
+            if (loop := "PyTorch, loop over experts") in found
+            else "",
+        ]
+        for name, ms in found.items()
+    ]
+    head = ["", "ms", "time / dense FFN", "PyTorch's loop / time"]
+    text = (
+        f"{config.experts} experts, top-{config.k}, {config.tokens} x {config.width}"
+        f" tokens, hidden {config.hidden}; forward and backward, {config.threads}"
+        f" threads, median of {config.repeats}:\n\n{table(head, rows)}\n"
+    )
+    print(text)
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.md").write_text(f"# Speed of a mixture of experts\n\n{text}")
+    return found
+
+
+if __name__ == "__main__":
+    flags.main(Config, flags.plain_errors(run))

@@ -1,0 +1,369 @@
+"""When tasks pull a trunk apart, what do experts change? A controlled regression.
+
+Two tasks read the same inputs (*synthetic*, after Ma et al. 2018, section 3.1):
+
+    y_t = w_t x + sum_i sin(a_i w_t x + b_i),  the angle between w_1 and w_2 is dialled
+
+The trunk is shared in four ways at equal active parameters: one network for both tasks
+(shared bottom), MMoE, the top-1 of several experts beside a shared one (ScaleZero), and
+one expert a task without a gate (H-M2oE). At each angle: the cosine of the two tasks'
+gradients at the trunk (Yu et al. 2020, arXiv 2001.06782), the share of dormant units
+(Sokar et al. 2023, arXiv 2302.12902) and the loss on new data.
+
+    python -m experiments.gradient_conflict
+
+About 2 minutes on 2 cores. Writes config.json, metrics.jsonl, report.md and
+gradient_conflict.png to --workdir.
+
+Legend: B inputs of a batch, I width of an input, H active hidden units, F features,
+T = 2 tasks, R runs (angles x seeds), E experts.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from experiments import flags
+from experiments.flags import flag
+from experiments.parsing import numbers
+from multitask_jax import moe
+from multitask_jax.merging.report import table
+from multitask_jax.training import gradients, writers
+
+TASKS = 2
+WAVES = 4  # terms of the sum of sines
+DORMANT = 0.025  # of the mean activation of the units: Sokar et al., their tau
+STRETCHES = 20  # the run is measured after each of them
+
+
+class Variant(NamedTuple):
+    """How the trunk is shared: experts of `width`, routed as `moe.route` is told."""
+
+    experts: int
+    width: float  # hidden units of an expert, as a share of H
+    route: Mapping[str, Any]
+    balance: float = 0.0  # weight of the load-balance loss
+
+
+VARIANTS = {
+    "shared bottom": Variant(1, 1.0, {"kind": "soft"}),
+    "MMoE": Variant(4, 0.25, {"kind": "soft"}),
+    "top-1 + shared": Variant(4, 0.5, {"k": 1, "shared": 1}, balance=0.01),
+    "expert a task": Variant(TASKS, 1.0, {"kind": "hard", "experts": TASKS}),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What a run depends on."""
+
+    workdir: str = flag("Where everything is written.", ".cache/gradient_conflict")
+    angles: str = flag("Comma list of degrees between tasks.", "0,45,90,135,180")
+    seeds: int = flag("Runs at each angle.", 5)
+    steps: int = flag("Steps of Adam.", 3000)
+    batch_size: int = flag("New inputs a step.", 128)
+    rate: float = flag("Learning rate.", 3e-3)
+    inputs: int = flag("Width of an input.", 32)
+    hidden: int = flag("Active hidden units of the trunk; a multiple of 4.", 16)
+    features: int = flag("What the trunk gives each task's linear head.", 8)
+
+
+class Result(NamedTuple):
+    """By variant, [angles, seeds]."""
+
+    cosine: dict[str, np.ndarray]  # of the tasks' gradients, mean of the last half
+    dormant: dict[str, np.ndarray]  # share of hidden units, at the end
+    loss: dict[str, np.ndarray]  # mean squared error over the variance, new data
+    report: str
+
+
+class World(NamedTuple):
+    """What is to be learned."""
+
+    directions: jax.Array  # [T, I]
+    frequency: jax.Array  # [WAVES]
+    phase: jax.Array  # [WAVES]
+
+
+def make_world(key: jax.Array, angle: jax.Array, width: int) -> World:
+    """Two directions at an angle (radians), and the waves both tasks share."""
+    a, b, c = jax.random.split(key, 3)
+    u, v = jnp.linalg.qr(jax.random.normal(a, (width, 2)))[0].T
+    directions = jnp.stack([u, jnp.cos(angle) * u + jnp.sin(angle) * v])
+    phase = jax.random.uniform(c, (WAVES,), maxval=2 * jnp.pi)
+    return World(directions, 1 + jax.random.uniform(b, (WAVES,)), phase)
+
+
+def targets(world: World, x: jax.Array) -> jax.Array:
+    """[B, I] -> [T, B]."""
+    z = world.directions @ x.T
+    wave = z[..., None] * world.frequency[None, None] + world.phase[None, None]
+    return z + jnp.sum(jnp.sin(wave), axis=-1)
+
+
+def init(key: jax.Array, variant: Variant, config: Config) -> dict[str, Any]:
+    """The trunk's experts, a gate and a head for each task."""
+    a, b, c = jax.random.split(key, 3)
+    i, f = config.inputs, config.features
+    count = variant.experts + variant.route.get("shared", 0)
+    hidden = round(variant.width * config.hidden)
+    up, down = jax.random.split(a)
+    return {
+        "trunk": {
+            "up": _dense(up, count, i, hidden),
+            "down": _dense(down, count, hidden, f),
+        },
+        "gate": {"kernel": 0.1 * jax.random.normal(b, (TASKS, i, variant.experts))},
+        "head": _dense(c, TASKS, f, 1),
+    }
+
+
+def _dense(key: jax.Array, count: int, rows: int, columns: int) -> dict[str, Any]:
+    kernel = jax.random.normal(key, (count, rows, columns)) * rows**-0.5
+    return {"kernel": kernel, "bias": jnp.zeros((count, columns))}
+
+
+def routings(params: Any, x: jax.Array, variant: Variant) -> list[moe.Routing]:
+    """A routing of the inputs for each task."""
+    if variant.route.get("kind") == "hard":
+        scores = [jnp.full(len(x), t) for t in range(TASKS)]
+    else:
+        kernels = params["gate"]["kernel"]
+        scores = [moe.gate_logits({"kernel": k}, x) for k in kernels]
+    return [moe.route(s, **variant.route) for s in scores]
+
+
+def losses(
+    params: Any, world: World, x: jax.Array, variant: Variant
+) -> tuple[jax.Array, list[moe.Routing]]:
+    """Mean squared errors [T], and who served whom."""
+    served = routings(params, x, variant)
+    features = jnp.stack(
+        [moe.everyone(moe.EXPERTS["relu"], params["trunk"], x, r).y for r in served]
+    )
+    head = params["head"]
+    y = jnp.einsum("tbf,tfo->tbo", features, head["kernel"]) + head["bias"][:, None]
+    return jnp.mean((y[..., 0] - targets(world, x)) ** 2, axis=1), served
+
+
+def dormant(params: Any, x: jax.Array, variant: Variant) -> jax.Array:
+    """Share of the trunk's hidden units whose activation is next to nothing.
+
+    An activation counts with the share of tokens and tasks that its expert serves.
+    """
+    up = params["trunk"]["up"]
+    h = jax.nn.relu(jnp.einsum("bi,eih->ebh", x, up["kernel"]) + up["bias"][:, None])
+    count = len(h)
+    used = [
+        jnp.any(r.experts[..., None] == jnp.arange(count)[None, None], axis=1)
+        for r in routings(params, x, variant)
+    ]
+    share = jnp.mean(jnp.stack(used), axis=0).astype(h.dtype)  # [B, E]
+    activation = jnp.mean(h * share.T[..., None], axis=1)  # [E, hidden]
+    return jnp.mean(activation <= DORMANT * jnp.mean(activation))
+
+
+def cosine(params: Any, world: World, x: jax.Array, variant: Variant) -> jax.Array:
+    """Of the two tasks' gradients with respect to the trunk."""
+
+    def loss(t: int) -> Any:
+        return lambda trunk: losses(params | {"trunk": trunk}, world, x, variant)[0][t]
+
+    found = gradients.gradient_cosines([loss(0), loss(1)], params["trunk"])
+    return found.cosines[0, 1]
+
+
+def make_stretch(variant: Variant, config: Config, steps: int) -> Any:
+    """Some steps of all runs, then a measurement; one compiled program."""
+    optimizer = optax.adam(config.rate)
+
+    def total(params: Any, world: World, x: jax.Array) -> jax.Array:
+        errors, served = losses(params, world, x, variant)
+        if not variant.balance:
+            return jnp.mean(errors)
+        both = jax.tree.map(lambda *xs: jnp.concatenate(xs), *served)
+        return jnp.mean(errors) + variant.balance * moe.losses.load_balance(both)
+
+    def one(state: Any, world: World, key: jax.Array) -> Any:
+        def step(carry: Any, key: jax.Array) -> tuple[Any, None]:
+            params, opt_state = carry
+            x = jax.random.normal(key, (config.batch_size, config.inputs))
+            gradient = jax.grad(total)(params, world, x)
+            updates, opt_state = optimizer.update(gradient, opt_state)
+            return (optax.apply_updates(params, updates), opt_state), None
+
+        train, test = jax.random.split(key)
+        state, _ = jax.lax.scan(step, state, jax.random.split(train, steps))
+        x = jax.random.normal(test, (2048, config.inputs))
+        y = targets(world, x)
+        error = losses(state[0], world, x, variant)[0] / jnp.var(y, axis=1)
+        found = {
+            "loss": jnp.mean(error),
+            "cosine": cosine(state[0], world, x, variant),
+            "dormant": dormant(state[0], x, variant),
+        }
+        return state, found
+
+    def start(key: jax.Array) -> Any:
+        params = init(key, variant, config)
+        return params, optimizer.init(params)
+
+    return jax.jit(jax.vmap(start)), jax.jit(jax.vmap(one), donate_argnums=0)
+
+
+def active(variant: Variant, config: Config) -> int:
+    """Parameters of the trunk that serve one input of one task, gates aside."""
+    params = jax.eval_shape(lambda: init(jax.random.key(0), variant, config))
+    r = variant.route
+    used = {"soft": variant.experts, "hard": 1}.get(r.get("kind", ""), r.get("k", 1))
+    each = sum(x.size // x.shape[0] for x in jax.tree.leaves(params["trunk"]))
+    return each * (used + r.get("shared", 0))
+
+
+def run(config: Config) -> Result:
+    """Trains all variants at all angles; writes the report and the figure.
+
+    Raises:
+      ValueError: a flag is out of range.
+    """
+    angles = numbers("angles", config.angles)
+    if config.hidden % 4 or config.hidden < 4 or config.steps < STRETCHES:
+        raise ValueError(
+            f"got --hidden={config.hidden}, --steps={config.steps}; expected a multiple"
+            f" of 4, and at least {STRETCHES} steps"
+        )
+    workdir = Path(config.workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    about = dataclasses.asdict(config)
+    (workdir / "config.json").write_text(json.dumps(about, indent=2) + "\n")
+    (workdir / "metrics.jsonl").unlink(missing_ok=True)
+    grid = [(a, s) for a in angles for s in range(config.seeds)]
+    seeds = jnp.array([s for _, s in grid])
+    keys = jax.vmap(jax.random.key)(seeds)
+    worlds = jax.vmap(functools.partial(make_world, width=config.inputs))(
+        keys, jnp.deg2rad(jnp.array([a for a, _ in grid]))
+    )
+    found: dict[str, dict[str, np.ndarray]] = {}  # [stretches, angles, seeds]
+    steps = config.steps // STRETCHES
+    with tqdm(total=len(VARIANTS) * STRETCHES, unit="stretch", disable=None) as bar:
+        for name, variant in VARIANTS.items():
+            bar.set_description(name)
+            start, stretch = make_stretch(variant, config, steps)
+            state = start(jax.vmap(lambda k: jax.random.fold_in(k, 1))(keys))
+            history = []
+            for i in range(STRETCHES):
+                fresh = jax.vmap(lambda k, i=i: jax.random.fold_in(k, 2 + i))(keys)
+                state, measured = stretch(state, worlds, fresh)
+                history.append(jax.device_get(measured))
+                bar.update()
+            found[name] = {
+                k: np.stack([h[k] for h in history]).reshape(
+                    STRETCHES, len(angles), config.seeds
+                )
+                for k in history[0]
+            }
+            _write(workdir, name, found[name], angles, steps)
+    last = {name: {k: x[-1] for k, x in f.items()} for name, f in found.items()}
+    means = {n: f["cosine"][STRETCHES // 2 :].mean(axis=0) for n, f in found.items()}
+    result = Result(
+        means,
+        {n: f["dormant"] for n, f in last.items()},
+        {n: f["loss"] for n, f in last.items()},
+        "",
+    )
+    result = result._replace(report=report(result, angles, config))
+    (workdir / "report.md").write_text(result.report)
+    draw(result, angles).savefig(workdir / "gradient_conflict.png", dpi=120)
+    print(result.report)
+    return result
+
+
+def _write(
+    workdir: Path, name: str, found: Mapping[str, Any], angles: list[float], steps: int
+) -> None:
+    writer = writers.jsonl(workdir / "metrics.jsonl")
+    for i in range(STRETCHES):
+        for j, angle in enumerate(angles):
+            means = {k: float(x[i, j].mean()) for k, x in found.items()}
+            writer.write((i + 1) * steps, {"variant": name, "angle": angle} | means)
+
+
+def report(result: Result, angles: list[float], config: Config) -> str:
+    """Three tables in Markdown: mean and standard deviation over seeds."""
+    header = ["", "active parameters", *(f"{a:g}°" for a in angles)]
+    parts = [
+        "# Gradient conflict\n",
+        f"*Synthetic* regression, two tasks, {config.seeds} seeds, {config.steps}"
+        " steps; mean ± standard deviation over seeds.\n",
+    ]
+    for title, by_variant in (
+        ("Cosine of the tasks' gradients at the trunk", result.cosine),
+        ("Dormant units of the trunk, %", result.dormant),
+        ("Squared error on new data over the targets' variance, %", result.loss),
+    ):
+        scale = 1 if by_variant is result.cosine else 100
+        digits = 2 if scale == 1 else 1
+        rows = [
+            [
+                name,
+                f"{active(VARIANTS[name], config):,}",
+                *(f"{m:.{digits}f} ± {s:.{digits}f}" for m, s in _spread(scale * x)),
+            ]
+            for name, x in by_variant.items()
+        ]
+        parts += [f"## {title}\n", table(header, rows), ""]
+    return "\n".join(parts)
+
+
+def _spread(x: np.ndarray) -> list[tuple[float, float]]:
+    return [(float(r.mean()), float(r.std(ddof=min(1, len(r) - 1)))) for r in x]
+
+
+def draw(result: Result, angles: list[float]) -> Figure:
+    """The three quantities over the angle: means, and bands of a standard deviation."""
+    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 3)
+    colours = ("#8a8a8a", "#5fa2ce", "#e15c00", "#222222")
+    for axes, (title, by_variant, scale) in zip(
+        panels,
+        (
+            ("cosine of gradients at the trunk", result.cosine, 1),
+            ("dormant units, %", result.dormant, 100),
+            ("squared error / variance, %", result.loss, 100),
+        ),
+        strict=True,
+    ):
+        for (name, x), colour in zip(by_variant.items(), colours, strict=True):
+            mean, spread = np.array(_spread(scale * x)).T
+            axes.plot(angles, mean, "o-", color=colour, markersize=4, label=name)
+            axes.fill_between(
+                angles, mean - spread, mean + spread, color=colour, alpha=0.15, lw=0
+            )
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("angle between tasks, degrees")
+        axes.set_xticks(angles)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].axhline(0, color="0.85", lw=1, zorder=0)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(),
+        loc="outside upper center",
+        ncols=4,
+        frameon=False,
+    )
+    return figure
+
+
+if __name__ == "__main__":
+    flags.main(Config, flags.plain_errors(run))

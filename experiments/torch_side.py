@@ -1,0 +1,46 @@
+"""A PyTorch program as the other side of a benchmark, in a process of its own."""
+
+import contextlib
+import json
+import os
+import subprocess
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+Timer = Callable[[str, int], float]  # kind, steps -> seconds
+
+
+def start(
+    script: str, settings: Mapping[str, Any], *, python: str, threads: int
+) -> tuple[Timer, subprocess.Popen]:
+    """Starts a script of this folder, which the caller ends by `communicate()`.
+
+    For every line "KIND STEPS" on its standard input it takes so many steps and prints
+    their seconds.
+
+    Raises:
+      FileNotFoundError: no such interpreter.
+    """
+    process = subprocess.Popen(
+        [python, str(Path(__file__).with_name(script)), json.dumps(settings)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+    )
+
+    def seconds(kind: str, steps: int) -> float:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(f"{kind} {steps}\n")
+            process.stdin.flush()
+        if not (line := process.stdout.readline()):
+            raise ValueError(
+                f"--torch_python={python} ended early; its message is above; it needs"
+                " torch and transformers (pip install them there)"
+            )
+        return float(line)
+
+    return seconds, process

@@ -1,0 +1,299 @@
+"""Dense checkpoints become a mixture of experts, and a mixture one dense model.
+
+    python -m experiments.upcycle --models=A --experts=8 --output=MOE  # copies
+    python -m experiments.upcycle --models=A,B,C --base=BASE --output=MOE  # specialists
+    python -m experiments.upcycle --to_dense --models=MOE --method=ties --base=BASE \
+        --output=DENSE
+
+The feed-forward layers become experts, one a model (or copies of the only one: sparse
+upcycling, Komatsuzaki et al. 2023, arXiv 2212.05055); everything else is merged by
+--method, the mean by default (Branch-Train-MiX, Sukhbaatar et al. 2024, arXiv
+2403.07816). Gates are random, or with --gate_data send tokens to the specialist whose
+own data looks most like them:
+
+    moments = merging.input_moments(apply_fn, params, batches)  # of A, on A's data
+    merging.save_moments("A/moments.safetensors", moments)
+
+--layout=mixtral writes what transformers' Mixtral loads (of Llama and Mistral models),
+names any other Hugging Face names, stacked the parameters of `layers.moe.MoE`. The way
+back merges the experts by any method of `experiments.merge`; gates are left out, which
+is said.
+
+Legend: E experts, D width.
+"""
+
+import contextlib
+import dataclasses
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+
+from experiments import flags, parsing
+from experiments.flags import flag
+from multitask_jax import checkpoints, merging
+from multitask_jax.checkpoints import Reader
+from multitask_jax.merging.fitted.moments import Moments
+from multitask_jax.moe import files, upcycling
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What becomes of what."""
+
+    models: str = flag("Checkpoints, comma-separated: experts' origins, in order.", "")
+    output: str = flag("Directory to write; it must not exist.", "")
+    base: str | None = flag("Their common origin, for methods that need one.")
+    to_dense: bool = flag("The other way: --models is one mixture.", False)
+    experts: int | None = flag("Copies of the only model.")
+    k: int = flag("Experts a token, for config.json.", 2)
+    method: str = flag(
+        "Merges everything else (or, --to_dense, the experts).", "linear"
+    )
+    layout: Literal["auto", "mixtral", "names", "stacked"] = flag(
+        "Names of the tensors; auto: stacked for names with slashes, mixtral for Llama"
+        " and Mistral, else names.",
+        "auto",
+    )
+    mlp_pattern: str | None = flag(
+        "Regex of feed-forward tensors with groups `block` and `leaf`, if their names"
+        " are not known to the layout."
+    )
+    gate_data: str | None = flag("Files of merging.save_moments, one a model.")
+    sharpness: float = flag("How hard a gate of --gate_data decides.", 1.0)
+    gate_stddev: float = flag("Of random gates.", 0.02)
+    seed: int = flag("Of random gates.", 0)
+    max_shard_size: str | None = flag("Of an output file, like 5GB.")
+    overwrite: bool = flag("Replace a checkpoint at --output.", False)
+    progress: bool = flag("Show a progress bar.", True)
+
+
+class Result(NamedTuple):
+    """What was written."""
+
+    output: Path
+    experts: int
+    notes: tuple[str, ...]
+
+
+def run(config: Config) -> Result:
+    """Writes the mixture, or the dense model.
+
+    Raises:
+      ValueError (CheckpointError among them): a flag or a file is not as it should be;
+        nothing was written.
+    """
+    models = parsing.paths(config.models) or []
+    if not models or not config.output:
+        raise ValueError("--models and --output: got none; see --help")
+    parsing.one_of("method", config.method, tuple(merging.METHODS))
+    result = (to_dense if config.to_dense else to_experts)(config, models)
+    print(f"wrote {result.output}: {result.experts} experts")
+    for note in result.notes:
+        print(f"- {note}")
+    return result
+
+
+def to_experts(config: Config, models: Sequence[str]) -> Result:
+    """Dense checkpoints to a mixture."""
+    copies = _copies(config, models)
+    notes = []
+    with contextlib.ExitStack() as stack:
+        readers = [stack.enter_context(_opened(m)) for m in models]
+        name, layout = _layout(config, readers[0], models[0])
+        found = files.found_in(readers[0], layout)
+        first = files.gate_inputs(readers[0], found)
+        rest = readers[0]
+        if len(models) > 1:
+            temporary = stack.enter_context(
+                tempfile.TemporaryDirectory(
+                    prefix=".upcycle-", dir=_parent(config.output)
+                )
+            )
+            merged = merging.merge_checkpoints(
+                merging.METHODS[config.method](),
+                config.base,
+                models,
+                f"{temporary}/rest",
+                report_files=False,
+                progress=config.progress,
+            )
+            rest = stack.enter_context(_opened(str(merged.output)))
+            notes.append(f"everything but experts and gates is their {config.method}")
+        gates, how = _gates(config, rest, first, len(models), copies)
+        notes.append(how)
+        origins = readers if len(models) > 1 else readers * copies
+        outputs = files.plan(origins, rest, layout, gates)
+        if name == "mixtral" and config.gate_data:
+            notes.append("Mixtral's gate has no bias: of the means, directions alone")
+        about = _config_json(models[0])
+        if about is not None:
+            about = files.config_of_mixture(
+                about, name, len(origins), config.k, Path(models[0]) / "config.json"
+            )
+        _write(config, outputs, models, rest, about)
+    return Result(Path(config.output), len(origins), tuple(notes))
+
+
+def to_dense(config: Config, models: Sequence[str]) -> Result:
+    """A mixture's experts, merged."""
+    if len(models) != 1 or config.gate_data or config.experts:
+        raise ValueError(
+            "--to_dense: expected one mixture in --models, without --experts and"
+            " --gate_data"
+        )
+    with _opened(models[0]) as moe:
+        layout = _layout(config, moe, models[0], dense=False)[1]
+        views, gates = files.views(moe, layout)
+        merging.merge_checkpoints(
+            merging.METHODS[config.method](),
+            config.base,
+            views,
+            config.output,
+            recipe={"method": config.method, "experts of": models[0]},
+            max_shard_size=parsing.size_in_bytes(
+                "max_shard_size", config.max_shard_size
+            ),
+            overwrite=config.overwrite,
+            progress=config.progress,
+        )
+    output = Path(config.output)
+    about = _config_json(models[0])
+    if config.base is None and about is not None:
+        checkpoints.copy_companions(Path(models[0]), output)
+        text = json.dumps(files.config_of_dense(about), indent=2) + "\n"
+        (output / "config.json").write_text(text)
+    left = f"left out {len(gates)} tensors of gates: {', '.join(gates[:3])}, ..."
+    return Result(output, len(views), (f"merged by {config.method}", left))
+
+
+def _copies(config: Config, models: Sequence[str]) -> int:
+    """E of one model; 0 of several."""
+    if len(models) > 1:
+        if config.experts not in (None, len(models)):
+            raise ValueError(
+                f"--experts={config.experts}: each of {len(models)} models is an expert"
+            )
+        return 0
+    if config.experts is None or config.experts < 2 or config.gate_data:
+        raise ValueError(
+            "one model becomes experts that are copies: give their number by --experts"
+            " (at least 2), and no --gate_data"
+        )
+    return config.experts
+
+
+def _layout(
+    config: Config, reader: Reader, model: str, *, dense: bool = True
+) -> tuple[str, files.Layout]:
+    name = config.layout
+    if name == "auto":
+        about = _config_json(model) or {}
+        kinds = ("llama", "mistral") if dense else ("mixtral",)
+        slashes = any("/" in n for n in reader.tensors)
+        mixtral = about.get("model_type") in kinds
+        name = "stacked" if slashes else "mixtral" if mixtral else "names"
+    layout = files.LAYOUTS[name]
+    if config.mlp_pattern:
+        layout = layout._replace(pattern=config.mlp_pattern)
+    return name, layout
+
+
+def _gates(
+    config: Config,
+    rest: Reader,
+    first: Mapping[str, str],
+    count: int,
+    copies: int,
+) -> tuple[dict[str, dict[str, np.ndarray]], str]:
+    """{"kernel": [D, E]} (and "bias") by block, and where they come from."""
+    paths = parsing.paths(config.gate_data)
+    if not paths:
+        keys = jax.random.split(jax.random.key(config.seed), len(first))
+        gates = {}
+        for key, (block, name) in zip(keys, first.items(), strict=True):
+            width = files.width_of(rest.tensors[name])
+            gate = upcycling.gating.init_gate(
+                key, width, copies or count, stddev=config.gate_stddev
+            )
+            gates[block] = jax.device_get(gate)
+        return gates, "gates are random: train them (and the experts)"
+    if len(paths) != count:
+        raise ValueError(f"--gate_data: got {len(paths)} files for {count} models")
+    moments = [merging.load_moments(p) for p in paths]
+    gates = {}
+    for block, name in first.items():
+        rows = [_moments_of(m, name, p) for m, p in zip(moments, paths, strict=True)]
+        gate = upcycling.gate_from_means(
+            np.stack([m.mean for m in rows]),
+            float(np.mean([m.variance for m in rows])),
+            sharpness=config.sharpness,
+        )
+        gates[block] = {k: np.asarray(x) for k, x in gate.items()}
+    return gates, "gates are the nearest of the means of --gate_data"
+
+
+def _moments_of(moments: Mapping[str, Moments], name: str, path: str) -> Moments:
+    if name not in moments:
+        raise ValueError(
+            f"{path}: no moments of {name}, got {list(moments)[:3]}, ...; compute them"
+            " on parameters by the checkpoint's names"
+        )
+    return moments[name]
+
+
+def _write(
+    config: Config,
+    outputs: Sequence[files.Output],
+    models: Sequence[str],
+    rest: Reader,
+    about: Mapping[str, Any] | None,
+) -> None:
+    options: dict[str, Any] = {}
+    size = parsing.size_in_bytes("max_shard_size", config.max_shard_size)
+    if size is not None:
+        options["max_shard_size"] = size
+    writer = checkpoints.create(
+        config.output,
+        [o.info for o in outputs],
+        format="orbax" if rest.format == "orbax" else "safetensors",
+        overwrite=config.overwrite,
+        inputs=[Path(m) for m in models],
+        **options,
+    )
+    with writer:
+        files.write(writer, outputs, progress=config.progress)
+        writer.complete()
+        checkpoints.copy_companions(Path(models[0]), writer.directory)
+        if about is not None:
+            text = json.dumps(about, indent=2) + "\n"
+            (writer.directory / "config.json").write_text(text)
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Any:
+    reader = checkpoints.open(path)
+    try:
+        yield reader
+    finally:
+        reader.close()
+
+
+def _config_json(path: str) -> dict[str, Any] | None:
+    file = Path(path) / "config.json"
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def _parent(output: str) -> Path:
+    """Where the output goes, as one that is moved there needs the same disk."""
+    parent = Path(output).expanduser().absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    return parent
+
+
+if __name__ == "__main__":
+    flags.main(Config, flags.plain_errors(run))

@@ -1,0 +1,1 @@
+"""Linen building blocks that several models share."""

@@ -1,0 +1,119 @@
+"""A mixture of experts as a Linen layer around the functions of `multitask_jax.moe`.
+
+    y, sown = MoE(experts=8, k=2, hidden=1024).apply(variables, x, mutable="moe")
+    loss += sum_of(sown, "load_balance") * 0.01
+
+Legend: D width, E routed experts, K experts a token.
+"""
+
+import functools
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from multitask_jax import moe
+from multitask_jax import tree as trees
+from multitask_jax.moe.gates import Kind, Normalize
+
+Array = jax.Array
+Dispatch = Literal["everyone", "capacity", "grouped", "blocks"]
+
+
+class MoE(nn.Module):
+    """Tokens [..., D] -> [..., D]; sows losses and statistics into "moe".
+
+    ScaleZero's layer is experts=8, k=1, kind="swiglu", shared_hidden=4 D. R-M2oE of
+    MetaBEV routes tokens, H-M2oE has route="hard" and gets ids.
+    """
+
+    experts: int
+    hidden: int
+    k: int = 1
+    route: Kind = "top_k"
+    kind: str = "mlp"  # of the experts, one of moe.EXPERTS
+    normalize: Normalize = "before_topk"
+    shared_hidden: int = 0  # of an expert beside them that serves every token
+    dispatch: Dispatch = "capacity"
+    factor: float = 1.25  # of capacity
+    block: int = 128  # rows, of blocks
+    noise: float = 0.0  # on the gate's logits, where there is a key named "gate"
+    bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: Array, ids: Array | None = None) -> Array:
+        """`ids`: [...] of tasks or modalities, the experts of route="hard"."""
+        tokens = x.reshape(-1, x.shape[-1])
+        width = tokens.shape[1]
+        params = self.param("experts", self._init, width)
+        if self.route == "hard":
+            if ids is None:
+                raise ValueError("route='hard' needs ids, the expert of each token")
+            flat = jnp.broadcast_to(ids, x.shape[:-1]).reshape(-1)
+            routing = moe.route(flat, kind="hard", experts=self.experts)
+        else:
+            gate = self.param("gate", moe.init_gate, width, self.experts)
+            noisy = self.noise > 0 and self.has_rng("gate")
+            routing = moe.route(
+                moe.gate_logits(gate, tokens),
+                kind=self.route,
+                k=self.k,
+                normalize=self.normalize,
+                noise=self.noise if noisy else None,
+                key=self.make_rng("gate") if noisy else None,
+            )
+        served = self._dispatched(moe.EXPERTS[self.kind], params, tokens, routing)
+        self._sow(routing, served.kept)
+        y = served.y.reshape(x.shape)
+        if self.shared_hidden:
+            up = nn.Dense(self.shared_hidden, self.bias, name="shared_up")(x)
+            y += nn.Dense(width, self.bias, name="shared_down")(nn.gelu(up))
+        return y
+
+    def _init(self, key: Array, width: int) -> Any:
+        return moe.experts.init(
+            key,
+            self.kind,
+            experts=self.experts,
+            width=width,
+            hidden=self.hidden,
+            bias=self.bias,
+        )
+
+    def _dispatched(self, *args: Any) -> moe.Served:
+        by_name = {
+            "everyone": moe.everyone,
+            "capacity": functools.partial(moe.capacity, factor=self.factor),
+            "grouped": moe.grouped,
+            "blocks": functools.partial(moe.grouped, block=self.block),
+        }
+        if self.dispatch not in by_name:
+            raise ValueError(
+                f"dispatch: got {self.dispatch!r}, expected {', '.join(by_name)}"
+            )
+        return by_name[self.dispatch](*args)
+
+    def _sow(self, routing: moe.Routing, kept: Array) -> None:
+        found = dict(moe.losses.statistics(routing, kept))
+        found["load_balance"] = moe.losses.load_balance(routing)
+        found["importance"] = moe.losses.importance(routing)
+        if self.route != "hard":  # no gate, no logits
+            found["router_z"] = moe.losses.router_z(routing)
+        for name, value in found.items():
+            self.sow("moe", name, value)
+
+
+def sum_of(sown: Any, name: str) -> Array:
+    """The sum over layers of what they sowed: a loss, by its name.
+
+    Raises:
+      ValueError: no layer sowed it, as without mutable="moe".
+    """
+    values = [x for p, x in trees.flatten(sown).items() if f"/{name}/" in f"/{p}"]
+    if not values:
+        raise ValueError(
+            f"no layer sowed {name!r}; apply the model with mutable='moe' and pass what"
+            " that returns"
+        )
+    return jnp.sum(jnp.stack(values))

@@ -1,0 +1,306 @@
+"""Checkpoints of mixtures: dense ones become one, tensor by tensor, and back.
+
+Names decide, by a layout: which tensors are the feed-forward layers', and what their
+copies are called. Nothing is held but one tensor at a time.
+
+Legend: E experts, D width.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from multitask_jax import checkpoints
+from multitask_jax.checkpoints import CheckpointError, Reader, TensorInfo
+from multitask_jax.moe.upcycling import Found, mlp_leaves
+
+# The first layer of a feed-forward block, whose inputs the gate sees as well.
+_FIRST = re.compile(
+    r"(?:^|[./])(gate_proj|up_proj|w1|wi|wi_0|intermediate|fc1|fc_in|lin1|c_fc|up|"
+    r"dense_h_to_4h|linear1|Dense_0)(?=[./])"
+)
+
+
+class Layout(NamedTuple):
+    """What tensors are called, dense and as experts."""
+
+    pattern: str  # of dense names, with groups block and leaf
+    expert: str  # template of {block}, {expert}, {leaf}; without {expert}: stacked
+    gate: str  # template of {block}
+    rename: Mapping[str, str] = {}  # parts of a leaf's name, dense -> expert's
+    bias: bool = True  # whether the gate has one, beside its weight
+    transposed: bool = True  # the gate is [E, D], as torch has it
+
+
+LAYOUTS = {
+    # What transformers' Mixtral loads, of a Llama or Mistral model.
+    "mixtral": Layout(
+        r"(?P<block>.*layers\.\d+)\.mlp\.(?P<leaf>(gate|up|down)_proj\.weight)",
+        "{block}.block_sparse_moe.experts.{expert}.{leaf}",
+        "{block}.block_sparse_moe.gate.weight",
+        {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"},
+        bias=False,
+    ),
+    # Any other checkpoint by Hugging Face names: BERT, ViT, T5, GPT-2 and Llama styles.
+    "names": Layout(
+        r"(?P<block>.*?\.\d+(?:\.layer\.\d+)?)\.(?:mlp\.|DenseReluDense\.)?"
+        r"(?P<leaf>(?:(?:gate|up|down)_proj|intermediate\.dense|output\.dense|fc[12]|"
+        r"w[io](?:_[01])?|c_fc|(?<=mlp\.)c_proj)\.(?:weight|bias))",
+        "{block}.mlp.experts.{expert}.{leaf}",
+        "{block}.mlp.gate.weight",
+    ),
+    # Flax trees, for `layers.moe.MoE`.
+    "stacked": Layout(
+        r"(?P<block>.*(?:layer|block)s?_?\d+)/(?:mlp/)?"
+        r"(?P<leaf>(?:intermediate|output|up|down|gate)/(?:kernel|bias))",
+        "{block}/mlp/experts/{leaf}",
+        "{block}/mlp/gate/kernel",
+        {"intermediate": "up", "output": "down"},
+        transposed=False,
+    ),
+}
+
+
+class Part(NamedTuple):
+    """Where some of a tensor's entries lie."""
+
+    reader: Reader
+    name: str
+    start: int = 0  # of the stored tensor's flat entries
+
+
+class Output(NamedTuple):
+    """A tensor to write: its parts one after another, or the array itself."""
+
+    info: TensorInfo
+    parts: tuple[Part, ...] = ()
+    array: np.ndarray | None = None
+
+
+def found_in(reader: Reader, layout: Layout) -> dict[str, Found]:
+    """The dense checkpoint's feed-forward tensors; ValueError if there are none."""
+    return mlp_leaves(list(reader.tensors), layout.pattern)
+
+
+def gate_inputs(reader: Reader, found: Mapping[str, Found]) -> dict[str, str]:
+    """The tensor of each block whose inputs the gate sees as well, by block.
+
+    Raises:
+      ValueError: a block has none by the names that are known.
+    """
+    first: dict[str, str] = {}
+    for name, (block, leaf) in found.items():
+        matrix = len(reader.tensors[name].shape) == 2
+        if matrix and _FIRST.search(f".{leaf}"):
+            first.setdefault(block, name)
+    if missing := {f.block for f in found.values()} - set(first):
+        raise ValueError(
+            f"can't tell the first layer of {sorted(missing)[0]} from the names"
+            f" {sorted({f.leaf for f in found.values()})}; give a --mlp_pattern whose"
+            " group `leaf` begins with up_proj, w1, fc1, intermediate or the like"
+        )
+    return first
+
+
+def plan(
+    experts: Sequence[Reader],
+    rest: Reader,
+    layout: Layout,
+    gates: Mapping[str, Mapping[str, np.ndarray]],
+) -> list[Output]:
+    """The tensors of the mixture, in the order of the rest's.
+
+    Args:
+      experts: where expert e's feed-forward layers come from.
+      rest: where all other tensors do.
+      layout: names.
+      gates: {"kernel": [D, E], "bias": [E]} by block.
+
+    Raises:
+      CheckpointError: a model lacks a tensor, or has it in another shape or dtype.
+    """
+    found, done, out = found_in(rest, layout), set(), []
+    for name, info in rest.tensors.items():
+        if name not in found:
+            out.append(Output(info, (Part(rest, name),)))
+            continue
+        block, leaf = found[name]
+        if block not in done:
+            done.add(block)
+            out += _gate(layout, block, gates[block], info.dtype)
+        for reader in experts:
+            there = reader.tensors.get(name)
+            if there is None or there[1:] != info[1:]:
+                got = "no such tensor" if there is None else f"{there.shape}"
+                raise CheckpointError(
+                    f"{reader.path}: {name}: got {got}, expected {info.shape} of"
+                    f" {info.dtype}, as in {rest.path}"
+                )
+        renamed = expert_name(layout, block, leaf)
+        if "{expert}" not in layout.expert:
+            whole = TensorInfo(renamed, (len(experts), *info.shape), info.dtype)
+            out.append(Output(whole, tuple(Part(r, name) for r in experts)))
+            continue
+        for e, reader in enumerate(experts):
+            one = info._replace(name=renamed.replace("{expert}", str(e)))
+            out.append(Output(one, (Part(reader, name),)))
+    return out
+
+
+def _gate(
+    layout: Layout, block: str, gate: Mapping[str, np.ndarray], dtype: np.dtype
+) -> list[Output]:
+    name = layout.gate.replace("{block}", block)
+    kernel = gate["kernel"].T if layout.transposed else gate["kernel"]
+    arrays = {name: kernel}
+    if "bias" in gate and layout.bias:
+        arrays[re.sub(r"\w+$", "bias", name)] = gate["bias"]
+    return [
+        Output(TensorInfo(n, x.shape, dtype), (), np.ascontiguousarray(x, dtype))
+        for n, x in arrays.items()
+    ]
+
+
+def expert_name(layout: Layout, block: str, leaf: str) -> str:
+    """Before/after: ("l.0", "up_proj.weight") -> "l.0.experts.{expert}.w3.weight"."""
+    parts = re.split(r"([./])", leaf)
+    leaf = "".join(layout.rename.get(p, p) for p in parts)
+    return layout.expert.replace("{block}", block).replace("{leaf}", leaf)
+
+
+def write(
+    writer: checkpoints.Writer, outputs: Sequence[Output], *, progress: bool = True
+) -> None:
+    """Copies tensor by tensor."""
+    total = sum(o.info.nbytes for o in outputs)
+    off = None if progress else True  # None: unless it is a terminal
+    with tqdm(total=total, unit="B", unit_scale=True, disable=off) as bar:
+        for out in outputs:
+            name = out.info.name
+            if out.array is not None:
+                writer.write(name, 0, out.array.reshape(-1))
+            size = out.info.size // max(1, len(out.parts))
+            for i, part in enumerate(out.parts):
+                flat = part.reader.read(part.name, part.start, part.start + size)
+                writer.write(name, i * size, flat)
+            bar.update(out.info.nbytes)
+
+
+class ExpertView:
+    """A `Reader` of the dense model that one expert and the shared tensors make."""
+
+    def __init__(
+        self, moe: Reader, parts: Mapping[str, tuple[TensorInfo, Part]], e: int
+    ):
+        # Not there, but in messages and reports it tells which expert this is.
+        self.path, self.format = moe.path / f"expert_{e}", moe.format
+        self.tensors = {name: info for name, (info, _) in parts.items()}
+        self.aliases = {k: v for k, v in moe.aliases.items() if v in self.tensors}
+        self._parts = {name: part for name, (_, part) in parts.items()}
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Flat entries [start, stop) of a tensor."""
+        part = self._parts[name]
+        stop = self.tensors[name].size if stop is None else stop
+        return part.reader.read(part.name, part.start + start, part.start + stop)
+
+    def close(self) -> None:
+        """Nothing: the mixture's reader belongs to others."""
+
+
+def views(moe: Reader, layout: Layout) -> tuple[list[ExpertView], list[str]]:
+    """A dense reader of each expert of a mixture, and the gates' names, left out.
+
+    Raises:
+      CheckpointError: there are no experts by this layout, or some are missing.
+    """
+    back = {there: here for here, there in layout.rename.items()}
+    template = re.escape(layout.expert)
+    for group, regex in (("block", ".*"), ("expert", r"\d+"), ("leaf", ".*")):
+        escaped = re.escape("{" + group + "}")
+        template = template.replace(escaped, f"(?P<{group}>{regex})")
+    gate = re.escape(layout.gate).replace(re.escape("{block}"), ".*")
+    gate = re.sub(r"\w+$", r"\\w+", gate)
+    shared: dict[str, tuple[TensorInfo, Part]] = {}
+    own: dict[int, dict[str, tuple[TensorInfo, Part]]] = {}
+    gates = []
+    for name, info in moe.tensors.items():
+        if (m := re.fullmatch(template, name)) is None:
+            if re.fullmatch(gate, name):
+                gates.append(name)
+            else:
+                shared[name] = info, Part(moe, name)
+            continue
+        leaf = "".join(back.get(p, p) for p in re.split(r"([./])", m["leaf"]))
+        dense = _dense_name(layout, m["block"], leaf)
+        if "expert" in m.groupdict():
+            own.setdefault(int(m["expert"]), {})[dense] = (
+                info._replace(name=dense),
+                Part(moe, name),
+            )
+            continue
+        one = TensorInfo(dense, info.shape[1:], info.dtype)
+        for e in range(info.shape[0]):
+            own.setdefault(e, {})[dense] = one, Part(moe, name, e * one.size)
+    names = {frozenset(parts) for parts in own.values()}
+    if sorted(own) != list(range(len(own))) or len(names) != 1:
+        raise CheckpointError(
+            f"{moe.path}: got experts {sorted(own)} of"
+            f" {sorted(len(n) for n in names)} tensors by the layout"
+            f" {layout.expert!r}; expected 0, 1, ... of the same tensors each"
+        )
+    return [ExpertView(moe, shared | own[e], e) for e in sorted(own)], gates
+
+
+def _dense_name(layout: Layout, block: str, leaf: str) -> str:
+    """What the dense tensor was called: the name that the pattern takes apart so."""
+    dot = "/" if "/" in layout.expert else "."
+    for between in (f"{dot}mlp{dot}", dot, f"{dot}DenseReluDense{dot}"):
+        name = f"{block}{between}{leaf}"
+        m = re.fullmatch(layout.pattern, name)
+        if m and (m["block"], m["leaf"]) == (block, leaf):
+            return name
+    raise CheckpointError(f"no dense name for {leaf} of {block} by {layout.pattern!r}")
+
+
+def width_of(info: TensorInfo) -> int:
+    """D, of a first layer that widens: the shorter axis, whichever way it is stored."""
+    return min(info.shape)
+
+
+def config_of_mixture(
+    config: Mapping[str, object], layout: str, experts: int, k: int, path: Path
+) -> dict[str, object]:
+    """config.json of the mixture.
+
+    Raises:
+      CheckpointError: transformers' Mixtral has no such model.
+    """
+    if layout != "mixtral":
+        return {**config, "num_experts": experts, "num_experts_per_tok": k}
+    kind = config.get("model_type")
+    if kind not in ("llama", "mistral") or config.get("attention_bias"):
+        raise CheckpointError(
+            f"{path}: got model_type {kind!r}, expected llama or mistral without"
+            " attention_bias for --layout=mixtral; or choose --layout=names"
+        )
+    return {
+        **config,
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "num_local_experts": experts,
+        "num_experts_per_tok": k,
+    }
+
+
+def config_of_dense(config: Mapping[str, object]) -> dict[str, object]:
+    """config.json of the dense model: the inverse."""
+    ours = ("num_local_experts", "num_experts", "num_experts_per_tok")
+    out = {key: x for key, x in config.items() if key not in ours}
+    if out.get("model_type") == "mixtral":
+        out |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+    return out

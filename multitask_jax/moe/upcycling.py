@@ -1,0 +1,208 @@
+"""Dense models become a mixture of experts, and a mixture one dense model again.
+
+    means = jnp.stack([mean of what reaches the layer, a specialist's data each])
+    gates = {block: gate_from_means(means[block], variance[block]) for block in ...}
+    params = upcycle([a, b, c], rest, pattern=..., gates=gates)
+    dense = to_dense(params, pattern=..., merge=lambda trees: ...)
+
+Sparse upcycling (Komatsuzaki et al. 2023, arXiv 2212.05055) copies one model's
+feed-forward layers; experts of specialists are those of Branch-Train-MiX (Sukhbaatar et
+al. 2024, arXiv 2403.07816). The gate from means of data is a *reconstruction*: nearest
+class mean, the class being the specialist.
+
+Legend: E experts, D width.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from multitask_jax import tree as trees
+from multitask_jax.moe import gates as gating
+
+Array = jax.Array
+
+
+class Found(NamedTuple):
+    """A leaf of a dense feed-forward layer."""
+
+    block: str  # "layer_0"
+    leaf: str  # "intermediate/kernel"
+
+
+def mlp_leaves(paths: Sequence[str], pattern: str) -> dict[str, Found]:
+    r"""The leaves that become experts'.
+
+    Args:
+      paths: of all leaves.
+      pattern: a regex with groups `block` and `leaf` that matches whole paths, such as
+        r"(?P<block>layer_\d+)/(?P<leaf>(intermediate|output)/\w+)".
+
+    Raises:
+      ValueError: a bad regex, or one that no path matches.
+    """
+    try:
+        regex = re.compile(pattern)
+    except re.error as e:
+        raise ValueError(f"mlp pattern {pattern!r} is not a regex: {e}") from None
+    if not {"block", "leaf"} <= set(regex.groupindex):
+        raise ValueError(
+            f"mlp pattern: got {pattern!r}, expected groups (?P<block>...) and"
+            " (?P<leaf>...)"
+        )
+    found = {
+        path: Found(match["block"], match["leaf"])
+        for path in paths
+        if (match := regex.fullmatch(path))
+    }
+    if not found:
+        raise ValueError(
+            f"mlp pattern {pattern!r} matches none of {len(paths)} paths, among them"
+            f" {', '.join(list(paths)[:6])}"
+        )
+    return found
+
+
+def upcycle(
+    models: Sequence[Any],
+    rest: Any,
+    *,
+    pattern: str,
+    gates: Mapping[str, Any],
+    rename: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """A tree with experts.
+
+    Before/after, with rename={"intermediate": "up", "output": "down"}:
+    {"layer_0": {"intermediate": {"kernel": [D, H]}, ...}} of each model ->
+    {"layer_0": {"mlp": {"experts": {"up": {"kernel": [E, D, H]}}, "gate": ...}, ...}}.
+
+    Args:
+      models: where expert e comes from, E of them; one model E times is sparse
+        upcycling.
+      rest: a tree like theirs that everything else is taken from, such as their merge.
+      pattern: as for `mlp_leaves`.
+      gates: a gate for each block, such as `gating.init_gate`'s or `gate_from_means`.
+      rename: names of dense layers -> names of the experts'.
+
+    Raises:
+      ValueError: trees of different paths, a gate that is missing, or as `mlp_leaves`.
+    """
+    flat = [trees.flatten(m) for m in models]
+    others = trees.flatten(rest)
+    for f in flat:
+        if f.keys() != others.keys():
+            raise ValueError(
+                f"models differ from the rest in {sorted(f.keys() ^ others.keys())[:5]}"
+            )
+    found = mlp_leaves(list(others), pattern)
+    if missing := {f.block for f in found.values()} - set(gates):
+        raise ValueError(f"gates: none for {sorted(missing)[:5]}")
+    out = {path: x for path, x in others.items() if path not in found}
+    for path, (block, leaf) in found.items():
+        stacked = jnp.stack([f[path] for f in flat])
+        out[f"{block}/mlp/experts/{_renamed(leaf, rename)}"] = stacked
+    for block, gate in gates.items():
+        for path, x in trees.flatten(gate).items():
+            out[f"{block}/mlp/gate/{path}"] = x
+    return nest(out)
+
+
+def split(
+    params: Any, *, rename: Mapping[str, str] | None = None
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The inverse of `upcycle`: a dense tree of each expert, and the gates by block.
+
+    Raises:
+      ValueError: there are no experts, or not as many everywhere.
+    """
+    flat = trees.flatten(params)
+    back = {there: here for here, there in (rename or {}).items()}
+    regex = re.compile(r"(?P<block>.*)/mlp/(?P<part>experts|gate)/(?P<leaf>.*)")
+    found = {p: m for p in flat if (m := regex.fullmatch(p))}
+    counts = {flat[p].shape[0] for p, m in found.items() if m["part"] == "experts"}
+    if len(counts) != 1:
+        raise ValueError(
+            f"got {sorted(counts) or 'no'} experts in .../mlp/experts/...; expected one"
+            " number of them"
+        )
+    rest = {p: x for p, x in flat.items() if p not in found}
+    dense = [dict(rest) for _ in range(counts.pop())]
+    gates: dict[str, Any] = {}
+    for path, m in found.items():
+        if m["part"] == "gate":
+            gates.setdefault(m["block"], {})[m["leaf"]] = flat[path]
+            continue
+        for tree, x in zip(dense, flat[path], strict=True):
+            tree[f"{m['block']}/{_renamed(m['leaf'], back)}"] = x
+    return [nest(t) for t in dense], gates
+
+
+def to_dense(
+    params: Any,
+    *,
+    merge: Callable[[list[Any]], Any],
+    rename: Mapping[str, str] | None = None,
+) -> Any:
+    """One dense tree of a mixture: `merge` of the experts' trees; gates are left out.
+
+    Args:
+      params: as `upcycle` makes them.
+      merge: such as `lambda models: merging.merge(merging.ties(), base, models)`.
+      rename: as it was for `upcycle`.
+    """
+    return merge(split(params, rename=rename)[0])
+
+
+def copies_gates(
+    key: Array, blocks: Sequence[str], width: int, experts: int
+) -> dict[str, Any]:
+    """A random gate for each block, for experts that are still alike."""
+    keys = jax.random.split(key, len(blocks))
+    return {
+        block: gating.init_gate(k, width, experts)
+        for block, k in zip(blocks, keys, strict=True)
+    }
+
+
+def gate_from_means(
+    means: Array, variance: Array | float, *, sharpness: float = 1.0
+) -> Any:
+    """Tokens go to the specialist whose own data's mean is nearest.
+
+    logit_e = sharpness (x mu_e - |mu_e|^2 / 2) / s^2, which is -|x - mu_e|^2 / (2 s^2)
+    up to what experts share.
+
+    Args:
+      means: [E, D], of what reaches the layer on each specialist's data.
+      variance: s^2, the mean squared distance of tokens to their specialist's mean.
+      sharpness: above 1 decides harder.
+
+    Returns:
+      {"kernel": [D, E], "bias": [E]}, for `gate_logits`.
+    """
+    scale = sharpness / jnp.maximum(variance, 1e-12)
+    return {
+        "kernel": scale * means.T,
+        "bias": -scale / 2 * jnp.sum(means**2, axis=1),
+    }
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Before/after: {"a/b": x, "c": y} -> {"a": {"b": x}, "c": y}."""
+    out: dict[str, Any] = {}
+    for path, x in flat.items():
+        *folders, name = path.split("/")
+        at = out
+        for folder in folders:
+            at = at.setdefault(folder, {})
+        at[name] = x
+    return out
+
+
+def _renamed(leaf: str, rename: Mapping[str, str] | None) -> str:
+    first, *others = leaf.split("/")
+    return "/".join([(rename or {}).get(first, first), *others])

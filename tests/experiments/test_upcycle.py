@@ -1,0 +1,219 @@
+"""Dense checkpoints to mixtures and back, on disk."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from experiments import upcycle
+from multitask_jax import checkpoints, merging, moe
+from multitask_jax.layers.moe import MoE
+
+D, H = 6, 10
+LLAMA = {
+    "self_attn.q_proj.weight": (D, D),
+    "mlp.gate_proj.weight": (H, D),
+    "mlp.up_proj.weight": (H, D),
+    "mlp.down_proj.weight": (D, H),
+    "input_layernorm.weight": (D,),
+}
+
+
+def llama(path, seed):
+    rng = np.random.default_rng(seed)
+    shapes = {"model.embed_tokens.weight": (20, D)}
+    for i in range(2):
+        shapes |= {f"model.layers.{i}.{name}": s for name, s in LLAMA.items()}
+    tensors = {n: rng.normal(size=s).astype(np.float32) for n, s in shapes.items()}
+    path.mkdir()
+    save_file(tensors, path / "model.safetensors")
+    about = {"model_type": "llama", "hidden_size": D}
+    (path / "config.json").write_text(json.dumps(about))
+    return tensors
+
+
+def read(path):
+    return load_file(path / "model.safetensors")
+
+
+@pytest.fixture
+def three(tmp_path):
+    return {n: llama(tmp_path / n, s) for s, n in enumerate("abc")}
+
+
+def test_specialists_become_mixtrals_experts(tmp_path, three):
+    models = ",".join(str(tmp_path / n) for n in "abc")
+    result = upcycle.run(
+        upcycle.Config(models=models, output=str(tmp_path / "moe"), progress=False)
+    )
+    assert result.experts == 3
+    found = read(tmp_path / "moe")
+    for i in range(2):
+        block = f"model.layers.{i}"
+        for e, model in enumerate(three.values()):
+            for dense, there in (("gate", 1), ("down", 2), ("up", 3)):
+                np.testing.assert_array_equal(
+                    found.pop(f"{block}.block_sparse_moe.experts.{e}.w{there}.weight"),
+                    model[f"{block}.mlp.{dense}_proj.weight"],
+                )
+        gate = found.pop(f"{block}.block_sparse_moe.gate.weight")
+        assert gate.shape == (3, D)
+        assert np.std(gate) == pytest.approx(0.02, rel=0.7)
+    for name, x in found.items():  # the rest, all of it, is the mean
+        mean = sum(m[name] for m in three.values()) / 3
+        np.testing.assert_allclose(x, mean, rtol=1e-6, atol=1e-6)
+    assert len(found) == 1 + 2 * 2
+    about = json.loads((tmp_path / "moe" / "config.json").read_text())
+    assert about["model_type"] == "mixtral"
+    assert (about["num_local_experts"], about["num_experts_per_tok"]) == (3, 2)
+
+
+@pytest.mark.parametrize("layout", ["mixtral", "names"])
+def test_copies_and_back_give_the_same_bytes(tmp_path, three, layout, capsys):
+    upcycle.run(
+        upcycle.Config(
+            models=str(tmp_path / "a"),
+            experts=4,
+            layout=layout,
+            output=str(tmp_path / "moe"),
+            progress=False,
+        )
+    )
+    upcycle.run(
+        upcycle.Config(
+            to_dense=True,
+            models=str(tmp_path / "moe"),
+            layout=layout,
+            output=str(tmp_path / "dense"),
+            progress=False,
+        )
+    )
+    assert "left out 2 tensors of gates" in capsys.readouterr().out
+    found = read(tmp_path / "dense")
+    assert found.keys() == three["a"].keys()
+    for name, x in three["a"].items():
+        np.testing.assert_allclose(found[name], x, rtol=1e-6)
+    about = json.loads((tmp_path / "dense" / "config.json").read_text())
+    assert about["hidden_size"] == D
+    assert "num_experts_per_tok" not in about
+
+
+def test_to_dense_merges_experts_by_any_method(tmp_path, three):
+    base = llama(tmp_path / "base", 9)
+    models = ",".join(str(tmp_path / n) for n in "abc")
+    upcycle.run(
+        upcycle.Config(models=models, output=str(tmp_path / "moe"), progress=False)
+    )
+    upcycle.run(
+        upcycle.Config(
+            to_dense=True,
+            models=str(tmp_path / "moe"),
+            base=str(tmp_path / "base"),
+            method="ties",
+            output=str(tmp_path / "dense"),
+            progress=False,
+        )
+    )
+    rest = {n: sum(m[n] for m in three.values()) / 3 for n in base}
+    views = [
+        {n: np.float32(x if ".mlp." in n else rest[n]) for n, x in m.items()}
+        for m in three.values()
+    ]
+    expected = jax.jit(lambda b, m: merging.merge(merging.ties(), b, m))(base, views)
+    found = read(tmp_path / "dense")
+    assert found.keys() == expected.keys()
+    for name, x in found.items():
+        np.testing.assert_allclose(x, expected[name], rtol=1e-5, atol=1e-5)
+
+
+def test_gates_from_data_send_tokens_to_their_specialist(tmp_path):
+    """Flax trees, stacked: what is written runs as `layers.moe.MoE`."""
+    rng = np.random.default_rng(0)
+    data = [rng.normal(size=(64, D)).astype(np.float32) + 3 * s for s in (1, -1)]
+
+    def apply(params, x):
+        layer = params["layer_0"]
+        h = jax.nn.gelu(x @ layer["intermediate"]["kernel"])
+        return h @ layer["output"]["kernel"]
+
+    for name, x in zip("ab", data, strict=True):
+        params = {
+            "layer_0": {
+                "intermediate": {"kernel": rng.normal(size=(D, H)).astype(np.float32)},
+                "output": {"kernel": rng.normal(size=(H, D)).astype(np.float32)},
+            },
+            "scale": np.ones(D, np.float32),
+        }
+        moments = merging.input_moments(apply, params, [x[:32], x[32:]])
+        mean = moments["layer_0/intermediate/kernel"].mean
+        np.testing.assert_allclose(mean, x.mean(axis=0), rtol=1e-4, atol=1e-4)
+        (tmp_path / name).mkdir()
+        merging.save_moments(tmp_path / name / "moments.safetensors", moments)
+        flat = {
+            "layer_0/intermediate/kernel": params["layer_0"]["intermediate"]["kernel"],
+            "layer_0/output/kernel": params["layer_0"]["output"]["kernel"],
+            "scale": params["scale"],
+        }
+        save_file(flat, tmp_path / f"{name}.safetensors")
+    files = [str(tmp_path / n / "moments.safetensors") for n in "ab"]
+    upcycle.run(
+        upcycle.Config(
+            models=f"{tmp_path}/a.safetensors,{tmp_path}/b.safetensors",
+            gate_data=",".join(files),
+            output=str(tmp_path / "moe"),
+            progress=False,
+        )
+    )
+    params = moe.upcycling.nest(
+        {k: jnp.asarray(x) for k, x in read(tmp_path / "moe").items()}
+    )
+    mlp = params["layer_0"]["mlp"]
+    for e, x in enumerate(data):
+        routing = moe.route(moe.gate_logits(mlp["gate"], x), k=1)
+        assert (np.asarray(routing.experts) == e).all()
+    layer = MoE(experts=2, hidden=H, kind="mlp", bias=False)
+    served = jax.jit(layer.apply)({"params": mlp}, data[0])
+    one = {k: x["kernel"][0] for k, x in mlp["experts"].items()}
+    expected = jax.nn.gelu(data[0] @ one["up"]) @ one["down"]
+    weight = moe.route(moe.gate_logits(mlp["gate"], data[0]), k=1).weights
+    np.testing.assert_allclose(served, weight * expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"models": ""}, "--models and --output"),
+        ({"models": "a"}, "give their number by --experts"),
+        ({"models": "a,b", "experts": 3}, "each of 2 models"),
+        ({"models": "a,b", "gate_data": "x"}, "got 1 files for 2 models"),
+        ({"models": "a,b", "method": "tie"}, "expected one of"),
+        ({"models": "a,b", "method": "ties"}, "needs a base"),
+        ({"models": "a", "experts": 2, "mlp_pattern": "mlp"}, "expected groups"),
+        ({"models": "a", "to_dense": True}, "got experts"),
+    ],
+)
+def test_wrong_flags_are_named_and_nothing_is_written(
+    tmp_path, three, monkeypatch, options, message
+):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=message):
+        upcycle.run(upcycle.Config(output="moe", progress=False, **options))
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_models_of_other_shapes_are_named(tmp_path, three):
+    tensors = three["b"] | {"model.layers.0.mlp.up_proj.weight": np.zeros((3, D), "f4")}
+    save_file(tensors, tmp_path / "b" / "model.safetensors")
+    with pytest.raises(checkpoints.CheckpointError, match=r"up_proj"):
+        upcycle.run(
+            upcycle.Config(
+                models=f"{tmp_path}/a,{tmp_path}/b",
+                output=str(tmp_path / "moe"),
+                progress=False,
+            )
+        )
+    assert not (tmp_path / "moe").exists()

@@ -1,0 +1,101 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from multitask_jax import moe, tree
+from multitask_jax.layers.moe import MoE, sum_of
+from multitask_jax.layers.transformer import Block
+
+D = 8
+
+
+def init(layer, *inputs):
+    return jax.jit(layer.init)(jax.random.key(1), *inputs)["params"]
+
+
+def apply(layer, params, *inputs, **options):
+    """Compiled as a whole: eagerly each operation would be on its own."""
+    return jax.jit(lambda p, x: layer.apply({"params": p}, *x, **options))(
+        params, inputs
+    )
+
+
+@pytest.fixture
+def x():
+    return jax.random.normal(jax.random.key(0), (2, 5, D))
+
+
+@pytest.mark.parametrize("dispatch", ["everyone", "capacity", "grouped", "blocks"])
+def test_the_layer_is_the_functions(x, dispatch):
+    layer = MoE(experts=4, hidden=6, k=2, kind="swiglu", dispatch=dispatch, factor=4)
+    params = init(layer, x)
+    tokens = x.reshape(-1, D)
+    routing = moe.route(moe.gate_logits(params["gate"], tokens), k=2)
+    expected = jax.jit(
+        lambda p: moe.everyone(moe.EXPERTS["swiglu"], p, tokens, routing)
+    )(params["experts"])
+    y, sown = apply(layer, params, x, mutable="moe")
+    np.testing.assert_allclose(y.reshape(-1, D), expected.y, rtol=1e-4, atol=1e-5)
+    balance = moe.losses.load_balance(routing)
+    np.testing.assert_allclose(sum_of(sown, "load_balance"), balance, rtol=1e-6)
+
+
+def test_scalezeros_layer_adds_a_shared_expert(x):
+    layer = MoE(experts=8, hidden=6, k=1, kind="swiglu", shared_hidden=4 * D)
+    params = init(layer, x)
+    assert params["shared_up"]["kernel"].shape == (D, 4 * D)
+    none = params | {"experts": jax.tree.map(jnp.zeros_like, params["experts"])}
+    up = jax.nn.gelu(x @ params["shared_up"]["kernel"])
+    expected = up @ params["shared_down"]["kernel"]
+    found = apply(layer, none, x)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_hard_routing_is_a_network_of_its_own_for_each_task(x):
+    """H-M2oE: changing task 1's expert leaves task 0's tokens as they were."""
+    layer = MoE(experts=2, hidden=6, route="hard", dispatch="blocks")
+    ids = jnp.array([0, 1])[:, None]
+    params = init(layer, x, ids)
+    assert "gate" not in params
+    other = jax.tree.map(lambda p: p.at[1].add(1.0), params)
+    before = apply(layer, params, x, ids)
+    after = apply(layer, other, x, ids)
+    np.testing.assert_array_equal(before[0], after[0])
+    assert np.abs(before[1] - after[1]).max() > 0.1
+    with pytest.raises(ValueError, match="needs ids"):
+        layer.apply({"params": params}, x)
+
+
+def test_noise_only_where_there_is_a_key(x):
+    layer = MoE(experts=4, hidden=6, noise=5.0)
+    params = init(layer, x)
+    plain = apply(layer, params, x)
+    np.testing.assert_array_equal(plain, apply(layer, params, x))
+    noisy = jax.jit(lambda p, k: layer.apply({"params": p}, x, rngs={"gate": k}))
+    assert (noisy(params, jax.random.key(2)) != plain).any()
+
+
+def test_it_drops_into_the_transformer_block(x):
+    block = Block(D, 2, 16, mlp=MoE(experts=4, hidden=16, k=2, dispatch="blocks"))
+    params = init(block, x)
+
+    @jax.jit
+    def loss(params):
+        y, sown = block.apply({"params": params}, x, mutable="moe")
+        return jnp.mean(y**2) + 0.01 * sum_of(sown, "load_balance")
+
+    gradient = tree.flatten(jax.jit(jax.grad(loss))(params))
+    assert {"mlp/gate/kernel", "mlp/experts/up/kernel"} <= set(gradient)
+    assert all(np.abs(g).max() > 0 for p, g in gradient.items() if "mlp" in p)
+    step = jax.jit(
+        lambda p: jax.tree.map(lambda p, g: p - 0.1 * g, p, jax.grad(loss)(p))
+    )
+    assert loss(step(params)) < loss(params)
+
+
+def test_unknown_names_and_forgotten_losses_are_named(x):
+    with pytest.raises(ValueError, match="expected everyone, capacity"):
+        MoE(experts=2, hidden=4, dispatch="sparse").init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match="mutable='moe'"):
+        sum_of({}, "router_z")

@@ -1,0 +1,239 @@
+"""What every gate owes every dispatcher."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from multitask_jax import moe, sharding
+from multitask_jax.moe import dispatch
+
+N, D, H, E = 48, 6, 10, 4  # tokens, width, hidden width, experts
+GATES = {
+    "top_1": {"k": 1},
+    "top_2": {"k": 2},
+    "top_2 after": {"k": 2, "normalize": "after_topk"},
+    "top_2 noisy": {"k": 2, "noise": 0.3, "key": jax.random.key(5)},
+    "expert_choice": {"kind": "expert_choice", "k": 2},
+    "soft": {"kind": "soft"},
+    "hard": {"kind": "hard", "experts": E},
+    "top_1 shared": {"k": 1, "shared": 1},
+    "expert_choice shared": {"kind": "expert_choice", "shared": 2},
+    "hard shared": {"kind": "hard", "experts": E, "shared": 1},
+}
+DISPATCHERS = {
+    "capacity": functools.partial(moe.capacity, factor=float(E)),  # nothing is dropped
+    "by weight": functools.partial(moe.capacity, factor=float(E), priority="weight"),
+    "grouped": moe.grouped,
+    "blocks": functools.partial(moe.grouped, block=4),
+}
+
+
+REFERENCE = jax.jit(
+    lambda params, x, routing: moe.everyone(moe.EXPERTS["swiglu"], params, x, routing).y
+)
+
+
+@pytest.fixture(params=sorted(GATES))
+def gate(request):
+    return GATES[request.param]
+
+
+def made(gate: dict[str, Any], kind: str = "swiglu") -> tuple[Any, Any, jax.Array]:
+    """A gate's kernel, experts, tokens."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (N, D))
+    kernel = moe.init_gate(keys[1], D, E, stddev=1.0)
+    count = E + gate.get("shared", 0)
+    params = moe.experts.init(keys[2], kind, experts=count, width=D, hidden=H)
+    params = jax.tree.map(
+        lambda p: p + 0.1 * jnp.sin(jnp.arange(p.size)).reshape(p.shape), params
+    )
+    return kernel, params, x
+
+
+def routed(gate: dict[str, Any], kernel: Any, x: jax.Array) -> moe.Routing:
+    if gate.get("kind") == "hard":
+        return moe.route(jnp.arange(len(x)) % E, **gate)
+    return moe.route(moe.gate_logits(kernel, x), **gate)
+
+
+def out(serve: Any, gate: dict[str, Any], kernel: Any, params: Any, x: Any) -> Any:
+    return serve(moe.EXPERTS["swiglu"], params, x, routed(gate, kernel, x))
+
+
+@pytest.mark.parametrize("name", sorted(DISPATCHERS))
+def test_values_and_gradients_are_the_references(gate, name):
+    def loss(serve, *arrays):
+        y = out(serve, gate, *arrays).y
+        return jnp.sum(jnp.sin(y) * jnp.arange(D)[None]), y
+
+    graded = jax.jit(
+        jax.value_and_grad(loss, (1, 2, 3), has_aux=True), static_argnums=0
+    )
+    arrays = made(gate)
+    (_, expected), expected_grad = graded(moe.everyone, *arrays)
+    (_, y), grad = graded(DISPATCHERS[name], *arrays)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+    for a, b in zip(jax.tree.leaves(grad), jax.tree.leaves(expected_grad), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["everyone", *sorted(DISPATCHERS)])
+def test_eager_is_jitted(name):
+    gate = GATES["expert_choice shared"]
+    serve = DISPATCHERS.get(name, moe.everyone)
+    kernel, params, x = made(gate)
+    eager = out(serve, gate, kernel, params, x)
+    jitted = jax.jit(functools.partial(out, serve, gate))(kernel, params, x)
+    np.testing.assert_allclose(eager.y, jitted.y, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(eager.kept, jitted.kept)
+
+
+@pytest.mark.parametrize("name", sorted(DISPATCHERS))
+@pytest.mark.parametrize("given", ["top_2", "expert_choice", "hard shared"])
+def test_permuted_tokens_give_permuted_outputs(given, name):
+    gate = GATES[given]
+    kernel, params, x = made(gate)
+    order = np.random.default_rng(0).permutation(N)
+    serve = jax.jit(lambda x, r: DISPATCHERS[name](moe.EXPERTS["swiglu"], params, x, r))
+    routing = routed(gate, kernel, x)
+    turned = jax.tree.map(lambda a: a[order], routing)
+    np.testing.assert_allclose(
+        serve(x, routing).y[order], serve(x[order], turned).y, rtol=1e-5, atol=1e-5
+    )
+
+
+def test_slots_are_filled_as_the_gate_says(gate):
+    kernel, _, x = made(gate)
+    routing = routed(gate, kernel, x)
+    count, shared = E + gate.get("shared", 0), gate.get("shared", 0)
+    filled = np.asarray(routing.experts) < count
+    kind, k = gate.get("kind", "top_k"), gate.get("k", 1)
+    per_token = {"top_k": k, "soft": E, "hard": 1}.get(kind)
+    if per_token is not None:
+        assert (filled.sum(axis=1) == per_token + shared).all()
+    else:  # experts take equally many instead
+        taken = np.bincount(routing.experts[filled], minlength=count)
+        assert (taken[:E] == k * N // E).all()
+    # Nobody meets a token twice, and empty slots weigh nothing.
+    for row, ok in zip(np.asarray(routing.experts), filled, strict=True):
+        assert len(set(row[ok])) == ok.sum()
+    assert not np.asarray(routing.weights)[~filled].any()
+
+
+def test_dropped_slots_are_counted_and_give_nothing(gate):
+    kernel, params, x = made(gate)
+    routing = routed(gate, kernel, x)
+    count = E + gate.get("shared", 0)
+    room = 5
+    served = jax.jit(
+        lambda r: moe.capacity(moe.EXPERTS["swiglu"], params, x, r, room=room)
+    )(routing)
+    experts, kept = np.asarray(routing.experts), np.asarray(served.kept)
+    wanted = np.bincount(experts[experts < count], minlength=count)
+    got = np.bincount(experts[kept], minlength=count)
+    np.testing.assert_array_equal(got, np.minimum(wanted, room))
+    only = routing._replace(weights=jnp.where(kept, routing.weights, 0))
+    expected = REFERENCE(params, x, only)
+    np.testing.assert_allclose(served.y, expected, rtol=1e-5, atol=1e-5)
+    found = moe.losses.statistics(routing, served.kept)["dropped"]
+    filled = np.asarray(routing.weights) > 0
+    np.testing.assert_allclose(found, (filled & ~kept).sum() / filled.sum(), rtol=1e-6)
+
+
+def test_the_gate_learns(gate):
+    """Also at k = 1, but not where weights are normalised over the chosen one."""
+    if gate.get("kind") == "hard":
+        pytest.skip("there is no gate")
+    kernel, params, x = made(gate)
+
+    def gradient(kernel, gate):
+        def loss(kernel):
+            return jnp.sum(out(moe.everyone, gate, kernel, params, x).y ** 2)
+
+        return jax.jit(jax.grad(loss))(kernel)["kernel"]
+
+    assert np.abs(gradient(kernel, gate)).max() > 1e-3
+    if gate == GATES["top_1"]:
+        assert not gradient(kernel, gate | {"normalize": "after_topk"}).any()
+
+
+@pytest.mark.parametrize("axes", [{"expert": 4}, {"data": 2, "expert": 4}])
+def test_experts_on_devices_are_the_reference(gate, axes):
+    kernel, params, x = made(gate)
+    count = E + gate.get("shared", 0)
+    if count % 4:
+        pytest.skip(f"{count} experts on 4 devices")
+    mesh = sharding.make_mesh(axes)
+
+    def loss(serve, params, x, routing):
+        y = serve(moe.EXPERTS["swiglu"], params, x, routing).y
+        return jnp.sum(jnp.sin(y) * jnp.arange(D)[None]), y
+
+    parallel = functools.partial(moe.expert_parallel, mesh=mesh, factor=float(E))
+    graded = jax.jit(
+        jax.value_and_grad(loss, (1, 2, 3), has_aux=True, allow_int=True),
+        static_argnums=0,
+    )
+    routing = routed(gate, kernel, x)
+    (_, expected), grads = graded(moe.everyone, params, x, routing)
+    tokens = jax.NamedSharding(mesh, jax.P(tuple(axes)))
+    placed = (
+        jax.device_put(params, jax.NamedSharding(mesh, jax.P("expert"))),
+        jax.device_put(x, tokens),
+        jax.device_put(routing, tokens),
+    )
+    (_, y), sharded = graded(parallel, *placed)
+    assert y.sharding.is_equivalent_to(tokens, 2)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(sharded), strict=True):
+        if a.dtype != jax.dtypes.float0:
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_expert_parallel_program_moves_tokens_only():
+    mesh = sharding.make_mesh({"expert": 4})
+    kernel, params, x = made({})
+    routing = routed({}, kernel, x)
+    serve = jax.jit(
+        lambda p, x, r: moe.expert_parallel(moe.EXPERTS["swiglu"], p, x, r, mesh=mesh).y
+    )
+    tokens = jax.NamedSharding(mesh, jax.P("expert"))
+    text = (
+        serve.lower(*(jax.device_put(a, tokens) for a in (params, x, routing)))
+        .compile()
+        .as_text()
+    )
+    assert text.count(" all-to-all(") == 2
+    assert not any(c in text for c in ("all-gather(", "all-reduce("))
+
+
+def test_rows_move_without_scatters():
+    """The derivative of moving rows is a gather: no scatter of [rows, width]."""
+    kernel, params, x = made({"k": 2})
+    routing = routed({"k": 2}, kernel, x)
+
+    def loss(x, params):
+        serve = DISPATCHERS["blocks"]
+        return jnp.sum(serve(moe.EXPERTS["swiglu"], params, x, routing).y)
+
+    text = jax.jit(jax.grad(loss, (0, 1))).lower(x, params).as_text()
+    for line in text.splitlines():
+        if "stablehlo.scatter" in line:
+            assert f"x{D}xf32" not in line, line
+
+
+def test_block_dot_is_a_product_a_block():
+    keys = jax.random.split(jax.random.key(1), 2)
+    x = jax.random.normal(keys[0], (12, 3))
+    kernel = jax.random.normal(keys[1], (2, 3, 5))
+    which = jnp.array([1, 0, 1, 1])
+    expected = jnp.einsum(
+        "bri,bio->bro", x.reshape(4, 3, 3), kernel[which], precision="highest"
+    )
+    found = dispatch.block_dot(x, kernel, which).reshape(expected.shape)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)

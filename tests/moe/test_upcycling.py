@@ -1,0 +1,115 @@
+"""Dense trees to experts and back, on a transformer block."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from multitask_jax import merging, moe, tree
+from multitask_jax.layers.moe import MoE
+from multitask_jax.layers.transformer import Block
+from multitask_jax.moe import upcycling
+
+D, H = 8, 12
+PATTERN = r"(?P<block>layer_\d+)/(?P<leaf>(intermediate|output)/\w+)"
+RENAME = {"intermediate": "up", "output": "down"}
+DENSE = Block(D, 2, H)
+
+
+def dense_params(seed):
+    x = jnp.zeros((1, 3, D))
+    keys = jax.random.split(jax.random.key(seed), 2)
+    init = jax.jit(DENSE.init)
+    return {f"layer_{i}": init(k, x)["params"] for i, k in enumerate(keys)}
+
+
+def sparse(**options):
+    # flax's GELU and ours are the same only if both are exact or approximate.
+    return Block(D, 2, H, mlp=MoE(hidden=H, kind="mlp", **options))
+
+
+@pytest.fixture
+def x():
+    return jax.random.normal(jax.random.key(9), (2, 3, D))
+
+
+def gates(count):
+    return upcycling.copies_gates(jax.random.key(1), ["layer_0", "layer_1"], D, count)
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_sparse_upcycling_gives_the_dense_models_output(x, k):
+    """All experts are copies, and weights over the chosen ones sum to 1."""
+    params = dense_params(0)
+    up = upcycling.upcycle(
+        [params] * 4, params, pattern=PATTERN, gates=gates(4), rename=RENAME
+    )
+    model = sparse(experts=4, k=k, normalize="after_topk", dispatch="everyone")
+    for layer in params:
+        found = jax.jit(model.apply)({"params": up[layer]}, x)
+        expected = jax.jit(DENSE.apply)({"params": params[layer]}, x)
+        # An approximate GELU here, an exact one there.
+        np.testing.assert_allclose(found, expected, atol=2e-3)
+
+
+def test_split_is_the_inverse():
+    models = [dense_params(s) for s in range(3)]
+    given = gates(3)
+    up = upcycling.upcycle(
+        models, models[0], pattern=PATTERN, gates=given, rename=RENAME
+    )
+    dense, found = upcycling.split(up, rename=RENAME)
+    for e, (back, model) in enumerate(zip(dense, models, strict=True)):
+        for path, y in tree.flatten(back).items():
+            mlp = "intermediate" in path or "/output" in path
+            wanted = tree.flatten(model if mlp else models[0])[path]
+            np.testing.assert_array_equal(y, wanted, err_msg=f"{e} {path}")
+    assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), found, given))
+
+
+def test_to_dense_merges_the_experts_as_merging_does():
+    base, *models = (dense_params(s) for s in range(4))
+    up = upcycling.upcycle(models, base, pattern=PATTERN, gates=gates(3), rename=RENAME)
+    method = merging.ties(density=0.4)
+    merge = jax.jit(lambda models: merging.merge(method, base, models))
+    found = upcycling.to_dense(up, merge=merge, rename=RENAME)
+    expected = merge(upcycling.split(up, rename=RENAME)[0])
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_the_gate_from_means_sends_tokens_to_the_nearest_mean():
+    rng = np.random.default_rng(0)
+    means = rng.normal(size=(3, D)).astype(np.float32) * 2
+    x = np.repeat(means, 50, axis=0) + rng.normal(size=(150, D)).astype(np.float32)
+    gate = upcycling.gate_from_means(jnp.asarray(means), variance=float(D))
+    routing = moe.route(moe.gate_logits(gate, jnp.asarray(x)), k=1)
+    nearest = np.linalg.norm(x[:, None] - means[None], axis=-1).argmin(axis=1)
+    np.testing.assert_array_equal(routing.experts[:, 0], nearest)
+    # The softmax is that of Gaussians of one variance around the means.
+    distance = np.sum((x[:, None] - means[None]) ** 2, axis=-1)
+    p = jax.nn.softmax(-distance / (2 * D), axis=1)
+    np.testing.assert_allclose(routing.probabilities, p, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pattern": r"(?P<block>layer)"}, "expected groups"),
+        ({"pattern": r"(?P<block>x)(?P<leaf>y)"}, "matches none of"),
+        ({"pattern": "("}, "not a regex"),
+        ({"gates": {}}, "none for"),
+        ({"models": [{"layer_0": {"query": jnp.zeros(3)}}]}, "models differ"),
+    ],
+)
+def test_what_does_not_fit_is_named(change, message):
+    params = dense_params(0)
+    options = {"models": [params] * 2, "pattern": PATTERN, "gates": gates(2)} | change
+    with pytest.raises(ValueError, match=message):
+        upcycling.upcycle(options.pop("models"), params, **options)
+
+
+def test_a_tree_without_experts_is_refused():
+    with pytest.raises(ValueError, match="got no experts"):
+        upcycling.split(dense_params(0))
