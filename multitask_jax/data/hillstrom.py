@@ -4,8 +4,9 @@
     encoder = encoder_of("hillstrom.csv")
     x, unknown, missing = encode(encoder, features_of(*read_text("customers.csv")))
 
-A third of the customers got an e-mail with men's merchandise, a third one with women's,
-a third none; in the two weeks after: did they visit, did they buy, for how many dollars.
+A third of the customers got an e-mail with men's merchandise, a third one with
+women's, a third none; in the two weeks after: did they visit, did they buy, for how
+many dollars.
 
 A category that the encoder has not seen is all zeros in its one-hot columns; what is
 missing ("", NA, NaN, null) becomes the median, or the most frequent value, of the rows
@@ -154,7 +155,7 @@ def read(path: str | os.PathLike[str]) -> Table:
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: a column is not there or unexpected, or a value is not what it must be.
+      ValueError: columns are missing or unexpected, or a value is not what it must be.
     """
     return table_of(*read_text(path))
 
