@@ -1,0 +1,436 @@
+"""The report of the uplift study: who ranks people best, and who should get what.
+
+    text = write(workdir, trial, {"MTMT": p, "S-learner": q}, policy_outcome="spend",
+                 bootstrap=1000, seed=0)
+
+Writes report.md, qini.png and deciles.png. Every interval is of a bootstrap over
+people, the same draws for all models, seeds averaged; intervals decide, not means.
+
+Legend: N people, A arms (arm 0 is the control), O outcomes, S seeds, R replicates.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from experiments import mtmt_figures
+from multitask_jax import evaluation
+from multitask_jax.data.uplift import Trial
+from multitask_jax.merging.report import table
+
+MAIN = "MTMT"
+REFERENCES = ("GBM S-learner", "S-learner")
+PER = 1000  # people: a unit in which effects of e-mails are readable
+MEASURES = evaluation.Ranking._fields
+
+Predictions = Mapping[str, np.ndarray]  # [S, N, A, O] by model
+
+
+class Measured(NamedTuple):
+    """A model's measures, means over seeds."""
+
+    point: np.ndarray  # [A - 1, O, 3]
+    draws: np.ndarray  # [A - 1, O, 3, R]
+
+
+def write(
+    workdir: str | os.PathLike[str],
+    trial: Trial,
+    predictions: Predictions,
+    *,
+    policy_outcome: str,
+    bootstrap: int,
+    seed: int,
+    notes: Sequence[str] = (),
+) -> str:
+    """Measures all models and writes the report and its figures.
+
+    Args:
+      workdir: where to.
+      trial: what happened.
+      predictions: [S, N, A, O] by model, each person's by a model that has not seen
+        them. The calibration, the policy's shares and the highlight are MTMT's, or the
+        first model's if there is no MTMT.
+      policy_outcome: what each person's best arm is the best for.
+      bootstrap: R.
+      seed: of the bootstrap.
+      notes: paragraphs for the top of the report.
+
+    Returns:
+      The report.
+
+    Raises:
+      ValueError: shapes, names or numbers are wrong.
+    """
+    _check(trial, predictions, policy_outcome)
+    workdir = Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    counts = evaluation.resample(len(trial.y), bootstrap, seed)
+    means = {name: p.mean(axis=0) for name, p in predictions.items()}
+    main = MAIN if MAIN in predictions else next(iter(predictions))
+    measured, best = measure(trial, predictions, counts)
+    outcome = trial.outcomes.index(policy_outcome)
+    parts = [
+        _opening(trial, predictions, bootstrap, notes),
+        _rankings(trial, measured, best),
+        *(_differences(trial, measured, r) for r in REFERENCES if r in measured),
+        _calibration(trial, means[main], main, outcome),
+        _errors(trial, predictions),
+        _policies(trial, means, counts, main, outcome),
+        _segments(trial, means[main], main, outcome),
+    ]
+    text = "\n".join(part for part in parts if part)
+    (workdir / "report.md").write_text(text, encoding="utf-8")
+    for name, figure in (
+        ("qini", mtmt_figures.qini(trial, means, (main, *REFERENCES))),
+        ("deciles", mtmt_figures.deciles(trial, means[main], main)),
+    ):
+        figure.savefig(workdir / f"{name}.png", dpi=120)
+    return text
+
+
+def measure(
+    trial: Trial, predictions: Predictions, counts: np.ndarray
+) -> tuple[dict[str, Measured], Measured]:
+    """Each arm against the control, of all models and outcomes.
+
+    Returns:
+      By model, and of the best Qini (NaN for outcomes that are not binary).
+    """
+    a, o, r = len(trial.arms) - 1, len(trial.outcomes), len(counts)
+
+    def empty() -> Measured:
+        return Measured(np.full((a, o, 3), np.nan), np.full((a, o, 3, r), np.nan))
+
+    found = {name: empty() for name in predictions}
+    best = empty()
+    total = a * o * sum(len(p) for p in predictions.values())
+    with tqdm(total=total, unit="ranking", desc="bootstrap", disable=None) as bar:
+        for arm in range(1, a + 1):
+            rows = np.flatnonzero((trial.arm == 0) | (trial.arm == arm))
+            treated, drawn = trial.arm[rows] == arm, counts[:, rows]
+            for outcome in range(o):
+                y = trial.y[rows, outcome]
+
+                def both(
+                    score: np.ndarray,
+                    y: np.ndarray = y,
+                    treated: np.ndarray = treated,
+                    drawn: np.ndarray = drawn,
+                ) -> tuple[np.ndarray, np.ndarray]:
+                    point = evaluation.ranking(score, y, treated)
+                    draws = evaluation.ranking(score, y, treated, drawn)
+                    return np.array(point), np.array(draws)
+
+                place = arm - 1, outcome
+                for name, p in predictions.items():
+                    each = []
+                    for one in p:
+                        each.append(both(uplift(one[rows], arm, outcome)))
+                        bar.update()
+                    for whole, values in zip(
+                        found[name], zip(*each, strict=True), strict=True
+                    ):
+                        whole[place] = np.mean(values, axis=0)
+                if trial.binary[outcome]:
+                    best.point[place], best.draws[place] = both(
+                        evaluation.perfect(y, treated)[0]
+                    )
+    return found, best
+
+
+def uplift(prediction: np.ndarray, arm: int, outcome: int) -> np.ndarray:
+    """[N, A, O] -> [N], of an arm over the control."""
+    # In float64, so that small effects of large outcomes keep their digits.
+    p = prediction[:, :, outcome].astype(np.float64)
+    return p[:, arm] - p[:, 0]
+
+
+def _check(trial: Trial, predictions: Predictions, policy_outcome: str) -> None:
+    if policy_outcome not in trial.outcomes:
+        raise ValueError(
+            f"got policy_outcome={policy_outcome!r}, expected one of {trial.outcomes}"
+        )
+    if not predictions:
+        raise ValueError("got no predictions, expected those of a model or more")
+    shape = (len(trial.y), len(trial.arms), len(trial.outcomes))
+    for name, p in predictions.items():
+        if p.ndim != 4 or p.shape[1:] != shape or not len(p):
+            raise ValueError(
+                f"predictions of {name}: got {p.shape}, expected [seeds, {shape[0]}"
+                f" people, {shape[1]} arms, {shape[2]} outcomes]"
+            )
+        if not np.isfinite(p).all():
+            raise ValueError(
+                f"predictions of {name}: got {(~np.isfinite(p)).sum()} values that are"
+                " not finite; has its training diverged?"
+            )
+
+
+def _opening(
+    trial: Trial, predictions: Predictions, bootstrap: int, notes: Sequence[str]
+) -> str:
+    seeds = sorted({len(p) for p in predictions.values()})
+    rates = [
+        [name, f"{(trial.arm == i).sum():,}"]
+        + [f"{PER * y:.1f}" for y in trial.y[trial.arm == i].mean(axis=0)]
+        for i, name in enumerate(trial.arms)
+    ]
+    known = (
+        "\nThe data are *synthetic*: true effects are known.\n"
+        if trial.effects is not None
+        else ""
+    )
+    return "\n".join(
+        [
+            "# MTMT: which treatment for whom\n",
+            f"{len(trial.y):,} people. Means over {' or '.join(map(str, seeds))} seeds;"
+            f" 95% intervals of {bootstrap:,} bootstrap replicates over people, seeds"
+            f" held fixed. Outcomes and effects are per {PER:,} people.",
+            known,
+            *(f"{note}\n" for note in notes),
+            table(["arm", "people", *trial.outcomes], rates),
+            "",
+        ]
+    )
+
+
+def _rankings(trial: Trial, measured: Mapping[str, Measured], best: Measured) -> str:
+    parts = [
+        "## Ranking people by predicted uplift\n",
+        "Qini: area between the Qini curve and its chord, 0 for a random order;"
+        " Qini / best: over that of the best order in hindsight, as scikit-uplift has"
+        " it (binary outcomes). AUUC: area under the uplift curve.\n",
+    ]
+    for o, outcome in enumerate(trial.outcomes):
+        for a, arm in enumerate(trial.arms[1:]):
+            rows = []
+            for name, m in measured.items():
+                cells = [
+                    _cell(PER * m.point[a, o, k], PER * m.draws[a, o, k])
+                    for k in range(len(MEASURES))
+                ]
+                if trial.binary[o]:
+                    ratio = m.draws[a, o, 0] / best.draws[a, o, 0]
+                    point = m.point[a, o, 0] / best.point[a, o, 0]
+                    cells.insert(1, _cell(point, ratio, 3))
+                rows.append([name, *cells])
+            header = ["", "Qini", "AUUC", "uplift at 30%"]
+            if trial.binary[o]:
+                header.insert(2, "Qini / best")
+            parts += [f"### {outcome}: {arm}\n", table(header, rows), ""]
+    return "\n".join(parts)
+
+
+def _differences(trial: Trial, measured: Mapping[str, Measured], reference: str) -> str:
+    """Of Qini, paired; and what they decide."""
+    other = measured[reference]
+    rows, better, worse = [], [], []
+    for name, m in measured.items():
+        if name == reference:
+            continue
+        cells = []
+        for o, outcome in enumerate(trial.outcomes):
+            for a, arm in enumerate(trial.arms[1:]):
+                draws = m.draws[a, o, 0] - other.draws[a, o, 0]
+                point = m.point[a, o, 0] - other.point[a, o, 0]
+                low, high = evaluation.interval(draws)
+                mark = "**" if low > 0 or high < 0 else ""
+                cells.append(f"{mark}{_cell(PER * point, PER * draws)}{mark}")
+                if mark:
+                    kind = better if low > 0 else worse
+                    kind.append(f"{name} ({outcome}, {arm})")
+        rows.append([name, *cells])
+    if not rows:
+        return ""
+    count = sum(len(row) - 1 for row in rows)
+    header = [f"{o}: {a}" for o in trial.outcomes for a in trial.arms[1:]]
+    said = [f"Better than {reference}: {', '.join(better) or 'none'}."]
+    said += [f"Worse: {', '.join(worse) or 'none'}.", "The rest is undecided."]
+    return "\n".join(
+        [
+            f"## Qini less that of {reference}\n",
+            "Paired differences; intervals decide, not means. Bold: the interval"
+            f" excludes 0. Of {count} intervals, {0.05 * count:.1f} would by chance"
+            " alone if no model differed.\n",
+            table(["", *header], rows),
+            "",
+            " ".join(said),
+            "",
+        ]
+    )
+
+
+def _calibration(trial: Trial, prediction: np.ndarray, name: str, outcome: int) -> str:
+    parts = [f"## Is {name} calibrated?\n"]
+    parts.append(
+        f"Tenths of people by predicted effect on {trial.outcomes[outcome]}, mean"
+        " prediction of the seeds; observed: difference of means and its 95%"
+        " interval.\n"
+    )
+    cells, said = [], []
+    for a, arm in enumerate(trial.arms[1:], start=1):
+        c = calibration_of(trial, prediction, a, outcome)
+        cells.append(
+            [
+                (f"{PER * p:.1f}", _range(PER * y, PER * (y - e), PER * (y + e)))
+                for p, y, e in zip(
+                    c.predicted,
+                    c.observed,
+                    evaluation.uplift.NORMAL * c.error,
+                    strict=True,
+                )
+            ]
+        )
+        inside = np.abs(c.predicted - c.observed) <= evaluation.uplift.NORMAL * c.error
+        said.append(
+            f"{arm}: mean distance {PER * c.distance:.1f}, {inside.sum()} of"
+            f" {len(inside)} predictions within the interval."
+        )
+    header = ["tenth"]
+    for arm in trial.arms[1:]:
+        header += [f"{arm}, predicted", "observed"]
+    rows = [
+        [str(i + 1), *(x for pair in row for x in pair)]
+        for i, row in enumerate(zip(*cells, strict=True))
+    ]
+    return "\n".join([*parts, table(header, rows), "", " ".join(said), ""])
+
+
+def calibration_of(
+    trial: Trial, prediction: np.ndarray, arm: int, outcome: int
+) -> evaluation.Calibration:
+    """Deciles of an arm's effect on an outcome; `prediction` is [N, A, O]."""
+    rows = np.flatnonzero((trial.arm == 0) | (trial.arm == arm))
+    return evaluation.calibration(
+        uplift(prediction[rows], arm, outcome),
+        trial.y[rows, outcome],
+        trial.arm[rows] == arm,
+    )
+
+
+def _errors(trial: Trial, predictions: Predictions) -> str:
+    if trial.effects is None:
+        return ""
+    rows = []
+    for name, p in predictions.items():
+        each = PER * np.stack([evaluation.pehe(x, trial.effects) for x in p])
+        mean, spread = each.mean(axis=0).T, each.std(axis=0, ddof=min(1, len(p) - 1)).T
+        cells = zip(mean.ravel(), spread.ravel(), strict=True)
+        rows.append([name, *(f"{m:.1f} ± {s:.1f}" for m, s in cells)])
+    header = [f"{o}: {a}" for o in trial.outcomes for a in trial.arms[1:]]
+    return "\n".join(
+        [
+            "## Error of individual effects (PEHE), *synthetic*\n",
+            "Root mean squared error of predicted uplifts; mean ± standard deviation"
+            " over seeds.\n",
+            table(["", *header], rows),
+            "",
+        ]
+    )
+
+
+def _policies(
+    trial: Trial,
+    means: Mapping[str, np.ndarray],
+    counts: np.ndarray,
+    main: str,
+    outcome: int,
+) -> str:
+    y = trial.y[:, outcome].astype(np.float64)
+    shares = np.bincount(trial.arm, minlength=len(trial.arms)) / len(y)
+    single = [y[trial.arm == a].mean() for a in range(len(trial.arms))]
+    top = int(np.argmax(single))
+
+    def values(chosen: np.ndarray) -> Any:
+        args = chosen, trial.arm, y, shares
+        return evaluation.policy_value(*args), evaluation.policy_value(*args, counts)
+
+    base, base_draws = values(np.full(len(y), top))
+    rows, said = [], ""
+    for name, prediction in means.items():
+        chosen = prediction[:, :, outcome].argmax(axis=1)
+        value, draws = values(chosen)
+        cells = [f"{100 * (chosen == a).mean():.0f}%" for a in range(len(trial.arms))]
+        cells.append(_cell(PER * value.ips, PER * draws.ips))
+        cells.append(_cell(PER * value.normalised, PER * draws.normalised))
+        gain = PER * (draws.ips - base_draws.ips)
+        cells.append(_cell(PER * (value.ips - base.ips), gain))
+        cells.append(
+            _cell(
+                PER * (value.normalised - base.normalised),
+                PER * (draws.normalised - base_draws.normalised),
+            )
+        )
+        if trial.effects is not None:
+            true = trial.effects[:, :, outcome]
+            won = true[np.arange(len(y)), chosen].mean() - true[:, top].mean()
+            cells.append(f"{PER * won:.1f}")
+        rows.append([name, *cells])
+        if name == main:
+            said = _verdict(name, trial.arms[top], evaluation.interval(gain))
+    header = ["", *trial.arms, "value, IPS", "value, SNIPS", "gain, IPS"]
+    header += ["gain, SNIPS"] + ["true gain"] * (trial.effects is not None)
+    return "\n".join(
+        [
+            f"## Policy: each person's best arm for {trial.outcomes[outcome]}\n",
+            "Share of people by arm; mean outcome by inverse propensity (IPS), and with"
+            f" weights normalised (SNIPS); gain over {trial.arms[top]} for everyone,"
+            f" the best single arm here ({PER * single[top]:.1f}; chosen on these data, which favours"
+            " it a little). Arms have no cost."
+            " Predictions are means over seeds.\n",
+            table(header, rows),
+            "",
+            said,
+            "",
+        ]
+    )
+
+
+def _verdict(name: str, arm: str, gain: tuple[float, float]) -> str:
+    low, high = gain
+    span = f"[{low:.1f}, {high:.1f}] per {PER:,} people by IPS"
+    if low > 0:
+        return f"Choosing by {name} gains over {arm} for everyone: {span}."
+    if high < 0:
+        return f"Choosing by {name} loses against {arm} for everyone: {span}."
+    return (
+        f"The interval of the gain of {name}, {span}, includes 0: these data do not"
+        f" show that choosing for each person beats {arm} for everyone."
+    )
+
+
+def _segments(trial: Trial, prediction: np.ndarray, name: str, outcome: int) -> str:
+    if not trial.segments:
+        return ""
+    chosen = prediction[:, :, outcome].argmax(axis=1)
+    rows = []
+    for column, values in trial.segments.items():
+        for value in np.unique(values).tolist():
+            inside = chosen[values == value]
+            share = np.bincount(inside, minlength=len(trial.arms)) / len(inside)
+            cells = [f"{100 * s:.0f}%" for s in share]
+            rows.append([column, str(value), f"{len(inside):,}", *cells])
+    return "\n".join(
+        [
+            f"## Who should get what, by {name}\n",
+            f"Shares of people by their best arm for {trial.outcomes[outcome]}; read"
+            " with the interval of the gain above.\n",
+            table(["segment", "", "people", *trial.arms], rows),
+            "",
+        ]
+    )
+
+
+def _cell(point: float, draws: np.ndarray, digits: int | None = None) -> str:
+    return _range(float(point), *evaluation.interval(draws), digits)
+
+
+def _range(point: float, low: float, high: float, digits: int | None = None) -> str:
+    if digits is None:
+        digits = 1 if abs(high - low) >= 10 else 2
+    return f"{point:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
