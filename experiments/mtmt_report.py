@@ -204,7 +204,9 @@ def _rankings(trial: Trial, measured: Mapping[str, Measured], best: Measured) ->
         "## Ranking people by predicted uplift\n",
         "Qini: area between the Qini curve and its chord, 0 for a random order;"
         " Qini / best: over that of the best order in hindsight, as scikit-uplift has"
-        " it (binary outcomes). AUUC: area under the uplift curve.\n",
+        " it (binary outcomes). AUUC: area under the uplift curve. The figure draws each"
+        " model's mean prediction of the seeds.\n",
+        "![Qini curves](qini.png)\n",
     ]
     for o, outcome in enumerate(trial.outcomes):
         for a, arm in enumerate(trial.arms[1:]):
@@ -298,7 +300,8 @@ def _calibration(trial: Trial, prediction: np.ndarray, name: str, outcome: int) 
         [str(i + 1), *(x for pair in row for x in pair)]
         for i, row in enumerate(zip(*cells, strict=True))
     ]
-    return "\n".join([*parts, table(header, rows), "", " ".join(said), ""])
+    figure = "![Effects by decile](deciles.png)"
+    return "\n".join([*parts, table(header, rows), "", " ".join(said), "", figure, ""])
 
 
 def calibration_of(
@@ -380,9 +383,9 @@ def _policies(
             f"## Policy: each person's best arm for {trial.outcomes[outcome]}\n",
             "Share of people by arm; mean outcome by inverse propensity (IPS), and with"
             f" weights normalised (SNIPS); gain over {trial.arms[top]} for everyone,"
-            f" the best single arm here ({PER * single[top]:.1f}; chosen on these data, which favours"
-            " it a little). Arms have no cost."
-            " Predictions are means over seeds.\n",
+            f" the best single arm here ({PER * single[top]:.1f}; chosen on these very"
+            " data, which favours it a little). Arms have no cost. Predictions are means"
+            " over seeds.\n",
             table(header, rows),
             "",
             said,
