@@ -10,10 +10,10 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from experiments.mtmt_policy import PER
 from multitask_jax import evaluation
 from multitask_jax.data.uplift import Trial
 
-PER = 1000
 POINTS = 201  # of a drawn curve
 COLOURS = ("#e15c00", "#1f77b4", "#222222")
 GREY = "#c4c4c4"

@@ -12,19 +12,19 @@ Legend: N people, A arms (arm 0 is the control), O outcomes, S seeds, R replicat
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from experiments import mtmt_figures
+from experiments.mtmt_policy import PER, cell, policies, segments, span
 from multitask_jax import evaluation
 from multitask_jax.data.uplift import Trial
 from multitask_jax.merging.report import table
 
 MAIN = "MTMT"
 REFERENCES = ("GBM S-learner", "S-learner")
-PER = 1000  # people: a unit in which effects of e-mails are readable
 MEASURES = evaluation.Ranking._fields
 
 Predictions = Mapping[str, np.ndarray]  # [S, N, A, O] by model
@@ -80,8 +80,8 @@ def write(
         *(_differences(trial, measured, r) for r in REFERENCES if r in measured),
         _calibration(trial, means[main], main, outcome),
         _errors(trial, predictions),
-        _policies(trial, means, counts, main, outcome),
-        _segments(trial, means[main], main, outcome),
+        policies(trial, means, counts, main, outcome),
+        segments(trial, means[main], main, outcome),
     ]
     text = "\n".join(part for part in parts if part)
     (workdir / "report.md").write_text(text, encoding="utf-8")
@@ -204,8 +204,8 @@ def _rankings(trial: Trial, measured: Mapping[str, Measured], best: Measured) ->
         "## Ranking people by predicted uplift\n",
         "Qini: area between the Qini curve and its chord, 0 for a random order;"
         " Qini / best: over that of the best order in hindsight, as scikit-uplift has"
-        " it (binary outcomes). AUUC: area under the uplift curve. The figure draws each"
-        " model's mean prediction of the seeds.\n",
+        " it (binary outcomes). AUUC: area under the uplift curve. The figure draws"
+        " each model's mean prediction of the seeds.\n",
         "![Qini curves](qini.png)\n",
     ]
     for o, outcome in enumerate(trial.outcomes):
@@ -213,13 +213,13 @@ def _rankings(trial: Trial, measured: Mapping[str, Measured], best: Measured) ->
             rows = []
             for name, m in measured.items():
                 cells = [
-                    _cell(PER * m.point[a, o, k], PER * m.draws[a, o, k])
+                    cell(PER * m.point[a, o, k], PER * m.draws[a, o, k])
                     for k in range(len(MEASURES))
                 ]
                 if trial.binary[o]:
                     ratio = m.draws[a, o, 0] / best.draws[a, o, 0]
                     point = m.point[a, o, 0] / best.point[a, o, 0]
-                    cells.insert(1, _cell(point, ratio, 3))
+                    cells.insert(1, cell(point, ratio, 3))
                 rows.append([name, *cells])
             header = ["", "Qini", "AUUC", "uplift at 30%"]
             if trial.binary[o]:
@@ -242,7 +242,7 @@ def _differences(trial: Trial, measured: Mapping[str, Measured], reference: str)
                 point = m.point[a, o, 0] - other.point[a, o, 0]
                 low, high = evaluation.interval(draws)
                 mark = "**" if low > 0 or high < 0 else ""
-                cells.append(f"{mark}{_cell(PER * point, PER * draws)}{mark}")
+                cells.append(f"{mark}{cell(PER * point, PER * draws)}{mark}")
                 if mark:
                     kind = better if low > 0 else worse
                     kind.append(f"{name} ({outcome}, {arm})")
@@ -279,7 +279,7 @@ def _calibration(trial: Trial, prediction: np.ndarray, name: str, outcome: int) 
         c = calibration_of(trial, prediction, a, outcome)
         cells.append(
             [
-                (f"{PER * p:.1f}", _range(PER * y, PER * (y - e), PER * (y + e)))
+                (f"{PER * p:.1f}", span(PER * y, PER * (y - e), PER * (y + e)))
                 for p, y, e in zip(
                     c.predicted,
                     c.observed,
@@ -335,105 +335,3 @@ def _errors(trial: Trial, predictions: Predictions) -> str:
             "",
         ]
     )
-
-
-def _policies(
-    trial: Trial,
-    means: Mapping[str, np.ndarray],
-    counts: np.ndarray,
-    main: str,
-    outcome: int,
-) -> str:
-    y = trial.y[:, outcome].astype(np.float64)
-    shares = np.bincount(trial.arm, minlength=len(trial.arms)) / len(y)
-    single = [y[trial.arm == a].mean() for a in range(len(trial.arms))]
-    top = int(np.argmax(single))
-
-    def values(chosen: np.ndarray) -> Any:
-        args = chosen, trial.arm, y, shares
-        return evaluation.policy_value(*args), evaluation.policy_value(*args, counts)
-
-    base, base_draws = values(np.full(len(y), top))
-    rows, said = [], ""
-    for name, prediction in means.items():
-        chosen = prediction[:, :, outcome].argmax(axis=1)
-        value, draws = values(chosen)
-        cells = [f"{100 * (chosen == a).mean():.0f}%" for a in range(len(trial.arms))]
-        cells.append(_cell(PER * value.ips, PER * draws.ips))
-        cells.append(_cell(PER * value.normalised, PER * draws.normalised))
-        gain = PER * (draws.ips - base_draws.ips)
-        cells.append(_cell(PER * (value.ips - base.ips), gain))
-        cells.append(
-            _cell(
-                PER * (value.normalised - base.normalised),
-                PER * (draws.normalised - base_draws.normalised),
-            )
-        )
-        if trial.effects is not None:
-            true = trial.effects[:, :, outcome]
-            won = true[np.arange(len(y)), chosen].mean() - true[:, top].mean()
-            cells.append(f"{PER * won:.1f}")
-        rows.append([name, *cells])
-        if name == main:
-            said = _verdict(name, trial.arms[top], evaluation.interval(gain))
-    header = ["", *trial.arms, "value, IPS", "value, SNIPS", "gain, IPS"]
-    header += ["gain, SNIPS"] + ["true gain"] * (trial.effects is not None)
-    return "\n".join(
-        [
-            f"## Policy: each person's best arm for {trial.outcomes[outcome]}\n",
-            "Share of people by arm; mean outcome by inverse propensity (IPS), and with"
-            f" weights normalised (SNIPS); gain over {trial.arms[top]} for everyone,"
-            f" the best single arm here ({PER * single[top]:.1f}; chosen on these very"
-            " data, which favours it a little). Arms have no cost. Predictions are means"
-            " over seeds.\n",
-            table(header, rows),
-            "",
-            said,
-            "",
-        ]
-    )
-
-
-def _verdict(name: str, arm: str, gain: tuple[float, float]) -> str:
-    low, high = gain
-    span = f"[{low:.1f}, {high:.1f}] per {PER:,} people by IPS"
-    if low > 0:
-        return f"Choosing by {name} gains over {arm} for everyone: {span}."
-    if high < 0:
-        return f"Choosing by {name} loses against {arm} for everyone: {span}."
-    return (
-        f"The interval of the gain of {name}, {span}, includes 0: these data do not"
-        f" show that choosing for each person beats {arm} for everyone."
-    )
-
-
-def _segments(trial: Trial, prediction: np.ndarray, name: str, outcome: int) -> str:
-    if not trial.segments:
-        return ""
-    chosen = prediction[:, :, outcome].argmax(axis=1)
-    rows = []
-    for column, values in trial.segments.items():
-        for value in np.unique(values).tolist():
-            inside = chosen[values == value]
-            share = np.bincount(inside, minlength=len(trial.arms)) / len(inside)
-            cells = [f"{100 * s:.0f}%" for s in share]
-            rows.append([column, str(value), f"{len(inside):,}", *cells])
-    return "\n".join(
-        [
-            f"## Who should get what, by {name}\n",
-            f"Shares of people by their best arm for {trial.outcomes[outcome]}; read"
-            " with the interval of the gain above.\n",
-            table(["segment", "", "people", *trial.arms], rows),
-            "",
-        ]
-    )
-
-
-def _cell(point: float, draws: np.ndarray, digits: int | None = None) -> str:
-    return _range(float(point), *evaluation.interval(draws), digits)
-
-
-def _range(point: float, low: float, high: float, digits: int | None = None) -> str:
-    if digits is None:
-        digits = 1 if abs(high - low) >= 10 else 2
-    return f"{point:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"

@@ -1,0 +1,129 @@
+"""Tables of the uplift study's report: policies, and cells of values with intervals.
+
+Legend: N people, A arms (arm 0 is the control), O outcomes, R replicates.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from multitask_jax import evaluation
+from multitask_jax.data.uplift import Trial
+from multitask_jax.merging.report import table
+
+PER = 1000  # people: a unit in which effects of e-mails are readable
+
+
+def cell(point: float, draws: np.ndarray, digits: int | None = None) -> str:
+    """A value and its bootstrap interval; digits by the width if not given."""
+    return span(float(point), *evaluation.interval(draws), digits)
+
+
+def span(point: float, low: float, high: float, digits: int | None = None) -> str:
+    """A value and an interval."""
+    if digits is None:
+        digits = 1 if abs(high - low) >= 10 else 2
+    return f"{point:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def policies(
+    trial: Trial,
+    means: Mapping[str, np.ndarray],
+    counts: np.ndarray,
+    main: str,
+    outcome: int,
+) -> str:
+    """What choosing by each model brings against one arm for everyone.
+
+    Args:
+      trial: what happened.
+      means: [N, A, O] by model.
+      counts: [R, N] of the bootstrap.
+      main: the model to speak about.
+      outcome: index of what arms are chosen for.
+    """
+    y = trial.y[:, outcome].astype(np.float64)
+    shares = np.bincount(trial.arm, minlength=len(trial.arms)) / len(y)
+    single = [y[trial.arm == a].mean() for a in range(len(trial.arms))]
+    top = int(np.argmax(single))
+
+    def values(chosen: np.ndarray) -> Any:
+        args = chosen, trial.arm, y, shares
+        return evaluation.policy_value(*args), evaluation.policy_value(*args, counts)
+
+    base, base_draws = values(np.full(len(y), top))
+    rows, said = [], ""
+    for name, prediction in means.items():
+        chosen = prediction[:, :, outcome].argmax(axis=1)
+        value, draws = values(chosen)
+        cells = [f"{100 * (chosen == a).mean():.0f}%" for a in range(len(trial.arms))]
+        cells.append(cell(PER * value.ips, PER * draws.ips))
+        cells.append(cell(PER * value.normalised, PER * draws.normalised))
+        gain = PER * (draws.ips - base_draws.ips)
+        cells.append(cell(PER * (value.ips - base.ips), gain))
+        cells.append(
+            cell(
+                PER * (value.normalised - base.normalised),
+                PER * (draws.normalised - base_draws.normalised),
+            )
+        )
+        if trial.effects is not None:
+            true = trial.effects[:, :, outcome]
+            won = true[np.arange(len(y)), chosen].mean() - true[:, top].mean()
+            cells.append(f"{PER * won:.1f}")
+        rows.append([name, *cells])
+        if name == main:
+            said = _verdict(name, trial.arms[top], evaluation.interval(gain))
+    header = ["", *trial.arms, "value, IPS", "value, SNIPS", "gain, IPS"]
+    header += ["gain, SNIPS"] + ["true gain"] * (trial.effects is not None)
+    return "\n".join(
+        [
+            f"## Policy: each person's best arm for {trial.outcomes[outcome]}\n",
+            "Share of people by arm; mean outcome by inverse propensity (IPS), and with"
+            f" weights normalised (SNIPS); gain over {trial.arms[top]} for everyone,"
+            f" the best single arm here ({PER * single[top]:.1f}; chosen on these very"
+            " data, which favours it a little). Arms have no cost. Predictions are"
+            " means over seeds.\n",
+            table(header, rows),
+            "",
+            said,
+            "",
+        ]
+    )
+
+
+def _verdict(name: str, arm: str, gain: tuple[float, float]) -> str:
+    low, high = gain
+    span = f"[{low:.1f}, {high:.1f}] per {PER:,} people by IPS"
+    if low > 0:
+        return f"Choosing by {name} gains over {arm} for everyone: {span}."
+    if high < 0:
+        return f"Choosing by {name} loses against {arm} for everyone: {span}."
+    return (
+        f"The interval of the gain of {name}, {span}, includes 0: these data do not"
+        f" show that choosing for each person beats {arm} for everyone."
+    )
+
+
+def segments(trial: Trial, prediction: np.ndarray, name: str, outcome: int) -> str:
+    """Shares of arms that a model chooses, by segment; `prediction` is [N, A, O]."""
+    if not trial.segments:
+        return ""
+    chosen = prediction[:, :, outcome].argmax(axis=1)
+    rows = []
+    for column, values in trial.segments.items():
+        for value in np.unique(values).tolist():
+            inside = chosen[values == value]
+            share = np.bincount(inside, minlength=len(trial.arms)) / len(inside)
+            cells = [f"{100 * s:.0f}%" for s in share]
+            rows.append([column, str(value), f"{len(inside):,}", *cells])
+    return "\n".join(
+        [
+            f"## Who should get what, by {name}\n",
+            f"Shares of people by their best arm for {trial.outcomes[outcome]}; read"
+            " with the interval of the gain above.\n",
+            table(["segment", "", "people", *trial.arms], rows),
+            "",
+        ]
+    )
