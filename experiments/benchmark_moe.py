@@ -37,7 +37,6 @@ class Config:
     experts: int = flag("Experts.", 8)
     k: int = flag("Experts a token.", 2)
     factor: float = flag("Of capacity: room over an equal share.", 1.25)
-    blocks: str = flag("Comma list of rows of a block, for grouped.", "128,256,512")
     ragged: bool = flag("Also by lax.ragged_dot (slow on a CPU).", True)
     threads: int = flag("Threads of either side.", 2)
     repeats: int = flag("Turns; the median counts.", 7)
@@ -70,10 +69,7 @@ def ours(config: Config) -> dict[str, Callable[[], Any]]:
         f"capacity {config.factor:g}": functools.partial(
             moe.capacity, factor=config.factor
         ),
-        **{
-            f"grouped, blocks of {b}": functools.partial(moe.grouped, block=int(b))
-            for b in config.blocks.split(",")
-        },
+        "dropless": functools.partial(moe.dropless, one_by_one=True),
     }
     if config.ragged:
         serves["grouped, ragged_dot"] = moe.grouped

@@ -4,7 +4,9 @@ Two tasks read the same inputs (*synthetic*, after Ma et al. 2018, section 3.1):
 
     y_t = w_t x + sum_i sin(a_i w_t x + b_i),  the angle between w_1 and w_2 is dialled
 
-The trunk is shared in four ways at equal active parameters: one network for both tasks
+The network is told the task (its number is part of the input) and has one head for
+both, so that at 180 degrees they ask for opposite things of the same inputs. The trunk
+is shared in four ways at equal active parameters: one network for both tasks
 (shared bottom), MMoE, the top-1 of several experts beside a shared one (ScaleZero), and
 one expert a task without a gate (H-M2oE). At each angle: the cosine of the two tasks'
 gradients at the trunk (Yu et al. 2020, arXiv 2001.06782), the share of dormant units
@@ -82,7 +84,7 @@ class Config:
 class Result(NamedTuple):
     """By variant, [angles, seeds]."""
 
-    cosine: dict[str, np.ndarray]  # of the tasks' gradients, mean of the last half
+    cosine: dict[str, np.ndarray]  # of the tasks' gradients, mean over the training
     dormant: dict[str, np.ndarray]  # share of hidden units, at the end
     loss: dict[str, np.ndarray]  # mean squared error over the variance, new data
     report: str
@@ -113,7 +115,7 @@ def targets(world: World, x: jax.Array) -> jax.Array:
 
 
 def init(key: jax.Array, variant: Variant, config: Config) -> dict[str, Any]:
-    """The trunk's experts, a gate and a head for each task."""
+    """The trunk's experts, a gate for each task, one head."""
     a, b, c = jax.random.split(key, 3)
     i, f = config.inputs, config.features
     count = variant.experts + variant.route.get("shared", 0)
@@ -121,17 +123,23 @@ def init(key: jax.Array, variant: Variant, config: Config) -> dict[str, Any]:
     up, down = jax.random.split(a)
     return {
         "trunk": {
-            "up": _dense(up, count, i, hidden),
+            "up": _dense(up, count, i + TASKS, hidden),
             "down": _dense(down, count, hidden, f),
         },
         "gate": {"kernel": 0.1 * jax.random.normal(b, (TASKS, i, variant.experts))},
-        "head": _dense(c, TASKS, f, 1),
+        "head": _dense(c, 1, f, 1),
     }
 
 
 def _dense(key: jax.Array, count: int, rows: int, columns: int) -> dict[str, Any]:
     kernel = jax.random.normal(key, (count, rows, columns)) * rows**-0.5
     return {"kernel": kernel, "bias": jnp.zeros((count, columns))}
+
+
+def inputs_of(x: jax.Array, task: int) -> jax.Array:
+    """[B, I] -> [B, I + T]: the task's number at the end."""
+    told = jnp.zeros((len(x), TASKS)).at[:, task].set(1.0)
+    return jnp.concatenate([x, told], axis=1)
 
 
 def routings(params: Any, x: jax.Array, variant: Variant) -> list[moe.Routing]:
@@ -149,11 +157,11 @@ def losses(
 ) -> tuple[jax.Array, list[moe.Routing]]:
     """Mean squared errors [T], and who served whom."""
     served = routings(params, x, variant)
+    relu, trunk, head = moe.EXPERTS["relu"], params["trunk"], params["head"]
     features = jnp.stack(
-        [moe.everyone(moe.EXPERTS["relu"], params["trunk"], x, r).y for r in served]
+        [moe.everyone(relu, trunk, inputs_of(x, t), r).y for t, r in enumerate(served)]
     )
-    head = params["head"]
-    y = jnp.einsum("tbf,tfo->tbo", features, head["kernel"]) + head["bias"][:, None]
+    y = features @ head["kernel"][0] + head["bias"][None]
     return jnp.mean((y[..., 0] - targets(world, x)) ** 2, axis=1), served
 
 
@@ -163,14 +171,13 @@ def dormant(params: Any, x: jax.Array, variant: Variant) -> jax.Array:
     An activation counts with the share of tokens and tasks that its expert serves.
     """
     up = params["trunk"]["up"]
-    h = jax.nn.relu(jnp.einsum("bi,eih->ebh", x, up["kernel"]) + up["bias"][:, None])
-    count = len(h)
-    used = [
-        jnp.any(r.experts[..., None] == jnp.arange(count)[None, None], axis=1)
-        for r in routings(params, x, variant)
-    ]
-    share = jnp.mean(jnp.stack(used), axis=0).astype(h.dtype)  # [B, E]
-    activation = jnp.mean(h * share.T[..., None], axis=1)  # [E, hidden]
+    count, each = len(up["kernel"]), []
+    for t, r in enumerate(routings(params, x, variant)):
+        h = jnp.einsum("bi,eih->ebh", inputs_of(x, t), up["kernel"])
+        used = jnp.any(r.experts[..., None] == jnp.arange(count)[None, None], axis=1)
+        h = jax.nn.relu(h + up["bias"][:, None]) * used.T[..., None]
+        each.append(jnp.mean(h, axis=1))
+    activation = jnp.mean(jnp.stack(each), axis=0)  # [E, hidden]
     return jnp.mean(activation <= DORMANT * jnp.mean(activation))
 
 
@@ -275,7 +282,7 @@ def run(config: Config) -> Result:
             }
             _write(workdir, name, found[name], angles, steps)
     last = {name: {k: x[-1] for k, x in f.items()} for name, f in found.items()}
-    means = {n: f["cosine"][STRETCHES // 2 :].mean(axis=0) for n, f in found.items()}
+    means = {n: f["cosine"].mean(axis=0) for n, f in found.items()}
     result = Result(
         means,
         {n: f["dormant"] for n, f in last.items()},
@@ -308,7 +315,7 @@ def report(result: Result, angles: list[float], config: Config) -> str:
         " steps; mean ± standard deviation over seeds.\n",
     ]
     for title, by_variant in (
-        ("Cosine of the tasks' gradients at the trunk", result.cosine),
+        ("Cosine of the tasks' gradients at the trunk, over the run", result.cosine),
         ("Dormant units of the trunk, %", result.dormant),
         ("Squared error on new data over the targets' variance, %", result.loss),
     ):

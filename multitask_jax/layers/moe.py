@@ -18,7 +18,7 @@ from multitask_jax import tree as trees
 from multitask_jax.moe.gates import Kind, Normalize
 
 Array = jax.Array
-Dispatch = Literal["everyone", "capacity", "grouped", "blocks"]
+Dispatch = Literal["everyone", "capacity", "dropless", "grouped"]
 
 
 class MoE(nn.Module):
@@ -37,9 +37,9 @@ class MoE(nn.Module):
     shared_hidden: int = 0  # of an expert beside them that serves every token
     dispatch: Dispatch = "capacity"
     factor: float = 1.25  # of capacity
-    block: int = 128  # rows, of blocks
     noise: float = 0.0  # on the gate's logits, where there is a key named "gate"
-    bias: bool = True
+    bias: bool = True  # of experts
+    gate_bias: bool = False  # as gates made from data have it
 
     @nn.compact
     def __call__(self, x: Array, ids: Array | None = None) -> Array:
@@ -53,7 +53,8 @@ class MoE(nn.Module):
             flat = jnp.broadcast_to(ids, x.shape[:-1]).reshape(-1)
             routing = moe.route(flat, kind="hard", experts=self.experts)
         else:
-            gate = self.param("gate", moe.init_gate, width, self.experts)
+            init_gate = functools.partial(moe.init_gate, bias=self.gate_bias)
+            gate = self.param("gate", init_gate, width, self.experts)
             noisy = self.noise > 0 and self.has_rng("gate")
             routing = moe.route(
                 moe.gate_logits(gate, tokens),
@@ -82,11 +83,12 @@ class MoE(nn.Module):
         )
 
     def _dispatched(self, *args: Any) -> moe.Served:
+        on_cpu = jax.default_backend() == "cpu"
         by_name = {
             "everyone": moe.everyone,
             "capacity": functools.partial(moe.capacity, factor=self.factor),
+            "dropless": functools.partial(moe.dropless, one_by_one=on_cpu),
             "grouped": moe.grouped,
-            "blocks": functools.partial(moe.grouped, block=self.block),
         }
         if self.dispatch not in by_name:
             raise ValueError(

@@ -115,7 +115,7 @@ def merge_checkpoints(
     """
     started = time.perf_counter()
     given_models = list(models)
-    models = [Path(getattr(m, "path", m)).expanduser() for m in given_models]
+    models = [_name(m) for m in given_models]
     weights = core.check_models(method, len(models), weights)
     _check_weights(method, weights)
     threads = execution.default_threads(threads, group)
@@ -132,6 +132,7 @@ def merge_checkpoints(
                 "resume: a merge on a mesh can't be gone on with; leave out resume or"
                 " mesh (--resume, --mesh)"
             )
+    base = None if base is None else Path(base).expanduser()
     given = base
     if base is None:
         if (method.start, method.end) != ("parameters", "parameters"):
@@ -235,6 +236,11 @@ def merge_checkpoints(
     seconds = time.perf_counter() - started
     text = describe(plan, models, memory)
     return MergeResult(Path(output), text, tuple(notes), seconds)
+
+
+def _name(model: Any) -> Path:
+    """What messages call it: its path, or a reader's `label`, if it has one."""
+    return Path(getattr(model, "label", getattr(model, "path", model))).expanduser()
 
 
 def _check_weights(method: core.Method, weights: Sequence[float]) -> None:

@@ -1,18 +1,20 @@
-"""Dispatch and combine: y_n = sum_k weights_nk expert_(experts_nk)(x_n), three ways.
+"""Dispatch and combine: y_n = sum_k weights_nk expert_(experts_nk)(x_n), four ways.
 
     everyone   every expert on every token; the reference
     capacity   each expert has room for C tokens; what does not fit is dropped, counted
-    grouped    tokens sorted by expert, one grouped product; nothing is dropped
+    dropless   the smallest of some rooms that nothing is dropped in
+    grouped    tokens sorted by expert, one grouped product (`lax.ragged_dot`)
 
 All agree where nothing is dropped. Rows move by gathers alone, forward and backward:
 there is neither a scatter of rows nor a [tokens, experts, capacity] mask.
 
 Legend: N tokens, D width, E experts (shared ones included), K slots of a token, A = N K
-slots in all, C tokens an expert has room for, R rows of a buffer, B rows of a block.
+slots in all, C tokens an expert has room for, R rows of a buffer.
 """
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -52,6 +54,7 @@ def capacity(
     room: int | None = None,
     factor: float = 1.25,
     priority: Priority = "position",
+    one_by_one: bool = False,
 ) -> Served:
     """Experts with room for C tokens each; the rest is dropped: it gets nothing.
 
@@ -66,53 +69,79 @@ def capacity(
         earlier tokens before later ones (GShard: Lepikhin et al. 2020, arXiv
         2006.16668); "weight": the heaviest (Riquelme et al. 2021, arXiv 2106.05974),
         which looks at the whole batch.
+      one_by_one: a product for each expert, not one for all. Faster on a CPU; not for
+        experts on several devices.
     """
     count = networks.count(params)
     if room is None:
         room = capacity_of(routing, count, factor)
     plan = plan_buffers(routing, count, room, priority=priority)
-    y = expert(params, to_buffers(x, plan), batched)
+    rows = to_buffers(x, plan)
+    if one_by_one:
+        each = [jax.tree.map(lambda p, e=e: p[e], params) for e in range(count)]
+        ys = [expert(p, r, _plain) for p, r in zip(each, rows, strict=True)]
+        y = jnp.concatenate(ys)
+    else:
+        y = expert(params, rows, batched)
     return Served(from_buffers(y, plan, routing.weights), plan.kept)
 
 
 def capacity_of(routing: Routing, experts: int, factor: float = 1.25) -> int:
     """C = ceil(factor N K / E), at most N: an expert meets a token once."""
     n, k = routing.experts.shape
-    return max(1, min(n, math.ceil(factor * n * k / experts)))
+    return max(1, math.ceil(min(n, factor * n * k / experts)))
 
 
-def grouped(
+def dropless(
     expert: Expert,
     params: Any,
     x: Array,
     routing: Routing,
     *,
-    block: int | None = None,
+    factors: Sequence[float] = (1.0625, 1.25, 1.5, 2.0),
+    one_by_one: bool = False,
 ) -> Served:
-    """Dropless: rows sorted by expert meet their expert's weights in one product.
+    """`capacity` with the smallest room that all fit in, chosen while it runs.
+
+    A program is compiled for each room, and only one of them runs (all of them under
+    `jax.vmap`). The more evenly the gate spreads tokens, the less is padded.
 
     Args:
       expert: from `experts`, or alike.
       params: of E experts.
       x: [N, D].
       routing: from `route`.
-      block: None multiplies by `jax.lax.ragged_dot`. A number B starts each group at a
-        multiple of B rows and multiplies block by block, as MegaBlocks does (Gale et
-        al. 2022, arXiv 2211.15841): on a CPU, where ragged_dot multiplies every row
-        with every expert, this is many times faster.
+      factors: rooms over an equal share; N is tried last, and always enough.
+      one_by_one: as for `capacity`.
     """
     count = networks.count(params)
-    plan, sizes = plan_groups(routing, count, block or 1)
+    rooms = sorted({capacity_of(routing, count, f) for f in (*factors, math.inf)})
+    taken = jnp.sum(jax.nn.one_hot(routing.experts, count, dtype=int), axis=(0, 1))
+    serve = [
+        functools.partial(capacity, expert, room=room, one_by_one=one_by_one)
+        for room in rooms
+    ]
+    too_small = jnp.sum(jnp.max(taken) > jnp.array(rooms[:-1], int))
+    return jax.lax.switch(too_small, serve, params, x, routing)
+
+
+def grouped(expert: Expert, params: Any, x: Array, routing: Routing) -> Served:
+    """Rows sorted by expert meet their expert's weights in one grouped product.
+
+    Nothing is dropped or padded. For accelerators: on a CPU `lax.ragged_dot` multiplies
+    every row with every expert, and `dropless` is many times faster.
+    """
+    count = networks.count(params)
+    plan, sizes = plan_groups(routing, count)
     rows = to_buffers(x, plan)
-    owner = jnp.repeat(
-        jnp.arange(count + 1),
-        jnp.append(sizes, len(rows) - jnp.sum(sizes)),
-        total_repeat_length=len(rows),
-    )
-    if block is None:
-        linear = functools.partial(_ragged, sizes=sizes, owner=owner)
-    else:
-        linear = functools.partial(_by_block, owner=owner, block=block)
+    owner = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(len(rows)), side="right")
+
+    def linear(x: Array, layer: Any) -> Array:
+        y = jax.lax.ragged_dot(x, layer["kernel"].astype(x.dtype), sizes)
+        if "bias" not in layer:
+            return y
+        return y + _take(layer["bias"], owner).astype(y.dtype)
+
     y = expert(params, rows, linear)
     return Served(from_buffers(y, plan, routing.weights), plan.kept)
 
@@ -139,27 +168,14 @@ def plan_buffers(
     return Plan(slots, places, kept)
 
 
-def plan_groups(routing: Routing, experts: int, block: int = 1) -> tuple[Plan, Array]:
-    """Rows [R] by expert, each group from a multiple of `block`; sizes [E] so padded.
-
-    R is what the worst case needs: A + E (B - 1), rounded up to blocks.
-    """
+def plan_groups(routing: Routing, experts: int) -> tuple[Plan, Array]:
+    """Rows [A] by expert, slots that nobody serves last; sizes [E] of the groups."""
     order, starts, rank = _sorted(routing, experts, "position")
-    count = starts[1:] - starts[:-1]
-    sizes = -(-count // block) * block
-    begins = jnp.cumsum(sizes) - sizes
-    total = -(-(len(order) + experts * (block - 1)) // block) * block
-    # The expert of each row, by the last group that begins at or before it.
-    row = jnp.arange(total)
-    owner = jnp.searchsorted(jnp.cumsum(sizes), row, side="right")
-    own = jnp.minimum(owner, experts - 1)
-    c = row - begins[own]
-    filled = (owner < experts) & (c < count[own])
-    at = jnp.minimum(starts[own] + c, len(order) - 1)
-    slots = jnp.where(filled, order[at], len(order))
+    sizes = starts[1:] - starts[:-1]
+    slots = jnp.where(jnp.arange(len(order)) < starts[-1], order, len(order))
     kept = routing.experts < experts
     own = jnp.minimum(routing.experts, experts - 1)
-    places = jnp.where(kept, begins[own] + rank, total)
+    places = jnp.where(kept, starts[own] + rank, len(order))
     return Plan(slots, places, kept), sizes
 
 
@@ -247,56 +263,7 @@ def batched(x: Array, layer: Any) -> Array:
     return y + layer["bias"][:, None].astype(y.dtype)
 
 
-def _ragged(x: Array, layer: Any, *, sizes: Array, owner: Array) -> Array:
-    """Rows [R, D] by groups."""
-    y = jax.lax.ragged_dot(x, layer["kernel"].astype(x.dtype), sizes)
-    if "bias" not in layer:
-        return y
-    return y + _take(layer["bias"], owner).astype(y.dtype)
-
-
-def _by_block(x: Array, layer: Any, *, owner: Array, block: int) -> Array:
-    """Rows [R, D] whose groups begin at multiples of the block."""
-    kernel = layer["kernel"].astype(x.dtype)
-    # Blocks past the last group are empty; any weights will do.
-    which = jnp.minimum(owner[::block], len(kernel) - 1)
-    y = block_dot(x, kernel, which)
-    if "bias" not in layer:
-        return y
-    bias = layer["bias"][which].astype(y.dtype)
-    rows = y.reshape(len(which), block, -1) + bias[:, None]
-    return rows.reshape(y.shape)
-
-
-@jax.custom_vjp
-def block_dot(x: Array, kernel: Array, which: Array) -> Array:
-    """Blocks of rows [R, D], the b-th times kernel_(which_b) of [E, D, H] -> [R, H]."""
-
-    def product(_: None, block: tuple[Array, Array]) -> tuple[None, Array]:
-        rows, e = block
-        return None, rows @ jax.lax.dynamic_index_in_dim(kernel, e, keepdims=False)
-
-    blocks = x.reshape(len(which), -1, x.shape[1])
-    return jax.lax.scan(product, None, (blocks, which))[1].reshape(len(x), -1)
-
-
-def _block_dot_forward(x: Array, kernel: Array, which: Array) -> Any:
-    return block_dot(x, kernel, which), (x, kernel, which)
-
-
-def _block_dot_backward(saved: Any, d: Array) -> tuple[Array, Array, None]:
-    x, kernel, which = saved
-
-    def product(dk: Array, block: tuple[Array, Array, Array]) -> tuple[Array, Array]:
-        rows, drows, e = block
-        w = jax.lax.dynamic_index_in_dim(kernel, e, keepdims=False)
-        old = jax.lax.dynamic_index_in_dim(dk, e, keepdims=False)
-        dk = jax.lax.dynamic_update_index_in_dim(dk, old + rows.T @ drows, e, 0)
-        return dk, drows @ w.T
-
-    blocks = [z.reshape(len(which), -1, z.shape[1]) for z in (x, d)]
-    dk, dx = jax.lax.scan(product, jnp.zeros_like(kernel), (*blocks, which))
-    return dx.reshape(x.shape), dk, None
-
-
-block_dot.defvjp(_block_dot_forward, _block_dot_backward)
+def _plain(x: Array, layer: Any) -> Array:
+    """Rows [C, D], one expert's weights."""
+    y = x @ layer["kernel"].astype(x.dtype)
+    return y + layer["bias"][None].astype(y.dtype) if "bias" in layer else y

@@ -196,8 +196,8 @@ class ExpertView:
     def __init__(
         self, moe: Reader, parts: Mapping[str, tuple[TensorInfo, Part]], e: int
     ):
-        # Not there, but in messages and reports it tells which expert this is.
-        self.path, self.format = moe.path / f"expert_{e}", moe.format
+        self.path, self.format = moe.path, moe.format
+        self.label = moe.path / f"expert_{e}"  # what reports call it
         self.tensors = {name: info for name, (info, _) in parts.items()}
         self.aliases = {k: v for k, v in moe.aliases.items() if v in self.tensors}
         self._parts = {name: part for name, (_, part) in parts.items()}

@@ -23,9 +23,17 @@ class Routing(NamedTuple):
     probabilities: Array  # [N, E]: the gate's softmax, whatever was selected
 
 
-def init_gate(key: Array, width: int, experts: int, *, stddev: float = 0.02) -> Any:
-    """A linear gate without a bias, {"kernel": [D, E]}."""
-    return {"kernel": stddev * jax.random.normal(key, (width, experts))}
+def init_gate(
+    key: Array,
+    width: int,
+    experts: int,
+    *,
+    stddev: float = 0.02,
+    bias: bool = False,
+) -> Any:
+    """A linear gate, {"kernel": [D, E]}; with `bias`, "bias": [E] as well."""
+    gate = {"kernel": stddev * jax.random.normal(key, (width, experts))}
+    return gate | {"bias": jnp.zeros(experts)} if bias else gate
 
 
 def gate_logits(gate: Any, x: Array) -> Array:

@@ -174,7 +174,7 @@ def test_gates_from_data_send_tokens_to_their_specialist(tmp_path):
     for e, x in enumerate(data):
         routing = moe.route(moe.gate_logits(mlp["gate"], x), k=1)
         assert (np.asarray(routing.experts) == e).all()
-    layer = MoE(experts=2, hidden=H, kind="mlp", bias=False)
+    layer = MoE(experts=2, hidden=H, bias=False, gate_bias=True, dispatch="dropless")
     served = jax.jit(layer.apply)({"params": mlp}, data[0])
     one = {k: x["kernel"][0] for k, x in mlp["experts"].items()}
     expected = jax.nn.gelu(data[0] @ one["up"]) @ one["down"]

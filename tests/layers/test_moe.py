@@ -26,7 +26,7 @@ def x():
     return jax.random.normal(jax.random.key(0), (2, 5, D))
 
 
-@pytest.mark.parametrize("dispatch", ["everyone", "capacity", "grouped", "blocks"])
+@pytest.mark.parametrize("dispatch", ["everyone", "capacity", "grouped", "dropless"])
 def test_the_layer_is_the_functions(x, dispatch):
     layer = MoE(experts=4, hidden=6, k=2, kind="swiglu", dispatch=dispatch, factor=4)
     params = init(layer, x)
@@ -54,7 +54,7 @@ def test_scalezeros_layer_adds_a_shared_expert(x):
 
 def test_hard_routing_is_a_network_of_its_own_for_each_task(x):
     """H-M2oE: changing task 1's expert leaves task 0's tokens as they were."""
-    layer = MoE(experts=2, hidden=6, route="hard", dispatch="blocks")
+    layer = MoE(experts=2, hidden=6, route="hard", dispatch="dropless")
     ids = jnp.array([0, 1])[:, None]
     params = init(layer, x, ids)
     assert "gate" not in params
@@ -77,7 +77,7 @@ def test_noise_only_where_there_is_a_key(x):
 
 
 def test_it_drops_into_the_transformer_block(x):
-    block = Block(D, 2, 16, mlp=MoE(experts=4, hidden=16, k=2, dispatch="blocks"))
+    block = Block(D, 2, 16, mlp=MoE(experts=4, hidden=16, k=2, dispatch="dropless"))
     params = init(block, x)
 
     @jax.jit

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from multitask_jax import moe, sharding
-from multitask_jax.moe import dispatch
 
 N, D, H, E = 48, 6, 10, 4  # tokens, width, hidden width, experts
 GATES = {
@@ -28,8 +27,17 @@ DISPATCHERS = {
     "capacity": functools.partial(moe.capacity, factor=float(E)),  # nothing is dropped
     "by weight": functools.partial(moe.capacity, factor=float(E), priority="weight"),
     "grouped": moe.grouped,
-    "blocks": functools.partial(moe.grouped, block=4),
+    "dropless": functools.partial(moe.dropless, factors=(1.25,)),
+    "one by one": functools.partial(moe.capacity, factor=float(E), one_by_one=True),
 }
+# Each gate with the ways to dispatch; variants of these with two gates.
+PAIRS = [
+    (gate, name)
+    for gate in GATES
+    for name in DISPATCHERS
+    if name in ("capacity", "dropless", "grouped")
+    or gate in ("top_2", "expert_choice shared")
+]
 
 
 REFERENCE = jax.jit(
@@ -65,8 +73,10 @@ def out(serve: Any, gate: dict[str, Any], kernel: Any, params: Any, x: Any) -> A
     return serve(moe.EXPERTS["swiglu"], params, x, routed(gate, kernel, x))
 
 
-@pytest.mark.parametrize("name", sorted(DISPATCHERS))
-def test_values_and_gradients_are_the_references(gate, name):
+@pytest.mark.parametrize(("given", "name"), PAIRS)
+def test_values_and_gradients_are_the_references(given, name):
+    gate = GATES[given]
+
     def loss(serve, *arrays):
         y = out(serve, gate, *arrays).y
         return jnp.sum(jnp.sin(y) * jnp.arange(D)[None]), y
@@ -162,12 +172,11 @@ def test_the_gate_learns(gate):
         assert not gradient(kernel, gate | {"normalize": "after_topk"}).any()
 
 
+@pytest.mark.parametrize("given", ["top_1", "top_2", "expert_choice", "soft", "hard"])
 @pytest.mark.parametrize("axes", [{"expert": 4}, {"data": 2, "expert": 4}])
-def test_experts_on_devices_are_the_reference(gate, axes):
+def test_experts_on_devices_are_the_reference(given, axes):
+    gate = GATES[given]
     kernel, params, x = made(gate)
-    count = E + gate.get("shared", 0)
-    if count % 4:
-        pytest.skip(f"{count} experts on 4 devices")
     mesh = sharding.make_mesh(axes)
 
     def loss(serve, params, x, routing):
@@ -218,7 +227,7 @@ def test_rows_move_without_scatters():
     routing = routed({"k": 2}, kernel, x)
 
     def loss(x, params):
-        serve = DISPATCHERS["blocks"]
+        serve = DISPATCHERS["one by one"]
         return jnp.sum(serve(moe.EXPERTS["swiglu"], params, x, routing).y)
 
     text = jax.jit(jax.grad(loss, (0, 1))).lower(x, params).as_text()
@@ -227,13 +236,16 @@ def test_rows_move_without_scatters():
             assert f"x{D}xf32" not in line, line
 
 
-def test_block_dot_is_a_product_a_block():
-    keys = jax.random.split(jax.random.key(1), 2)
-    x = jax.random.normal(keys[0], (12, 3))
-    kernel = jax.random.normal(keys[1], (2, 3, 5))
-    which = jnp.array([1, 0, 1, 1])
-    expected = jnp.einsum(
-        "bri,bio->bro", x.reshape(4, 3, 3), kernel[which], precision="highest"
+@pytest.mark.parametrize("busiest", [12, 13, 20, 30, 48])
+def test_dropless_serves_all_however_uneven(busiest):
+    """Rooms are 13, 15, 18, 24 and 48: an equal share is 12."""
+    _, params, x = made({})
+    ids = np.arange(N) % E
+    ids[:busiest] = 0
+    routing = moe.route(jnp.asarray(ids), kind="hard", experts=E)
+    serve = jax.jit(lambda x, r: moe.dropless(moe.EXPERTS["swiglu"], params, x, r))
+    served = serve(x, routing)
+    assert served.kept.all()
+    np.testing.assert_allclose(
+        served.y, REFERENCE(params, x, routing), rtol=1e-5, atol=1e-5
     )
-    found = dispatch.block_dot(x, kernel, which).reshape(expected.shape)
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,310 @@
+"""MTMT on a real experiment: what each e-mail adds to each outcome, for whom.
+
+    python -m experiments.mtmt --flagfile=experiments/flagfiles/mtmt/full.flags
+    python -m experiments.mtmt --flagfile=experiments/flagfiles/mtmt/simulator.flags
+    python -m experiments.mtmt --predict --checkpoint=WORKDIR/model \
+        --input=customers.csv --output=uplift.csv
+
+Data: the MineThatData e-mail experiment (Hillstrom 2008: 64,000 customers, men's or
+women's merchandise or no e-mail; visit, conversion, spend), or a *synthetic* one with
+known individual effects. MTMT, its ablations, the networks of the field and gradient
+boosting predict each person's outcomes under each arm from folds that have not seen
+that person. Measures, intervals and the policy are in report.md.
+
+Writes to --workdir: config.json, metrics.jsonl, predictions/ (a run goes on from
+there), report.md, qini.png, deciles.png and model/, MTMT trained on everyone.
+
+Legend: N people, F features, A arms, O outcomes, S seeds, K folds.
+"""
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from experiments import flags, mtmt_model, mtmt_predict, mtmt_report, parsing
+from experiments import mtmt_training as training
+from experiments.flags import flag
+from multitask_jax.data import hillstrom, uplift_simulator
+from multitask_jax.data.uplift import Trial
+from multitask_jax.models import mtmt
+from multitask_jax.models.uplift_baselines import BOOSTED, MODELS
+from multitask_jax.training import writers
+
+ALL = (*MODELS, *BOOSTED)
+# What predictions do not depend on.
+_AROUND = ("workdir", "models", "seeds", "policy_outcome", "bootstrap", "progress")
+_AROUND += ("predict", "checkpoint", "input", "output")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What a run depends on."""
+
+    workdir: str = flag("Where everything is written and cached.", ".cache/mtmt")
+    data: Literal["hillstrom", "simulator"] = flag("Which experiment.", "hillstrom")
+    data_path: str | None = flag(
+        "hillstrom.csv; by default data/uplift/hillstrom.csv in $MULTITASK_DATA, or in"
+        " ../shared."
+    )
+    rows: int | None = flag("People, drawn by chance; everyone if not given.")
+    models: str | None = flag(f"Comma list of {', '.join(ALL)}; all if not given.")
+    folds: int = flag("Of cross-validation.", 5)
+    seeds: str = flag("Comma list: folds and networks of each.", "0,1,2")
+    epochs: int = flag("Passes over the training rows.", 10)
+    batch_size: int = flag("People a step.", 1024)
+    rate: float = flag("Peak learning rate.", 1e-3)
+    validation: float = flag("Share of training rows that choose the epoch.", 0.1)
+    effect: float = flag("Size of the simulator's effects.", 1.0)
+    policy_outcome: str | None = flag(
+        "What a best arm is best for; by default the last."
+    )
+    bootstrap: int = flag("Replicates of the intervals.", 500)
+    progress: bool = flag("Show a progress bar.", True)
+    predict: bool = flag("Only score --input by --checkpoint.", False)
+    checkpoint: str = flag("With --predict: WORKDIR/model.", "")
+    input: str = flag("With --predict: a CSV of customers.", "")
+    output: str = flag("With --predict: the CSV to write.", "")
+
+
+class Result(NamedTuple):
+    """What was found."""
+
+    trial: Trial
+    predictions: dict[str, np.ndarray]  # [S, N, A, O] by model
+    traced: dict[str, list[str]]  # what was traced for each network that was trained
+    report: str
+
+
+def run(config: Config) -> Result | None:
+    """Trains what is not there yet, measures all and writes the report.
+
+    Raises:
+      ValueError: a flag is out of range, or --workdir holds another run.
+      FileNotFoundError: there is no such data.
+    """
+    if config.predict:
+        mtmt_predict.run(
+            _given(config, "checkpoint"),
+            _given(config, "input"),
+            _given(config, "output"),
+            config.policy_outcome,
+        )
+        return None
+    names = parsing.paths(config.models) or list(ALL)
+    for name in names:
+        parsing.one_of("models", name, ALL)
+    seeds = [int(s) for s in parsing.numbers("seeds", config.seeds) or []]
+    if config.folds < 2 or config.epochs < 1 or not 0 < config.validation < 1:
+        raise ValueError(
+            f"got --folds={config.folds}, --epochs={config.epochs},"
+            f" --validation={config.validation}; expected two folds or more, an epoch"
+            " or more, and a share between 0 and 1"
+        )
+    trial, encoder = load(config)
+    outcome = config.policy_outcome or trial.outcomes[-1]
+    parsing.one_of("policy_outcome", outcome, trial.outcomes)
+    workdir = Path(config.workdir)
+    _same_run(workdir, config)
+    writer = writers.jsonl(workdir / "metrics.jsonl")
+    predictions: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    traced: dict[str, list[str]] = {}
+    seconds: dict[str, float] = {}  # of an epoch
+    total = len(names) * len(seeds)
+    with tqdm(total=total, disable=None if config.progress else True) as bar:
+        for name in names:
+            bar.set_description(name)
+            trainer = None
+            for seed in seeds:
+                file = workdir / "predictions" / f"{_file_name(name)}-{seed}.npy"
+                if not file.exists():
+                    folds = training.make_folds(
+                        trial.arm, config.folds, seed, config.validation
+                    )
+                    if name in BOOSTED:
+                        found = training.boosted_out_of_fold(
+                            name, trial, folds, seed=seed, each=bar.refresh
+                        )
+                    else:
+                        trainer = trainer or _trainer(config, name, trial, folds)
+                        found, seconds[name] = _trained(
+                            config, name, trainer, trial, folds, seed, writer
+                        )
+                        traced[name] = trainer.traced
+                    _save_array(file, found)
+                predictions[name].append(np.load(file, allow_pickle=False))
+                bar.update()
+    arrays = {name: np.stack(p) for name, p in predictions.items()}
+    if "MTMT" in names and not (workdir / "model").exists():
+        _save_final(config, trial, encoder, outcome, seeds[0])
+    report = mtmt_report.write(
+        workdir,
+        trial,
+        arrays,
+        policy_outcome=outcome,
+        bootstrap=config.bootstrap,
+        seed=0,
+        notes=_notes(config, trial, seconds),
+    )
+    print(report)
+    return Result(trial, arrays, traced, report)
+
+
+def load(config: Config) -> tuple[Trial, hillstrom.Encoder | None]:
+    """The experiment, and how its customers became features."""
+    if config.data == "simulator":
+        rows = config.rows or 20_000
+        return uplift_simulator.simulate(rows, seed=0, effect=config.effect), None
+    root = os.environ.get("MULTITASK_DATA", "../shared")
+    path = Path(config.data_path or f"{root}/data/uplift/hillstrom.csv")
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no {path}; give --data_path, the CSV of the MineThatData e-mail"
+            " experiment (multitask_jax.data.hillstrom_builder gets it from the"
+            " internet), or --data=simulator"
+        )
+    trial = hillstrom.trial(path)
+    if config.rows is not None and config.rows < len(trial.arm):
+        rng = np.random.default_rng(0)
+        trial = trial.at(np.sort(rng.permutation(len(trial.arm))[: config.rows]))
+    return trial, hillstrom.encoder_of(path)
+
+
+def _given(config: Config, name: str) -> str:
+    value = getattr(config, name)
+    if not value:
+        raise ValueError(f"--predict needs --{name}; see --help")
+    return value
+
+
+def _trainer(
+    config: Config, name: str, trial: Trial, folds: training.Folds
+) -> training.Trainer:
+    return training.make_trainer(
+        MODELS[name](len(trial.arms), len(trial.outcomes)),
+        trial.x.shape[1],
+        rate=config.rate,
+        epochs=config.epochs,
+        rows=folds.train.shape[1],
+        batch=config.batch_size,
+    )
+
+
+def _trained(
+    config: Config,
+    name: str,
+    trainer: training.Trainer,
+    trial: Trial,
+    folds: training.Folds,
+    seed: int,
+    writer: writers.Writer,
+) -> tuple[np.ndarray, float]:
+    """Out-of-fold predictions, and the median seconds of an epoch of all folds."""
+    stamps = [time.perf_counter()]
+
+    def each(i: int, losses: Mapping[str, float]) -> None:
+        stamps.append(time.perf_counter())
+        writer.write(i + 1, {"model": name, "seed": seed, **losses})
+
+    state, scale = training.fit(
+        trainer, trial, folds, epochs=config.epochs, seed=seed, each=each
+    )
+    found = training.out_of_fold(trainer, state, scale, trial, folds)
+    return found, float(np.median(np.diff(stamps)))
+
+
+def _save_final(
+    config: Config,
+    trial: Trial,
+    encoder: hillstrom.Encoder | None,
+    outcome: str,
+    seed: int,
+) -> None:
+    """MTMT, trained on everyone but the rows that choose the epoch."""
+    folds = training.make_folds(trial.arm, 1, seed, config.validation)
+    trainer = _trainer(config, "MTMT", trial, folds)
+    state, scale = training.fit(
+        trainer,
+        trial,
+        folds,
+        epochs=config.epochs,
+        seed=seed,
+        each=lambda i, losses: None,
+    )
+    arms = len(trial.arms)
+    mtmt_model.save(
+        Path(config.workdir) / "model",
+        {k: _first(v) for k, v in state.best.items()},
+        sizes=mtmt.Sizes(arms, len(trial.outcomes), mtmt.tiered(arms)),
+        features=trial.x.shape[1],
+        mean=np.asarray(scale.mean[0]),
+        spread=np.asarray(scale.spread[0]),
+        about={
+            "arms": list(trial.arms),
+            "outcomes": list(trial.outcomes),
+            "policy_outcome": outcome,
+            "encoder": None if encoder is None else encoder.to_json(),
+        },
+    )
+
+
+def _first(tree: Any) -> Any:
+    """Of the only fold."""
+    if isinstance(tree, Mapping):
+        return {k: _first(v) for k, v in tree.items()}
+    return tree[0]
+
+
+def _same_run(workdir: Path, config: Config) -> None:
+    """Writes config.json; refuses a folder of another run."""
+    about = dataclasses.asdict(config)
+    file = workdir / "config.json"
+    if file.exists():
+        old = json.loads(file.read_text())
+        changed = [k for k in about if k not in _AROUND and about[k] != old.get(k)]
+        if changed and (workdir / "predictions").exists():
+            said = ", ".join(f"{k}: {old.get(k)!r}, now {about[k]!r}" for k in changed)
+            raise ValueError(
+                f"--workdir={workdir} holds predictions of another run ({said}); choose"
+                " another folder, or remove this one"
+            )
+    workdir.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(about, indent=2) + "\n")
+
+
+def _save_array(file: Path, x: np.ndarray) -> None:
+    """Whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial.npy")
+    np.save(partial, x, allow_pickle=False)
+    os.replace(partial, file)
+
+
+def _file_name(name: str) -> str:
+    return "".join(c if c.isalnum() else "_" for c in name)
+
+
+def _notes(
+    config: Config, trial: Trial, seconds: Mapping[str, float]
+) -> tuple[str, ...]:
+    about = (
+        "Hillstrom's e-mail experiment" if config.data == "hillstrom" else "*Synthetic*"
+    )
+    notes = [
+        f"{about}: {len(trial.arm):,} people, {trial.x.shape[1]} features;"
+        f" {config.folds}-fold cross-validation, seeds {config.seeds}."
+    ]
+    if seconds:
+        each = ", ".join(f"{n} {s:.1f}" for n, s in seconds.items())
+        notes.append(f"Seconds of an epoch, all {config.folds} folds at once: {each}.")
+    return tuple(notes)
+
+
+if __name__ == "__main__":
+    flags.main(Config, flags.plain_errors(run))

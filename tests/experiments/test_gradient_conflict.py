@@ -1,0 +1,71 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import gradient_conflict as conflict
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("conflict")
+    config = conflict.Config(
+        workdir=str(workdir), angles="0,180", seeds=2, steps=200, batch_size=32
+    )
+    return conflict.run(config), workdir
+
+
+def test_experts_of_their_own_share_no_gradient(result):
+    np.testing.assert_array_equal(result[0].cosine["expert a task"], 0)
+
+
+def test_opposite_tasks_agree_less_at_a_shared_trunk(result):
+    same, opposite = result[0].cosine["shared bottom"].mean(axis=1)
+    assert same > 0.5
+    assert opposite < same - 0.3
+
+
+def test_everything_is_written(result):
+    found, workdir = result
+    for name in ("config.json", "metrics.jsonl", "gradient_conflict.png"):
+        assert (workdir / name).stat().st_size
+    assert (workdir / "report.md").read_text() == found.report
+    for name in conflict.VARIANTS:
+        assert f"| {name} |" in found.report
+        assert np.isfinite(found.loss[name]).all()
+
+
+def test_active_parameters_are_equal_but_for_biases():
+    config = conflict.Config()
+    counts = {n: conflict.active(v, config) for n, v in conflict.VARIANTS.items()}
+    kernels = config.hidden * (config.inputs + 2 + config.features)
+    assert counts["shared bottom"] == kernels + config.hidden + config.features
+    for count in counts.values():
+        assert 0 <= count - kernels <= config.hidden + 4 * config.features
+
+
+def test_the_angle_is_between_the_tasks():
+    for degrees in (0.0, 60.0, 180.0):
+        angle = jnp.deg2rad(degrees)
+        world = conflict.make_world(jax.random.key(0), angle, 7)
+        a, b = world.directions
+        assert np.dot(a, b) == pytest.approx(np.cos(angle), abs=1e-5)
+
+
+def test_dormant_units_are_counted():
+    """Of one expert's units one never fires; the unused expert's are all dormant."""
+    variant = conflict.Variant(2, 1.0, {"k": 1})
+    up = {
+        "kernel": jnp.zeros((2, 3, 2)).at[:, 0].set(jnp.array([[1.0, 0], [1, 1]])),
+        "bias": jnp.array([[5.0, -1.0], [5.0, 5.0]]),
+    }
+    gate = jnp.zeros((2, 1, 2)).at[:, 0, 0].set(1.0)
+    params = {"trunk": {"up": up}, "gate": {"kernel": gate}}
+    x = jnp.array([[1.0], [2.0]])  # the gate prefers the first expert
+    assert conflict.dormant(params, x, variant) == pytest.approx(3 / 4)
+
+
+def test_wrong_flags_are_named(tmp_path):
+    for options in ({"hidden": 6}, {"steps": 3}):
+        with pytest.raises(ValueError, match="multiple of 4"):
+            conflict.run(conflict.Config(workdir=str(tmp_path), **options))

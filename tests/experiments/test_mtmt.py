@@ -1,0 +1,166 @@
+"""The uplift study on *synthetic* people."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from absl import flags as absl_flags
+
+from experiments import flags, mtmt, mtmt_model
+from experiments import mtmt_training as training
+from multitask_jax.data import hillstrom
+from multitask_jax.data.uplift_simulator import simulate
+from multitask_jax.models.uplift_baselines import MODELS
+
+FLAGFILES = Path(mtmt.__file__).parent / "flagfiles" / "mtmt"
+
+
+def from_flagfile(name, **changes):
+    values = absl_flags.FlagValues()
+    flags.define(mtmt.Config, values)
+    absl_flags.DEFINE_multi_string("flagfile", [], "Flags.", flag_values=values)
+    file = f"--flagfile={FLAGFILES / name}.flags"
+    values(["mtmt", *values.read_flags_from_files([file])])
+    return dataclasses.replace(
+        flags.read(mtmt.Config, values), progress=False, **changes
+    )
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return from_flagfile("smoke", workdir=str(tmp_path_factory.mktemp("mtmt")))
+
+
+@pytest.fixture(scope="module")
+def result(config):
+    return mtmt.run(config)
+
+
+def test_full_is_the_default(monkeypatch):
+    assert from_flagfile("full") == mtmt.Config(progress=False)
+
+
+def test_everything_is_written(result, config):
+    workdir = Path(config.workdir)
+    for name in ("config.json", "metrics.jsonl", "qini.png", "deciles.png"):
+        assert (workdir / name).stat().st_size
+    assert (workdir / "report.md").read_text() == result.report
+    assert "ynthetic" in result.report
+    for p in result.predictions.values():
+        assert p.shape == (1, 1500, 3, 3)
+        assert np.isfinite(p).all()
+
+
+def test_epochs_folds_and_seeds_share_one_program(result):
+    for traced in result.traced.values():
+        assert sorted(traced) == ["epoch", "predict", "start"]
+
+
+def test_a_second_run_trains_nothing_and_another_one_is_refused(result, config):
+    again = mtmt.run(config)
+    assert not again.traced
+    for name, p in result.predictions.items():
+        np.testing.assert_array_equal(again.predictions[name], p)
+    with pytest.raises(ValueError, match=r"epochs: 2, now 3"):
+        mtmt.run(dataclasses.replace(config, epochs=3))
+
+
+def test_the_saved_model_is_a_function_of_features(result, config):
+    predict, about = mtmt_model.load(Path(config.workdir) / "model")
+    found = predict(result.trial.x[:7])
+    assert found.shape == (7, 3, 3)
+    assert about["arms"] == list(result.trial.arms)
+    # Outcomes' own units: near the means of what was seen.
+    seen, spread = result.trial.y.mean(axis=0), result.trial.y.std(axis=0)
+    assert (np.abs(found.mean(axis=(0, 1)) - seen) < 2 * spread).all()
+
+
+def test_folds_hold_everyone_once_and_keep_parts_apart():
+    arm = np.random.default_rng(0).integers(0, 3, 101)
+    folds = training.make_folds(arm, 4, seed=1, validation=0.2)
+    counts = np.zeros(101, int)
+    for train, validation, test in zip(*folds, strict=True):
+        parts = [set(p) for p in (train, validation, test)]
+        assert not (parts[0] & parts[1] | parts[0] & parts[2] | parts[1] & parts[2])
+        counts[list(parts[2])] += 1
+        shares = np.bincount(arm[test], minlength=3) / len(test)
+        assert np.abs(shares - np.bincount(arm) / 101).max() < 0.05
+    assert (counts == 1).all()
+
+
+def test_outcomes_are_scaled_by_training_rows_alone():
+    y = np.array([[0.0], [2.0], [100.0]])
+    scale = training.scale_of(y, np.array([[0, 1]]))
+    assert (scale.mean, scale.spread) == (1.0, 1.0)
+
+
+def test_mtmt_finds_individual_effects_where_they_are_identified():
+    """Better than the average effect for everyone, by far."""
+    trial = simulate(12_000, seed=5, features=4, arms=3, outcomes=2, noise=0.3)
+    folds = training.make_folds(trial.arm, 2, 0, 0.1)
+    options = {"rate": 5e-3, "epochs": 12, "rows": folds.train.shape[1], "batch": 256}
+    trainer = training.make_trainer(MODELS["MTMT"](3, 2), 4, **options)
+    state, scale = training.fit(
+        trainer, trial, folds, epochs=12, seed=0, each=lambda i, losses: None
+    )
+    found = training.out_of_fold(trainer, state, scale, trial, folds)[..., -1]
+    truth = trial.effects[..., -1]
+    uplift = found - found[:, :1]
+    error = np.sqrt(np.mean((uplift - truth)[:, 1:] ** 2))
+    constant = np.sqrt(np.mean(truth[:, 1:].var(axis=0)))
+    assert error < 0.6 * constant
+
+
+def test_customers_are_scored(shared, tmp_path):
+    """On the real experiment, briefly: train, save, score a file with flaws."""
+    config = mtmt.Config(
+        workdir=str(tmp_path / "run"),
+        data_path=str(shared / "data" / "uplift" / "hillstrom.csv"),
+        rows=600,
+        models="MTMT",
+        folds=2,
+        seeds="0",
+        epochs=1,
+        bootstrap=20,
+        progress=False,
+    )
+    mtmt.run(config)
+    lines = (shared / "data" / "uplift" / "hillstrom.csv").read_text().splitlines()
+    (tmp_path / "people.csv").write_text("\n".join(lines[:20]) + "\n")
+    scored = tmp_path / "scored.csv"
+    mtmt.run(
+        mtmt.Config(
+            predict=True,
+            checkpoint=str(tmp_path / "run" / "model"),
+            input=str(tmp_path / "people.csv"),
+            output=str(scored),
+        )
+    )
+    table, _ = hillstrom.read_text(scored)
+    assert len(table["best_arm"]) == 19
+    assert set(table["best_arm"]) <= set(hillstrom.ARMS)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"models": "MTTM"}, "expected one of"),
+        ({"folds": 1}, "two folds or more"),
+        ({"policy_outcome": "clicks"}, "expected one of"),
+        ({"predict": True}, "needs --checkpoint"),
+    ],
+)
+def test_wrong_flags_are_named(tmp_path, options, message):
+    config = mtmt.Config(workdir=str(tmp_path), data="simulator", rows=60)
+    with pytest.raises(ValueError, match=message):
+        mtmt.run(dataclasses.replace(config, **options))
+
+
+def test_a_folder_without_a_model_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="expected the folder model/"):
+        mtmt_model.load(tmp_path)
+    (tmp_path / "about.json").write_text(json.dumps({"sizes": {}}))
+    with pytest.raises(ValueError, match="train again"):
+        mtmt_model.load(tmp_path)

@@ -1,0 +1,108 @@
+"""MTMT's equations, and that it finds effects where they are identified."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from multitask_jax import tree
+from multitask_jax.models import mtmt
+
+F, B = 12, 40
+SIZES = mtmt.Sizes(3, 2, mtmt.tiered(3), experts=2, hidden=8, channels=4, width=8)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return jax.jit(functools.partial(mtmt.init, features=F, sizes=SIZES))(
+        jax.random.key(0)
+    )
+
+
+@pytest.fixture(scope="module")
+def people():
+    keys = jax.random.split(jax.random.key(1), 2)
+    arm = jnp.arange(B) % 3
+    return jax.random.normal(keys[0], (B, F)), arm, jax.random.normal(keys[1], (B, 2))
+
+
+@pytest.fixture(scope="module")
+def predict():
+    return jax.jit(functools.partial(mtmt.predict, sizes=SIZES))
+
+
+def test_tiers_are_a_base_and_increments():
+    assert mtmt.tiered(2) == ((0,), (1,))
+    assert mtmt.tiered(3) == ((0, 0), (1, 0), (1, 1))
+    assert mtmt.tiered(4) == ((0, 0, 0), (1, 0, 0), (1, 1, 0), (1, 0, 1))
+    assert mtmt.flat(3) == ((0, 0), (1, 0), (0, 1))
+
+
+def test_arms_sum_their_tiers_and_the_control_has_no_effect(params, people, predict):
+    x = people[0]
+    natural, effects = jax.jit(mtmt.Mtmt(SIZES).apply)({"params": params}, x)
+    found = predict(params, x)
+    np.testing.assert_array_equal(found[:, 0], natural)
+    base, more = effects[:, 0], effects[:, 1]
+    np.testing.assert_allclose(found[:, 1], natural + base, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found[:, 2], natural + base + more, rtol=1e-5, atol=1e-6)
+    assert np.abs(effects).min(axis=(0, 1)).max() > 0
+
+
+def test_the_loss_is_the_papers(params, people, predict):
+    x, arm, y = people
+    rows = predict(params, x)[np.arange(B), arm]
+    expected = np.mean(np.sum((rows - y) ** 2, axis=1))
+    found = jax.jit(functools.partial(mtmt.loss, sizes=SIZES))(params, *people)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("arm", "silent"), [(2, "natural"), (0, "effect")])
+def test_natural_responses_learn_from_the_control_effects_from_the_treated(
+    params, people, arm, silent
+):
+    x, _, y = people
+    grad = jax.jit(jax.grad(functools.partial(mtmt.loss, sizes=SIZES)))
+    found = tree.flatten(grad(params, x, jnp.full(B, arm), y))
+    for path, g in found.items():
+        if path.startswith(silent):
+            assert not np.any(g), path
+    loud = {"natural", "effect"} - {silent}
+    assert any(np.any(g) for p, g in found.items() if p.startswith(loud.pop()))
+
+
+def test_people_are_independent(params, people, predict):
+    x = people[0]
+    order = np.random.default_rng(0).permutation(B)
+    np.testing.assert_allclose(
+        predict(params, x)[order], predict(params, x[order]), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_representations_keep_more_than_a_sign(params, people, predict):
+    """The authors' normalisation over an axis of length 1 leaves signs only."""
+    x = people[0]
+    effects = predict(params, x)[:, 1] - predict(params, x)[:, 0]
+    assert len(np.unique(np.round(effects, 5), axis=0)) > B // 2
+
+
+def test_the_resnet_reads_as_many_features_as_there_are():
+    sizes = SIZES._replace(expert="resnet", channels=8)
+    x = jnp.ones((2, 70))
+    run = jax.jit(lambda k: mtmt.Experts(sizes).init_with_output(k, x)[0])
+    assert run(jax.random.key(0)).shape == (2, 2, 3, 8)  # ceil(70 / 32) tokens
+
+
+@pytest.mark.parametrize("options", [{"attention": False}, {"experts": 1}])
+def test_ablations_have_finite_gradients(people, options):
+    sizes = SIZES._replace(**options)
+
+    @jax.jit
+    def gradient(key):
+        params = mtmt.init(key, F, sizes)
+        return jax.grad(lambda p: mtmt.loss(p, *people, sizes=sizes))(params)
+
+    for g in jax.tree.leaves(gradient(jax.random.key(0))):
+        assert np.isfinite(g).all()
