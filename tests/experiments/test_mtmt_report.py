@@ -8,6 +8,7 @@ from experiments import mtmt_figures, mtmt_report
 from multitask_jax import evaluation
 from multitask_jax.data.uplift import Trial
 
+ONE_TWO = ("one", "two")
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -25,7 +26,7 @@ def make(people: int = 3000, seed: int = 0) -> Trial:
         arm,
         np.stack([spend, visit], axis=1).astype(np.float32),
         ("x",),
-        ("none", "one", "two"),
+        ("none", *ONE_TWO),
         ("spend", "visit"),
         (False, True),
         {"side": np.where(x[:, 0] > 0, "right", "left")},
@@ -74,7 +75,7 @@ def test_report_says_what_the_data_decide(
     assert "nan" not in text
     better = re.search(r"Better than S-learner: (.*?)\. Worse: (.*?)\.", text)
     assert better
-    for arm in ("one", "two"):
+    for arm in ONE_TWO:
         assert f"MTMT (spend, {arm})" in better[1]
         assert f"wrong (spend, {arm})" in better[2]
     assert "intervals decide, not means" in text
@@ -101,6 +102,9 @@ def test_numbers_are_those_of_the_measures(
     ]
     assert cells["S-learner"][0].startswith(f"{1000 * np.mean(each):.1f} [")
     assert len(cells["MTMT"]) == 3
+    arms = [float(rows(text, f"### spend: {a}")["MTMT"][0].split()[0]) for a in ONE_TWO]
+    mean = float(rows(text, "### Qini, mean of arms")["MTMT"][0].split()[0])
+    assert mean == pytest.approx(np.mean(arms), abs=0.11)  # rounded
     visit = rows(text, "### visit: one")
     assert len(visit["MTMT"]) == 4  # with the best order in hindsight
     policy = rows(text, "## Policy")
