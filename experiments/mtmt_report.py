@@ -188,8 +188,8 @@ def _opening(
     return "\n".join(
         [
             "# MTMT: which treatment for whom\n",
-            f"{len(trial.y):,} people. Means over {' or '.join(map(str, seeds))} seeds;"
-            f" 95% intervals of {bootstrap:,} bootstrap replicates over people, seeds"
+            f"{len(trial.y):,} people. Seeds that are averaged:"
+            f" {' or '.join(map(str, seeds))}. 95% intervals of {bootstrap:,} bootstrap replicates over people, seeds"
             f" held fixed. Outcomes and effects are per {PER:,} people.",
             known,
             *(f"{note}\n" for note in notes),
@@ -208,6 +208,21 @@ def _rankings(trial: Trial, measured: Mapping[str, Measured], best: Measured) ->
         " each model's mean prediction of the seeds.\n",
         "![Qini curves](qini.png)\n",
     ]
+    rows = [
+        [
+            name,
+            *(
+                cell(PER * point, PER * draws)
+                for point, draws in zip(
+                    m.point[..., 0].mean(axis=0),
+                    m.draws[..., 0, :].mean(axis=0),
+                    strict=True,
+                )
+            ),
+        ]
+        for name, m in measured.items()
+    ]
+    parts += ["### Qini, mean of arms\n", table(["", *trial.outcomes], rows), ""]
     for o, outcome in enumerate(trial.outcomes):
         for a, arm in enumerate(trial.arms[1:]):
             rows = []

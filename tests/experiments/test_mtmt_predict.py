@@ -1,0 +1,154 @@
+import csv
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from experiments import mtmt_predict
+from multitask_jax.data import hillstrom
+
+NAMES = ("customer", *hillstrom.FEATURES)
+PEOPLE = [
+    ["a,1", "1", "10", "1", "0", "0", "low", "Rural", "Web"],
+    ["b", "3", "20", "1", "0", "1", "low", "Urban", "Web"],
+    ["c", "8", "99", "0", "1", "0", "high", "Urban", "Phone"],
+]
+
+
+def save(path: Path, rows: list[list[str]], names: tuple[str, ...] = NAMES) -> Path:
+    with path.open("w", newline="") as f:
+        csv.writer(f).writerows([names, *rows])
+    return path
+
+
+def load(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def about(path: Path) -> dict[str, Any]:
+    text, where = hillstrom.read_text(path)
+    encoder = hillstrom.fit_encoder(hillstrom.features_of(text, where))
+    return {
+        "encoder": encoder.to_json(),
+        "arms": list(hillstrom.ARMS),
+        "outcomes": ["visit", "spend"],
+        "policy_outcome": "spend",
+    }
+
+
+def model(x: np.ndarray) -> np.ndarray:
+    """[n, F] -> [n, 3, 2]: the first feature decides between both e-mails."""
+    z = np.zeros((len(x), 3, 2), np.float32)
+    z[:, 1, 1], z[:, 2, 1] = x[:, 0], -x[:, 0]
+    z[:, 1, 0] = 0.25
+    return z + 1
+
+
+def test_scores_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = save(tmp_path / "in.csv", PEOPLE)
+    out = tmp_path / "new" / "out.csv"
+    mtmt_predict.predict("model", given, out, model, about(given))
+    found = load(out)
+    recency = np.array([1, 3, 8])
+    z = (recency - 4) / recency.std()
+    for row, person, value in zip(found, PEOPLE, z, strict=True):
+        assert [row[name] for name in NAMES] == person  # passed through
+        assert float(row["expected_visit_no_e_mail"]) == 1
+        assert float(row["uplift_visit_mens_e_mail"]) == 0.25
+        assert float(row["uplift_visit_womens_e_mail"]) == 0
+        assert float(row["expected_spend_mens_e_mail"]) == pytest.approx(
+            1 + value, abs=1e-5
+        )
+        assert float(row["uplift_spend_womens_e_mail"]) == pytest.approx(
+            -value, abs=1e-5
+        )
+    best = [row["best_arm"] for row in found]
+    assert best == ["Womens E-Mail", "Womens E-Mail", "Mens E-Mail"]
+    assert len(found[0]) == len(NAMES) + 6 + 4 + 1
+    said = capsys.readouterr().out
+    assert "3 people" in said
+    assert "unknown (no category): none" in said
+    assert "best for spend: Womens E-Mail, 66.7%" in said
+    assert list(out.parent.iterdir()) == [out]  # no temporary file is left
+    mtmt_predict.predict("model", given, out, model, about(given), "visit")
+    assert {row["best_arm"] for row in load(out)} == {"Mens E-Mail"}
+
+
+def test_unknown_and_missing_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = save(tmp_path / "in.csv", PEOPLE)
+    facts = about(given)
+    rows = [[*PEOPLE[0]], [*PEOPLE[1]]]
+    rows[0][-1], rows[1][1], rows[1][2] = "Pigeon", "", ""
+    save(given, rows)
+    mtmt_predict.predict("model", given, tmp_path / "out.csv", model, facts)
+    said = capsys.readouterr().out
+    assert "unknown (no category): channel 1" in said
+    assert "missing (filled in): recency 1, history 1" in said
+
+
+@pytest.mark.parametrize("people", [1, 7, 8, 9, 20])
+def test_batches_have_one_size(people: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mtmt_predict, "BATCH", 8)
+    sizes = set()
+
+    def one(x: np.ndarray) -> np.ndarray:
+        sizes.add(len(x))
+        return model(x)
+
+    x = np.arange(people, dtype=np.float32)[:, None]
+    np.testing.assert_array_equal(mtmt_predict.in_batches(one, x), model(x))
+    assert sizes == {min(people, 8)}
+
+
+def test_64000_people_take_seconds(tmp_path: Path) -> None:
+    given = save(tmp_path / "in.csv", PEOPLE)
+    facts = about(given)
+    many = save(tmp_path / "many.csv", (PEOPLE * 21_334)[:64_000])
+    start = time.perf_counter()
+    mtmt_predict.predict("model", many, tmp_path / "out.csv", model, facts)
+    assert time.perf_counter() - start < 15  # about 2 s on a free core
+    with (tmp_path / "out.csv").open() as f:
+        assert sum(1 for _ in f) == 64_001
+
+
+def test_errors_leave_the_output_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, out = save(tmp_path / "in.csv", PEOPLE), tmp_path / "out.csv"
+    out.write_text("before")
+    facts = about(given)
+
+    def fails(match: str, path: Path = given, **changes: Any) -> None:
+        kwargs = {"model": model, "about": facts} | changes
+        with pytest.raises(ValueError, match=match):
+            mtmt_predict.predict("model", path, out, **kwargs)
+        assert out.read_text() == "before"
+
+    fails("without an encoder", about=facts | {"encoder": None})
+    fails("policy_outcome='profit'", policy_outcome="profit")
+    fails("expected .*, all finite", model=lambda x: model(x)[:, :2])
+    fails("expected .*, all finite", model=lambda x: model(x) * np.nan)
+    other = tmp_path / "other.csv"
+    fails(r"expected \['channel'\]", save(other, [r[:-1] for r in PEOPLE], NAMES[:-1]))
+    clash = save(other, [[*r, ""] for r in PEOPLE], (*NAMES, "best_arm"))
+    fails("which scoring adds", clash)
+    with pytest.raises(ValueError, match="two files"):
+        mtmt_predict.predict("model", given, given, model, facts)
+    with pytest.raises(FileNotFoundError):
+        mtmt_predict.predict("model", tmp_path / "none.csv", out, model, facts)
+
+    def replace(a: str, b: str) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(mtmt_predict.os, "replace", replace)
+    with pytest.raises(OSError, match="disk full"):
+        mtmt_predict.predict("model", given, out, model, facts)
+    assert out.read_text() == "before"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        *("in.csv", "other.csv", "out.csv")
+    ]

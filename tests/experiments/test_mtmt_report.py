@@ -1,0 +1,163 @@
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments import mtmt_figures, mtmt_report
+from multitask_jax import evaluation
+from multitask_jax.data.uplift import Trial
+
+ONE_TWO = ("one", "two")
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def make(people: int = 3000, seed: int = 0) -> Trial:
+    """Arm 1 helps those of a high x, arm 2 those of a low one; the second is noise."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(people, 1)).astype(np.float32)
+    arm = rng.integers(3, size=people).astype(np.int32)
+    effects = np.zeros((people, 3, 2), np.float32)
+    effects[:, 1, 0], effects[:, 2, 0] = x[:, 0], -x[:, 0]
+    spend = rng.normal(size=people) + effects[np.arange(people), arm, 0]
+    visit = rng.random(people) < 0.3
+    return Trial(
+        x,
+        arm,
+        np.stack([spend, visit], axis=1).astype(np.float32),
+        ("x",),
+        ("none", *ONE_TWO),
+        ("spend", "visit"),
+        (False, True),
+        {"side": np.where(x[:, 0] > 0, "right", "left")},
+        effects,
+    )
+
+
+@pytest.fixture(scope="module")
+def trial() -> Trial:
+    return make()
+
+
+@pytest.fixture(scope="module")
+def predictions(trial: Trial) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(1)
+    noise = rng.normal(size=(2, *trial.effects.shape)).astype(np.float32)
+    return {
+        "S-learner": noise,
+        "MTMT": trial.effects[None] + np.float32([0.01, 0.02])[:, None, None, None],
+        "GBM S-learner": trial.effects[None] + noise,
+        "wrong": -trial.effects[None],
+    }
+
+
+def write(workdir: Path, trial: Trial, predictions: dict, **given: object) -> str:
+    kwargs = {"policy_outcome": "spend", "bootstrap": 60, "seed": 0}
+    return mtmt_report.write(workdir, trial, predictions, **(kwargs | given))
+
+
+def rows(text: str, heading: str) -> dict[str, list[str]]:
+    """The first table below a heading, by its first cell."""
+    part = text[text.index(heading) :].split("\n| ", 1)[1].split("\n\n")[0]
+    cells = [line[2:-2].split(" | ") for line in part.split("\n")[2:]]
+    return {row[0]: row[1:] for row in cells}
+
+
+def test_report_says_what_the_data_decide(
+    tmp_path: Path, trial: Trial, predictions: dict[str, np.ndarray]
+) -> None:
+    text = write(tmp_path, trial, predictions, notes=["A note."])
+    assert (tmp_path / "report.md").read_text() == text
+    for name in ("qini.png", "deciles.png"):
+        assert (tmp_path / name).read_bytes().startswith(PNG)
+    assert "A note." in text
+    assert "*synthetic*" in text
+    assert "nan" not in text
+    better = re.search(r"Better than S-learner: (.*?)\. Worse: (.*?)\.", text)
+    assert better
+    for arm in ONE_TWO:
+        assert f"MTMT (spend, {arm})" in better[1]
+        assert f"wrong (spend, {arm})" in better[2]
+    assert "intervals decide, not means" in text
+    assert "Choosing by MTMT gains over" in text
+    shares = rows(text, "## Who should get what, by MTMT")
+    assert shares["side"][0] == "right"  # the last of its rows
+    assert shares["side"][2:] == ["0%", "100%", "0%"]
+    errors = rows(text, "## Error of individual effects")
+    assert errors["MTMT"][0] == "0.0 ± 0.0"  # levels differ, effects do not
+    two = 2000 * np.sqrt(np.mean(trial.effects[:, 1, 0] ** 2))
+    assert errors["wrong"][0] == f"{two:.1f} ± 0.0"
+
+
+def test_numbers_are_those_of_the_measures(
+    tmp_path: Path, trial: Trial, predictions: dict[str, np.ndarray]
+) -> None:
+    text = write(tmp_path, trial, predictions)
+    cells = rows(text, "### spend: two")
+    inside = trial.arm != 1
+    treated, y = trial.arm[inside] == 2, trial.y[inside, 0]
+    each = [
+        evaluation.ranking((p[:, 2, 0] - p[:, 0, 0])[inside], y, treated).qini
+        for p in predictions["S-learner"]
+    ]
+    assert cells["S-learner"][0].startswith(f"{1000 * np.mean(each):.1f} [")
+    assert len(cells["MTMT"]) == 3
+    arms = [float(rows(text, f"### spend: {a}")["MTMT"][0].split()[0]) for a in ONE_TWO]
+    mean = float(rows(text, "### Qini, mean of arms")["MTMT"][0].split()[0])
+    assert mean == pytest.approx(np.mean(arms), abs=0.11)  # rounded
+    visit = rows(text, "### visit: one")
+    assert len(visit["MTMT"]) == 4  # with the best order in hindsight
+    policy = rows(text, "## Policy")
+    best = trial.effects[:, :, 0].max(axis=1).mean()
+    single = max(trial.y[trial.arm == a, 0].mean() for a in range(3))
+    top = [trial.y[trial.arm == a, 0].mean() for a in range(3)].index(single)
+    won = 1000 * (best - trial.effects[:, top, 0].mean())
+    assert policy["MTMT"][-1] == f"{won:.1f}"
+
+
+def test_undecided_policy_is_said_plainly(tmp_path: Path, trial: Trial) -> None:
+    nothing = trial._replace(effects=None)
+    noise = np.random.default_rng(2).normal(size=(1, 3000, 3, 2))
+    top = np.argmax([trial.y[trial.arm == a, 1].mean() for a in range(3)])
+    noise[0, 300:, top] += 9  # most people get the best single arm
+    text = write(tmp_path, nothing, {"other": noise}, policy_outcome="visit")
+    assert "includes 0: these data do not show" in text
+    assert "synthetic" not in text
+    assert "PEHE" not in text
+    assert "## Qini less" not in text  # none of the references is there
+    assert "## Who should get what, by other" in text
+
+
+def test_same_seed_same_report(
+    tmp_path: Path, trial: Trial, predictions: dict[str, np.ndarray]
+) -> None:
+    few = {name: predictions[name] for name in ("MTMT", "S-learner")}
+    a = write(tmp_path / "a", trial, few)
+    assert a == write(tmp_path / "b", trial, few)
+    assert a != write(tmp_path / "c", trial, few, seed=1)
+
+
+def test_figure_highlights_few(
+    trial: Trial, predictions: dict[str, np.ndarray]
+) -> None:
+    means = {name: p.mean(axis=0) for name, p in predictions.items()}
+    figure = mtmt_figures.qini(trial, means, ("MTMT", "S-learner"))
+    assert len(figure.axes) == 4
+    labels = [t.get_text() for t in figure.legends[0].get_texts()]
+    assert sorted(labels) == ["MTMT", "S-learner", "other models", "random order"]
+    bars = mtmt_figures.deciles(trial, means["MTMT"], "MTMT").axes[0].patches
+    c = mtmt_report.calibration_of(trial, means["MTMT"], 1, 0)
+    np.testing.assert_allclose([b.get_height() for b in bars], 1000 * c.observed)
+
+
+def test_errors(tmp_path: Path, trial: Trial) -> None:
+    good = np.zeros((1, 3000, 3, 2))
+    with pytest.raises(ValueError, match="policy_outcome='profit'"):
+        write(tmp_path, trial, {"MTMT": good}, policy_outcome="profit")
+    with pytest.raises(ValueError, match="no predictions"):
+        write(tmp_path, trial, {})
+    with pytest.raises(ValueError, match=r"MTMT: got \(3000, 3, 2\)"):
+        write(tmp_path, trial, {"MTMT": good[0]})
+    with pytest.raises(ValueError, match="18000 values that are not finite"):
+        write(tmp_path, trial, {"MTMT": good * np.nan})
+    assert not (tmp_path / "report.md").exists()
