@@ -189,8 +189,9 @@ def _opening(
         [
             "# MTMT: which treatment for whom\n",
             f"{len(trial.y):,} people. Seeds that are averaged:"
-            f" {' or '.join(map(str, seeds))}. 95% intervals of {bootstrap:,} bootstrap replicates over people, seeds"
-            f" held fixed. Outcomes and effects are per {PER:,} people.",
+            f" {' or '.join(map(str, seeds))}. 95% intervals of {bootstrap:,} bootstrap"
+            f" replicates over people, seeds held fixed. Outcomes and effects are per"
+            f" {PER:,} people.",
             known,
             *(f"{note}\n" for note in notes),
             table(["arm", "people", *trial.outcomes], rates),
@@ -232,9 +233,11 @@ def _rankings(trial: Trial, measured: Mapping[str, Measured], best: Measured) ->
                     for k in range(len(MEASURES))
                 ]
                 if trial.binary[o]:
-                    ratio = m.draws[a, o, 0] / best.draws[a, o, 0]
-                    point = m.point[a, o, 0] / best.point[a, o, 0]
-                    cells.insert(1, cell(point, ratio, 3))
+                    # A replicate in which nobody had the outcome has no best order.
+                    some = best.draws[a, o, 0] > 0
+                    ratio = m.draws[a, o, 0][some] / best.draws[a, o, 0][some]
+                    point = m.point[a, o, 0] / max(best.point[a, o, 0], 1e-12)
+                    cells.insert(1, cell(point, ratio, 3) if some.any() else "")
                 rows.append([name, *cells])
             header = ["", "Qini", "AUUC", "uplift at 30%"]
             if trial.binary[o]:

@@ -1,9 +1,11 @@
 """The uplift study on *synthetic* people."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from absl import flags as absl_flags
@@ -12,6 +14,7 @@ from experiments import flags, mtmt, mtmt_model
 from experiments import mtmt_training as training
 from multitask_jax.data import hillstrom
 from multitask_jax.data.uplift_simulator import simulate
+from multitask_jax.models import mtmt as models
 from multitask_jax.models.uplift_baselines import MODELS
 
 FLAGFILES = Path(mtmt.__file__).parent / "flagfiles" / "mtmt"
@@ -114,20 +117,27 @@ def test_mtmt_finds_individual_effects_where_they_are_identified():
 
 
 def test_customers_are_scored(shared, tmp_path):
-    """On the real experiment, briefly: train, save, score a file with flaws."""
-    config = mtmt.Config(
-        workdir=str(tmp_path / "run"),
-        data_path=str(shared / "data" / "uplift" / "hillstrom.csv"),
-        rows=600,
-        models="MTMT",
-        folds=2,
-        seeds="0",
-        epochs=1,
-        bootstrap=20,
-        progress=False,
+    """Of the real experiment, by a model that has learned nothing yet."""
+    file = shared / "data" / "uplift" / "hillstrom.csv"
+    encoder = hillstrom.encoder_of(file)
+    features = len(encoder.features)
+    sizes = models.Sizes(3, 3, models.tiered(3))
+    init = jax.jit(functools.partial(models.init, features=features, sizes=sizes))
+    mtmt_model.save(
+        tmp_path / "run" / "model",
+        init(jax.random.key(0)),
+        sizes=sizes,
+        features=features,
+        mean=np.zeros(3),
+        spread=np.ones(3),
+        about={
+            "arms": hillstrom.ARMS,
+            "outcomes": hillstrom.OUTCOMES,
+            "policy_outcome": "spend",
+            "encoder": encoder.to_json(),
+        },
     )
-    mtmt.run(config)
-    lines = (shared / "data" / "uplift" / "hillstrom.csv").read_text().splitlines()
+    lines = file.read_text().splitlines()
     (tmp_path / "people.csv").write_text("\n".join(lines[:20]) + "\n")
     scored = tmp_path / "scored.csv"
     mtmt.run(

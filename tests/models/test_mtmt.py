@@ -48,7 +48,7 @@ def test_arms_sum_their_tiers_and_the_control_has_no_effect(params, people, pred
     base, more = effects[:, 0], effects[:, 1]
     np.testing.assert_allclose(found[:, 1], natural + base, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(found[:, 2], natural + base + more, rtol=1e-5, atol=1e-6)
-    assert np.abs(effects).min(axis=(0, 1)).max() > 0
+    assert (np.abs(effects).mean(axis=0) > 1e-3).all()
 
 
 def test_the_loss_is_the_papers(params, people, predict):
@@ -69,8 +69,8 @@ def test_natural_responses_learn_from_the_control_effects_from_the_treated(
     for path, g in found.items():
         if path.startswith(silent):
             assert not np.any(g), path
-    loud = {"natural", "effect"} - {silent}
-    assert any(np.any(g) for p, g in found.items() if p.startswith(loud.pop()))
+    loud = "effect" if silent == "natural" else "natural"
+    assert any(np.any(g) for p, g in found.items() if p.startswith(loud))
 
 
 def test_people_are_independent(params, people, predict):
