@@ -67,6 +67,8 @@ def make(config: Config) -> Plan:
       ValueError: the mesh has no expert axis, or does not divide the sizes.
     """
     axes = sharding.parse_axes(config.mesh)
+    if "expert" not in axes:
+        raise ValueError(f"--mesh: got {config.mesh!r}, expected an axis called expert")
     devices = sharding.host_devices(math.prod(axes.values()), simulate=True)
     mesh = sharding.make_mesh(axes, devices)
     e, d, n = config.experts, config.width, config.tokens * mesh.size

@@ -100,7 +100,7 @@ def run(config: Config) -> Result | None:
     names = parsing.paths(config.models) or list(ALL)
     for name in names:
         parsing.one_of("models", name, ALL)
-    seeds = [int(s) for s in parsing.numbers("seeds", config.seeds) or []]
+    seeds = _seeds(config.seeds)
     if config.folds < 2 or config.epochs < 1 or not 0 < config.validation < 1:
         raise ValueError(
             f"got --folds={config.folds}, --epochs={config.epochs},"
@@ -111,7 +111,7 @@ def run(config: Config) -> Result | None:
     outcome = config.policy_outcome or trial.outcomes[-1]
     parsing.one_of("policy_outcome", outcome, trial.outcomes)
     workdir = Path(config.workdir)
-    _same_run(workdir, config)
+    _same_run(workdir, config, trial)
     writer = writers.jsonl(workdir / "metrics.jsonl")
     predictions: dict[str, list[np.ndarray]] = {name: [] for name in names}
     traced: dict[str, list[str]] = {}
@@ -141,7 +141,7 @@ def run(config: Config) -> Result | None:
                 predictions[name].append(np.load(file, allow_pickle=False))
                 bar.update()
     arrays = {name: np.stack(p) for name, p in predictions.items()}
-    if "MTMT" in names and not (workdir / "model").exists():
+    if "MTMT" in names and not _has_final(workdir, outcome, seeds[0]):
         _save_final(config, trial, encoder, outcome, seeds[0])
     report = mtmt_report.write(
         workdir,
@@ -249,6 +249,7 @@ def _save_final(
             "arms": list(trial.arms),
             "outcomes": list(trial.outcomes),
             "policy_outcome": outcome,
+            "seed": seed,
             "encoder": None if encoder is None else encoder.to_json(),
         },
     )
@@ -261,9 +262,28 @@ def _first(tree: Any) -> Any:
     return tree[0]
 
 
-def _same_run(workdir: Path, config: Config) -> None:
-    """Writes config.json; refuses a folder of another run."""
+def _seeds(text: str) -> list[int]:
+    """Before/after: "0,1" -> [0, 1]."""
+    found = parsing.numbers("seeds", text) or []
+    if len({int(s) for s in found}) < len(found) or any(s != int(s) for s in found):
+        raise ValueError(f"--seeds: got {text!r}, expected whole numbers, each once")
+    return [int(s) for s in found]
+
+
+def _has_final(workdir: Path, outcome: str, seed: int) -> bool:
+    """Whether the saved model is that of this run."""
+    file = workdir / "model" / "about.json"
+    if not file.is_file():
+        return False
+    about = json.loads(file.read_text())
+    return (about["policy_outcome"], about["seed"]) == (outcome, seed)
+
+
+def _same_run(workdir: Path, config: Config, trial: Trial) -> None:
+    """Writes config.json; refuses a folder of another run, or of other people."""
     about = dataclasses.asdict(config)
+    sums = [float(a.sum(dtype=np.float64)) for a in (trial.x, trial.arm, trial.y)]
+    about["people"] = [len(trial.arm), *sums]
     file = workdir / "config.json"
     if file.exists():
         old = json.loads(file.read_text())

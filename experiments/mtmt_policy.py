@@ -12,6 +12,7 @@ from multitask_jax import evaluation
 from multitask_jax.data.uplift import Trial
 from multitask_jax.merging.report import table
 
+FEW = 30  # outcomes that a difference of policies should rest on at least
 PER = 1000  # people: a unit in which effects of e-mails are readable
 
 
@@ -75,6 +76,15 @@ def policies(
         rows.append([name, *cells])
         if name == main:
             said = _verdict(name, trial.arms[top], evaluation.interval(gain))
+            differ = chosen != top
+            seen = differ & ((trial.arm == chosen) | (trial.arm == top))
+            events = int(np.count_nonzero(y[seen]))
+            said += (
+                f" The two differ for {differ.sum():,} people, and the gain rests on"
+                f" {events:,} outcomes among them that are not 0."
+            )
+            if events < FEW:
+                said += " So few are too few for a bootstrap: take it as undecided."
     header = ["", *trial.arms, "value, IPS", "value, SNIPS", "gain, IPS"]
     header += ["gain, SNIPS"] + ["true gain"] * (trial.effects is not None)
     return "\n".join(

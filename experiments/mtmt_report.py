@@ -24,7 +24,7 @@ from multitask_jax.data.uplift import Trial
 from multitask_jax.merging.report import table
 
 MAIN = "MTMT"
-REFERENCES = ("GBM S-learner", "S-learner")
+REFERENCES = ("GBM S-learner", "S-learner", MAIN)
 MEASURES = evaluation.Ranking._fields
 
 Predictions = Mapping[str, np.ndarray]  # [S, N, A, O] by model

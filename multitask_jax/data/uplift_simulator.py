@@ -4,7 +4,7 @@ Effects are tiered, as a campaign's are: any treatment adds a base effect, singl
 add increments, and outcomes share what drives them:
 
     z_s = tanh(x w_s)                              latents, shared by all outcomes
-    y0_o = c_o z,  tau_jo = scale_j softplus(b_jo + d_jo z)
+    y0_o = c_o z,  tau_jo = scale_j (b_jo + d_jo z), of either sign
     y_o(arm) = y0_o + sum_j tiers[arm, j] tau_jo   + noise, or a coin with that chance
 
 Legend: N people, F features, A arms (0 is the control), O outcomes, J effects,
@@ -46,11 +46,11 @@ def simulate(
     z = np.tanh(x @ rng.normal(size=(features, LATENTS)) * features**-0.5 * 2)
     natural = z @ rng.normal(size=(LATENTS, outcomes)) / LATENTS**0.5  # [N, O]
     increments = max(1, arms - 1)
-    offset = rng.normal(size=(increments, outcomes)) * 0.3 - 0.5
-    slope = rng.normal(size=(LATENTS, increments, outcomes)) * 1.5
-    raw = np.einsum("ns,sjo->njo", z, slope) + offset[None]
+    offset = np.array([0.5] + [0.1] * (increments - 1))  # the base effect helps most
+    slope = rng.normal(size=(LATENTS, increments, outcomes))
+    raw = np.einsum("ns,sjo->njo", z, slope) + offset[None, :, None]
     size = effect * np.array([1.0] + [0.6] * (increments - 1))
-    tau = size[None, :, None] * np.log1p(np.exp(raw))  # [N, J, O]
+    tau = size[None, :, None] * raw  # [N, J, O]
     tiers = np.zeros((arms, increments))
     tiers[1:, 0] = 1
     tiers[range(2, arms), range(1, arms - 1)] = 1

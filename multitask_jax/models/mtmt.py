@@ -17,7 +17,8 @@ differences of probabilities add up, which those of logits would not.
 Of the authors' code two things are not copied: tokens are normalised over their width,
 not over an axis of length 1 (which leaves only a sign), and each outcome has its own
 effect. Experts are small MLPs; "resnet" is the authors' ResNet-18 over the vector of
-features, with LayerNorm in place of batch statistics (*reconstruction*).
+features, with LayerNorm in place of batch statistics (*reconstruction*). Their dropout
+of attention is left out.
 
 Legend: B people, F features, A arms, J effects, O outcomes, E experts, L tokens of an
 expert, C channels, M tokens of a treatment.

@@ -227,8 +227,8 @@ def boosting(
     def fitted(x: np.ndarray, y: np.ndarray, is_binary: bool) -> Any:
         if not is_binary:
             return HistGradientBoostingRegressor(**options).fit(x, y).predict
-        if len(np.unique(y)) < 2:  # an outcome that nobody had
-            return lambda z: np.full(len(z), y[0])
+        if min(y.sum(), len(y) - y.sum()) < 2:  # nobody had it, or all but one
+            return lambda z: np.full(len(z), y.mean())
         model = HistGradientBoostingClassifier(**options).fit(x, y.astype(int))
         return lambda z: model.predict_proba(z)[:, 1]
 

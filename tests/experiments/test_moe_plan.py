@@ -16,7 +16,8 @@ def test_bytes_and_flops_of_a_device(tmp_path):
     # One expert (no biases) and the gate; 16 tokens.
     assert plan.parameters == 4 * (2 * 8 * 12 + 8 * 4)
     assert plan.inputs == 4 * 16 * 8
-    assert plan.outputs == plan.parameters + plan.inputs
+    # Gradients, and a table of where they lie.
+    assert 0 <= plan.outputs - plan.parameters - plan.inputs <= 64
     assert plan.useful == 6 * 16 * 2 * (2 * 8 * 12)
     assert plan.flops > plan.useful  # rooms are larger than what comes
     # Tokens go and come back, forward and backward; each time [E, C, D] floats.
@@ -28,7 +29,7 @@ def test_bytes_and_flops_of_a_device(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mesh": "data=8"}, "got 'expert', the mesh has data"),
+        ({"mesh": "data=8"}, "expected an axis called expert"),
         ({"mesh": "expert=8"}, "4 experts, expected a multiple of 8"),
     ],
 )

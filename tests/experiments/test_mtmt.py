@@ -158,6 +158,7 @@ def test_customers_are_scored(shared, tmp_path):
     [
         ({"models": "MTTM"}, "expected one of"),
         ({"folds": 1}, "two folds or more"),
+        ({"seeds": "0,0"}, "each once"),
         ({"policy_outcome": "clicks"}, "expected one of"),
         ({"predict": True}, "needs --checkpoint"),
     ],
