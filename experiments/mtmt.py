@@ -276,7 +276,7 @@ def _has_final(workdir: Path, outcome: str, seed: int) -> bool:
     if not file.is_file():
         return False
     about = json.loads(file.read_text())
-    return (about["policy_outcome"], about["seed"]) == (outcome, seed)
+    return (about.get("policy_outcome"), about.get("seed")) == (outcome, seed)
 
 
 def _same_run(workdir: Path, config: Config, trial: Trial) -> None:

@@ -104,7 +104,9 @@ def dropless(
     """`capacity` with the smallest room that all fit in, chosen while it runs.
 
     A program is compiled for each room, and only one of them runs (all of them under
-    `jax.vmap`). The more evenly the gate spreads tokens, the less is padded.
+    `jax.vmap`). The more evenly the gate spreads tokens, the less is padded. The
+    backward pass computes the experts again: what it needs would have to be kept in the
+    sizes of all rooms, since which of them runs is not known when it is compiled.
 
     Args:
       expert: from `experts`, or alike.
@@ -118,7 +120,9 @@ def dropless(
     rooms = sorted({capacity_of(routing, count, f) for f in (*factors, math.inf)})
     taken = jnp.sum(jax.nn.one_hot(routing.experts, count, dtype=int), axis=(0, 1))
     serve = [
-        functools.partial(capacity, expert, room=room, one_by_one=one_by_one)
+        jax.checkpoint(
+            functools.partial(capacity, expert, room=room, one_by_one=one_by_one)
+        )
         for room in rooms
     ]
     too_small = jnp.sum(jnp.max(taken) > jnp.array(rooms[:-1], int))

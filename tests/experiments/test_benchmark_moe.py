@@ -12,6 +12,11 @@ def test_it_times_every_way(tmp_path):
             output_dir=str(tmp_path),
         )
     )
-    assert set(found) == {"dense", "capacity 1.25", "dropless"}
+    assert set(found) == {
+        "dense",
+        "capacity 1.25",
+        "dropless",
+        "capacity 1.0625, one by one",
+    }
     assert all(ms > 0 for ms in found.values())
     assert "time / dense FFN" in (tmp_path / "report.md").read_text()
