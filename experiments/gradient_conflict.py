@@ -352,7 +352,8 @@ def draw(result: Result, angles: list[float]) -> Figure:
         ),
         strict=True,
     ):
-        for (name, x), colour in zip(by_variant.items(), colours, strict=True):
+        # Fewer variants than colours are no error.
+        for (name, x), colour in zip(by_variant.items(), colours, strict=False):
             mean, spread = np.array(_spread(scale * x)).T
             axes.plot(angles, mean, "o-", color=colour, markersize=4, label=name)
             axes.fill_between(
