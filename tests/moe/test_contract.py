@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from multitask_jax import moe, sharding
+from tests.merging.common import BRIEFLY
 
 N, D, H, E = 48, 6, 10, 4  # tokens, width, hidden width, experts
 GATES = {
@@ -82,7 +83,9 @@ def test_values_and_gradients_are_the_references(given, name):
         return jnp.sum(jnp.sin(y) * jnp.arange(D)[None]), y
 
     graded = jax.jit(
-        jax.value_and_grad(loss, (1, 2, 3), has_aux=True), static_argnums=0
+        jax.value_and_grad(loss, (1, 2, 3), has_aux=True),
+        static_argnums=0,
+        compiler_options=BRIEFLY,
     )
     arrays = made(gate)
     (_, expected), expected_grad = graded(moe.everyone, *arrays)
@@ -165,7 +168,7 @@ def test_the_gate_learns(gate):
         def loss(kernel):
             return jnp.sum(out(moe.everyone, gate, kernel, params, x).y ** 2)
 
-        return jax.jit(jax.grad(loss))(kernel)["kernel"]
+        return jax.jit(jax.grad(loss), compiler_options=BRIEFLY)(kernel)["kernel"]
 
     assert np.abs(gradient(kernel, gate)).max() > 1e-3
     if gate == GATES["top_1"]:
