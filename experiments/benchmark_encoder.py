@@ -12,7 +12,6 @@ counts.
 
 import dataclasses
 import functools
-import os
 import statistics
 import subprocess
 import time
@@ -134,9 +133,7 @@ def run(config: Config) -> dict[tuple[str, str], float]:
     """Times both sides, prints the table and writes it to report.md."""
     if min(config.batch, config.length, config.steps, config.repeats) < 1:
         raise ValueError(f"got {config}, expected sizes and repeats of at least 1")
-    if hasattr(os, "sched_setaffinity"):  # XLA has as many threads as it sees cores
-        cores = sorted(os.sched_getaffinity(0))[: config.threads]
-        os.sched_setaffinity(0, cores)
+    torch_side.use_cores(config.threads)
     process = None
     sides = {}
     try:

@@ -10,7 +10,6 @@ same threads; all take turns in one run after a warm-up, and medians count.
 
 import dataclasses
 import functools
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -104,9 +103,7 @@ def run(config: Config) -> dict[str, float]:
     """
     if min(config.tokens, config.repeats, config.experts, config.k) < 1:
         raise ValueError(f"got {config}, expected sizes and repeats of at least 1")
-    if hasattr(os, "sched_setaffinity"):  # XLA has as many threads as it sees cores
-        cores = sorted(os.sched_getaffinity(0))[: config.threads]
-        os.sched_setaffinity(0, cores)
+    torch_side.use_cores(config.threads)
     steps, process = ours(config), None
 
     def seconds(name: str) -> float:

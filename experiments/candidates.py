@@ -21,6 +21,7 @@ import numpy as np
 
 from experiments import merge, parsing
 from multitask_jax import checkpoints, merging
+from multitask_jax import tree as trees
 from multitask_jax.merging.core import check_models, is_float, split_scales
 from multitask_jax.merging.plan import plan_merge
 from multitask_jax.merging.task_statistics import StatisticsFile
@@ -191,26 +192,6 @@ def read_inputs(config: merge.Config, method: merging.Method) -> Inputs:
     return Inputs(base, others, f"^(?:{names})$", integers, aliases, statistics)
 
 
-def nested(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Before/after: {"a/b": x, "c.d": y} -> {"a": {"b": x}, "c.d": y}.
-
-    Raises:
-      ValueError: a name is both a tensor and a group of tensors.
-    """
-    out: dict[str, Any] = {}
-    for name, x in tensors.items():
-        *groups, last = name.split("/")
-        node = out
-        for group in groups:
-            node = node.setdefault(group, {})
-            if not isinstance(node, dict):
-                raise ValueError(f"{name}: {group} is a tensor too, not only a group")
-        if last in node:
-            raise ValueError(f"{name} is a tensor and a group of tensors")
-        node[last] = x
-    return out
-
-
 class Program(NamedTuple):
     """What serves all candidates that differ in traced coefficients only."""
 
@@ -342,7 +323,7 @@ class Candidates:
         """What a score is given: integers and tied tensors as well."""
         tensors = {**tensors, **self._inputs.integers}
         tied = {k: tensors[v] for k, v in self._inputs.aliases.items()}
-        return nested({**tensors, **tied})
+        return trees.nest({**tensors, **tied})
 
 
 def call_score(score: Callable[..., Any], params: Any) -> Any:

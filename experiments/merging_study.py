@@ -48,6 +48,7 @@ from experiments.study_tasks import (
     sample,
 )
 from experiments.study_training import JOINT, Data, Recipe, make_heads, train
+from multitask_jax import checkpoints
 from multitask_jax.data import text_tasks, tokens
 from multitask_jax.data.text_tasks import Rows
 from multitask_jax.models import bert
@@ -169,7 +170,7 @@ class Study:
         self.tasks = [text_tasks.read(Path(config.data_dir) / t) for t in tasks]
         self.names = [t.name for t in self.tasks]
         self.classes = max(len(t.labels) for t in self.tasks)
-        tensors = bert.read_tensors(config.model_dir)
+        tensors = checkpoints.read_tensors(config.model_dir)
         self.evaluator = Evaluator(bert.read_shape(config.model_dir))
         params, rest = bert.from_hugging_face(tensors, shape=self.evaluator.shape)
         self.base = (jax.tree.map(np.ascontiguousarray, params), rest)
@@ -245,7 +246,9 @@ class Study:
                 row,
                 seed.index,
                 lambda path=path: {
-                    "test": self.accuracies(bert.read_tensors(path), seed, seed.test)
+                    "test": self.accuracies(
+                        checkpoints.read_tensors(path), seed, seed.test
+                    )
                 },
             )
 

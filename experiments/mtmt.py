@@ -23,8 +23,9 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -129,7 +130,7 @@ def run(config: Config) -> Result | None:
                     )
                     if name in BOOSTED:
                         found = training.boosted_out_of_fold(
-                            name, trial, folds, seed=seed, each=bar.refresh
+                            name, trial, folds, seed=seed
                         )
                     else:
                         trainer = trainer or _trainer(config, name, trial, folds)
@@ -169,11 +170,12 @@ def load(config: Config) -> tuple[Trial, hillstrom.Encoder | None]:
             " experiment (multitask_jax.data.hillstrom_builder gets it from the"
             " internet), or --data=simulator"
         )
-    trial = hillstrom.trial(path)
+    table = hillstrom.read(path)
+    trial = hillstrom.trial_of(table)
     if config.rows is not None and config.rows < len(trial.arm):
         rng = np.random.default_rng(0)
         trial = trial.at(np.sort(rng.permutation(len(trial.arm))[: config.rows]))
-    return trial, hillstrom.encoder_of(path)
+    return trial, hillstrom.fit_encoder(table.columns)
 
 
 def _given(config: Config, name: str) -> str:
@@ -240,7 +242,7 @@ def _save_final(
     arms = len(trial.arms)
     mtmt_model.save(
         Path(config.workdir) / "model",
-        {k: _first(v) for k, v in state.best.items()},
+        jax.tree.map(lambda p: p[0], state.best),  # of the only fold
         sizes=mtmt.Sizes(arms, len(trial.outcomes), mtmt.tiered(arms)),
         features=trial.x.shape[1],
         mean=np.asarray(scale.mean[0]),
@@ -253,13 +255,6 @@ def _save_final(
             "encoder": None if encoder is None else encoder.to_json(),
         },
     )
-
-
-def _first(tree: Any) -> Any:
-    """Of the only fold."""
-    if isinstance(tree, Mapping):
-        return {k: _first(v) for k, v in tree.items()}
-    return tree[0]
 
 
 def _seeds(text: str) -> list[int]:

@@ -18,7 +18,6 @@ from safetensors.numpy import save_file
 from multitask_jax import checkpoints
 from multitask_jax import tree as trees
 from multitask_jax.models import mtmt
-from multitask_jax.moe.upcycling import nest
 
 _ABOUT = "about.json"
 
@@ -88,16 +87,8 @@ def load(
         raise ValueError(
             f"{folder / _ABOUT} can't be read ({type(e).__name__}: {e}); train again"
         ) from e
-    reader = checkpoints.open(folder / "model.safetensors")
-    try:
-        params = nest(
-            {
-                name: jnp.array(np.array(reader.read(name)).reshape(info.shape))
-                for name, info in reader.tensors.items()
-            }
-        )
-    finally:
-        reader.close()
+    tensors = checkpoints.read_tensors(folder / "model.safetensors")
+    params = jax.tree.map(jnp.asarray, trees.nest(tensors))
     wanted = jax.eval_shape(lambda k: mtmt.init(k, features, sizes), jax.random.key(0))
     if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, dict(wanted)):
         raise ValueError(f"{folder}: the parameters do not fit {sizes}; train again")

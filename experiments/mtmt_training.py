@@ -207,7 +207,7 @@ def out_of_fold(
 
 
 def boosted_out_of_fold(
-    name: str, trial: Trial, folds: Folds, *, seed: int, each: Callable[[], None]
+    name: str, trial: Trial, folds: Folds, *, seed: int
 ) -> np.ndarray:
     """The same by gradient boosting, which has its validation rows to train on, too."""
     out = np.zeros((len(trial.arm), len(trial.arms), len(trial.outcomes)), np.float32)
@@ -222,5 +222,4 @@ def boosted_out_of_fold(
             binary=trial.binary,
             seed=seed,
         )
-        each()
     return out

@@ -27,7 +27,6 @@ from experiments.benchmark_merge import measure
 from experiments.study_tasks import floats_of
 from multitask_jax import checkpoints, merging
 from multitask_jax.checkpoints import delta_file
-from multitask_jax.models import bert
 
 Coefficients = dict[str, Any]
 Tensors = Mapping[str, Any]
@@ -142,7 +141,7 @@ class Merger:
     def __init__(self, config: merge.Config, folder: Path):
         self.config, self.folder = config, folder
         self.models = config.models.split(",")
-        stored = bert.read_tensors(config.base)
+        stored = checkpoints.read_tensors(config.base)
         self.base = floats_of(stored)
         self.rest = {k: x for k, x in stored.items() if k not in self.base}
         self._on_device = jax.device_put(self.base)
@@ -177,7 +176,7 @@ class Merger:
 
     def own(self, t: int) -> dict[str, np.ndarray]:
         """tau_t = theta_t - theta_0."""
-        model = bert.read_tensors(self.models[t])
+        model = checkpoints.read_tensors(self.models[t])
         return {k: model[k] - x for k, x in self.base.items()}
 
     def norm_alpha(self, tau: Tensors) -> float:
@@ -273,7 +272,7 @@ def merge_on_disk(
         start, megabytes = time.perf_counter(), None
         quietly(config)
         seconds = time.perf_counter() - start
-    return Final(bert.read_tensors(output), command, seconds, megabytes)
+    return Final(checkpoints.read_tensors(output), command, seconds, megabytes)
 
 
 def difference(a: Tensors, b: Tensors) -> float:
@@ -301,7 +300,7 @@ def emr_models(
     config = dataclasses.replace(config, method="emr")
     final = merge_on_disk(config, {}, output, measured=measured)
     reader = checkpoints.open(output)
-    base = bert.read_tensors(config.base)
+    base = checkpoints.read_tensors(config.base)
     models = {}
     for task in tasks:
         path = output / "tasks" / f"{task}.safetensors"

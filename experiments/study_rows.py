@@ -18,7 +18,7 @@ from experiments import study_data_driven, study_merges
 from experiments.study_merges import Entry, Merger
 from experiments.study_tasks import Pool, floats_of
 from experiments.study_training import JOINT
-from multitask_jax.models import bert
+from multitask_jax import checkpoints
 
 # Methods that are also merged for 2..T tasks.
 COUNTED = ("linear", "task_arithmetic", "ties", "ties + LiNeS", "iso_c")
@@ -101,7 +101,7 @@ def functions_and_batches(study: Any, seed: Any) -> Any:
 
 def floats(path: Any) -> dict[str, Any]:
     """Float tensors of a checkpoint, on the device."""
-    return jax.device_put(floats_of(bert.read_tensors(path)))
+    return jax.device_put(floats_of(checkpoints.read_tensors(path)))
 
 
 def statistics_files(study: Any, seed: Any) -> dict[str, str]:

@@ -11,6 +11,12 @@ from typing import Any
 Timer = Callable[[str, int], float]  # kind, steps -> seconds
 
 
+def use_cores(count: int) -> None:
+    """Keeps this process, and what it starts, to so many cores where the OS lets us."""
+    if hasattr(os, "sched_setaffinity"):  # XLA has as many threads as it sees cores
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
+
+
 def start(
     script: str, settings: Mapping[str, Any], *, python: str, threads: int
 ) -> tuple[Timer, subprocess.Popen]:

@@ -37,6 +37,7 @@ from experiments import flags, parsing
 from experiments.flags import flag
 from multitask_jax import checkpoints, merging
 from multitask_jax.checkpoints import Reader
+from multitask_jax.checkpoints.json_file import read_json
 from multitask_jax.merging.fitted.moments import Moments
 from multitask_jax.moe import files, upcycling
 
@@ -164,7 +165,7 @@ def to_dense(config: Config, models: Sequence[str]) -> Result:
     output = Path(config.output)
     about = _config_json(models[0])
     if config.base is None and about is not None:
-        checkpoints.copy_companions(Path(models[0]), output)
+        # The merge has copied the mixture's companions, this one with them.
         text = json.dumps(files.config_of_dense(about), indent=2) + "\n"
         (output / "config.json").write_text(text)
     left = f"left out {len(gates)} tensors of gates: {', '.join(gates[:3])}, ..."
@@ -213,15 +214,14 @@ def _gates(
     """{"kernel": [D, E]} (and "bias") by block, and where they come from."""
     paths = parsing.paths(config.gate_data)
     if not paths:
-        keys = jax.random.split(jax.random.key(config.seed), len(first))
-        gates = {}
-        for key, (block, name) in zip(keys, first.items(), strict=True):
-            width = files.width_of(rest.tensors[name])
-            gate = upcycling.gating.init_gate(
-                key, width, copies or count, stddev=config.gate_stddev
-            )
-            gates[block] = jax.device_get(gate)
-        return gates, "gates are random: train them (and the experts)"
+        widths = {b: files.width_of(rest.tensors[name]) for b, name in first.items()}
+        gates = upcycling.random_gates(
+            jax.random.key(config.seed),
+            widths,
+            copies or count,
+            stddev=config.gate_stddev,
+        )
+        return jax.device_get(gates), "gates are random: train them (and the experts)"
     if len(paths) != count:
         raise ValueError(f"--gate_data: got {len(paths)} files for {count} models")
     moments = [merging.load_moments(p) for p in paths]
@@ -274,18 +274,13 @@ def _write(
             (writer.directory / "config.json").write_text(text)
 
 
-@contextlib.contextmanager
-def _opened(path: str) -> Any:
-    reader = checkpoints.open(path)
-    try:
-        yield reader
-    finally:
-        reader.close()
+def _opened(path: str) -> contextlib.closing[Reader]:
+    return contextlib.closing(checkpoints.open(path))
 
 
 def _config_json(path: str) -> dict[str, Any] | None:
     file = Path(path) / "config.json"
-    return json.loads(file.read_text()) if file.is_file() else None
+    return read_json(file) if file.is_file() else None
 
 
 def _parent(output: str) -> Path:

@@ -43,6 +43,26 @@ def unflatten(like: Any, leaves: Mapping[str, Any]) -> Any:
     return jax.tree.unflatten(jax.tree.structure(like), [leaves[p] for p in expected])
 
 
+def nest(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Before/after: {"a/b": x, "c.d": y} -> {"a": {"b": x}, "c.d": y}.
+
+    Raises:
+      ValueError: a name is both a tensor and a group of tensors.
+    """
+    out: dict[str, Any] = {}
+    for name, x in tensors.items():
+        *groups, last = name.split("/")
+        node = out
+        for group in groups:
+            node = node.setdefault(group, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"{name}: {group} is a tensor too, not only a group")
+        if last in node:
+            raise ValueError(f"{name} is a tensor and a group of tensors")
+        node[last] = x
+    return out
+
+
 def select(
     paths: Sequence[str], *, include: str | None = None, exclude: str | None = None
 ) -> list[bool]:

@@ -12,6 +12,7 @@ from multitask_jax.checkpoints.directory import (
     copy_companions,
     create,
     open,
+    read_tensors,
 )
 from multitask_jax.checkpoints.types import CheckpointError, Reader, TensorInfo
 
@@ -25,4 +26,5 @@ __all__ = [
     "copy_companions",
     "create",
     "open",
+    "read_tensors",
 ]

@@ -1,5 +1,6 @@
 """Opening any checkpoint, and creating one aside so that it appears whole or not."""
 
+import contextlib
 import errno
 import os
 import shutil
@@ -86,6 +87,19 @@ def open(path: str | os.PathLike[str], base: Reader | None = None) -> Reader:
     except OSError as e:
         where = e.filename or path
         raise CheckpointError(f"{where}: can't be read ({e.strerror})") from None
+
+
+def read_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """All tensors of a checkpoint by their stored names.
+
+    Raises:
+      CheckpointError: not a checkpoint, or damaged.
+    """
+    with contextlib.closing(open(path)) as reader:
+        return {
+            name: np.array(reader.read(name)).reshape(info.shape)
+            for name, info in reader.tensors.items()
+        }
 
 
 def _open(path: Path, base: Reader | None) -> Reader:

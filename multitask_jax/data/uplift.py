@@ -9,6 +9,17 @@ from typing import NamedTuple
 import numpy as np
 
 
+def tiers(arms: int) -> np.ndarray:
+    """[A, A - 1] of 0 and 1: which effects an arm sums, in a tiered experiment.
+
+    One of any treatment, and an increment of each treated arm but the first.
+    """
+    rows = np.zeros((arms, max(1, arms - 1)))
+    rows[1:, 0] = 1
+    rows[range(2, arms), range(1, arms - 1)] = 1
+    return rows
+
+
 class Trial(NamedTuple):
     """What was given to whom, and what came of it."""
 

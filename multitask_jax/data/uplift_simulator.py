@@ -13,7 +13,7 @@ S latents.
 
 import numpy as np
 
-from multitask_jax.data.uplift import Trial
+from multitask_jax.data.uplift import Trial, tiers
 
 LATENTS = 3
 
@@ -51,10 +51,7 @@ def simulate(
     raw = np.einsum("ns,sjo->njo", z, slope) + offset[None, :, None]
     size = effect * np.array([1.0] + [0.6] * (increments - 1))
     tau = size[None, :, None] * raw  # [N, J, O]
-    tiers = np.zeros((arms, increments))
-    tiers[1:, 0] = 1
-    tiers[range(2, arms), range(1, arms - 1)] = 1
-    expected = natural[:, None] + np.einsum("aj,njo->nao", tiers, tau)
+    expected = natural[:, None] + np.einsum("aj,njo->nao", tiers(arms), tau)
     binary = np.array([o < outcomes - 1 for o in range(outcomes)])
     # Chances lie between .05 and .95, effects within them.
     chance = np.clip(0.3 + 0.12 * expected, 0.05, 0.95)

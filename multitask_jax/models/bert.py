@@ -248,22 +248,6 @@ def read_shape(path: str | os.PathLike[str]) -> Shape:
     return shape_from_config(json.loads((Path(path) / "config.json").read_text()))
 
 
-def read_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """All tensors of a checkpoint by their stored names.
-
-    Raises:
-      CheckpointError: not a checkpoint, or damaged.
-    """
-    reader = checkpoints.open(path)
-    try:
-        return {
-            name: np.array(reader.read(name)).reshape(info.shape)
-            for name, info in reader.tensors.items()
-        }
-    finally:
-        reader.close()
-
-
 def load(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any], Shape]:
     """Parameters, other tensors and sizes from a Hugging Face directory.
 
@@ -273,7 +257,7 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any], 
       ValueError: another architecture, or tensors are missing.
     """
     shape = read_shape(path)
-    return (*from_hugging_face(read_tensors(path), shape=shape), shape)
+    return (*from_hugging_face(checkpoints.read_tensors(path), shape=shape), shape)
 
 
 def save(

@@ -284,12 +284,5 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
       ValueError: not the tensors that its config.json promises.
     """
     config = json.loads((Path(path) / "config.json").read_text())
-    reader = checkpoints.open(path)
-    try:
-        tensors = {
-            name: np.array(reader.read(name)).reshape(info.shape)
-            for name, info in reader.tensors.items()
-        }
-    finally:
-        reader.close()
+    tensors = checkpoints.read_tensors(path)
     return from_hugging_face(tensors, shape=shape_from_config(config))

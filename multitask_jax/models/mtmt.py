@@ -32,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from multitask_jax import moe
+from multitask_jax.data.uplift import tiers
 
 Array = jax.Array
 Tiers = tuple[tuple[float, ...], ...]
@@ -59,10 +60,7 @@ def tiered(arms: int) -> Tiers:
 
     Before/after: 3 -> ((0, 0), (1, 0), (1, 1)).
     """
-    rows = np.zeros((arms, max(1, arms - 1)))
-    rows[1:, 0] = 1
-    rows[range(2, arms), range(1, arms - 1)] = 1
-    return tuple(map(tuple, rows.tolist()))
+    return tuple(map(tuple, tiers(arms).tolist()))
 
 
 def flat(arms: int) -> Tiers:

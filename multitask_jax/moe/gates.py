@@ -104,7 +104,7 @@ def route(
             raise ValueError(
                 f"kind: got {kind!r}, expected top_k, expert_choice, soft or hard"
             )
-        # Nobody, so far: the index of the first shared expert, which moves up below.
+        # Nobody is E here; with shared experts it moves up, one past the last of them.
         routing = Routing(jnp.broadcast_to(chosen, weights.shape), weights, logits, p)
     return _with_shared(routing, shared)
 

@@ -9,7 +9,6 @@ Legend: N tokens, D width, E experts, K slots of a token, P devices of the exper
 C tokens of one device that an expert has room for.
 """
 
-import math
 from typing import Any
 
 import jax
@@ -63,12 +62,10 @@ def expert_parallel(
     ):
         if size % parts:
             raise ValueError(f"got {size} {what}, expected a multiple of {parts}")
-    if room is None:
-        n, k = len(x) // mesh.size, routing.experts.shape[1]
-        room = max(1, min(n, math.ceil(factor * n * k / e)))
 
     def local(params: Any, x: Array, routing: Routing) -> Served:
-        plan = dispatch.plan_buffers(routing, e, room, priority=priority)
+        c = dispatch.capacity_of(routing, e, factor) if room is None else room
+        plan = dispatch.plan_buffers(routing, e, c, priority=priority)
         rows = dispatch.to_buffers(x, plan)  # [E, C, D], for everyone's experts
         rows = jax.lax.all_to_all(rows, axis, 0, 1, tiled=True)  # [E / P, P C, D]
         y = expert(params, rows, dispatch.batched)

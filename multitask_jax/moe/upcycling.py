@@ -108,7 +108,7 @@ def upcycle(
     for block, gate in gates.items():
         for path, x in trees.flatten(gate).items():
             out[f"{block}/mlp/gate/{path}"] = x
-    return nest(out)
+    return trees.nest(out)
 
 
 def split(
@@ -138,7 +138,7 @@ def split(
             continue
         for tree, x in zip(dense, flat[path], strict=True):
             tree[f"{m['block']}/{_renamed(m['leaf'], back)}"] = x
-    return [nest(t) for t in dense], gates
+    return [trees.nest(t) for t in dense], gates
 
 
 def to_dense(
@@ -157,14 +157,14 @@ def to_dense(
     return merge(split(params, rename=rename)[0])
 
 
-def copies_gates(
-    key: Array, blocks: Sequence[str], width: int, experts: int
+def random_gates(
+    key: Array, widths: Mapping[str, int], experts: int, *, stddev: float = 0.02
 ) -> dict[str, Any]:
-    """A random gate for each block, for experts that are still alike."""
-    keys = jax.random.split(key, len(blocks))
+    """A random gate for each block, by the width D of what it sees."""
+    keys = jax.random.split(key, len(widths))
     return {
-        block: gating.init_gate(k, width, experts)
-        for block, k in zip(blocks, keys, strict=True)
+        block: gating.init_gate(k, width, experts, stddev=stddev)
+        for k, (block, width) in zip(keys, widths.items(), strict=True)
     }
 
 
@@ -189,18 +189,6 @@ def gate_from_means(
         "kernel": scale * means.T,
         "bias": -scale / 2 * jnp.sum(means**2, axis=1),
     }
-
-
-def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Before/after: {"a/b": x, "c": y} -> {"a": {"b": x}, "c": y}."""
-    out: dict[str, Any] = {}
-    for path, x in flat.items():
-        *folders, name = path.split("/")
-        at = out
-        for folder in folders:
-            at = at.setdefault(folder, {})
-        at[name] = x
-    return out
 
 
 def _renamed(leaf: str, rename: Mapping[str, str] | None) -> str:

@@ -19,7 +19,7 @@ from experiments import (
 )
 from experiments.merging_study import Config
 from experiments.study_stand_in import SHAPE, make_base, make_tasks
-from multitask_jax import merging
+from multitask_jax import checkpoints, merging
 from multitask_jax.data import text_tasks, tokens
 from multitask_jax.models import bert
 
@@ -185,7 +185,7 @@ def test_no_method_has_more_candidates_than_the_budget(budget):
 @pytest.fixture(scope="module")
 def models(places):
     base = places[0]
-    tensors = bert.read_tensors(base)
+    tensors = checkpoints.read_tensors(base)
     rng = np.random.default_rng(1)
     paths = []
     for name in ("a", "b", "c"):
@@ -222,7 +222,7 @@ def test_lines_after_a_method_with_statistics(models, tmp_path):
     for i, path in enumerate(models.models.split(",")):
         fisher = {
             k: np.full_like(x, i + 1)
-            for k, x in bert.read_tensors(path).items()
+            for k, x in checkpoints.read_tensors(path).items()
             if x.dtype.kind == "f"
         }
         files.append(str(tmp_path / f"{i}.safetensors"))
@@ -261,7 +261,7 @@ def test_means_of_what_is_kept_by_hand(models, tmp_path):
     got = np.concatenate([got[k].reshape(-1) for k in own[0]])
     np.testing.assert_allclose(got, sum(kept) / count, rtol=1e-6, atol=1e-9)
     # An oracle that is one of the models keeps that model's own entries.
-    first = bert.read_tensors(merger.models[0])
+    first = checkpoints.read_tensors(merger.models[0])
     one = dataclasses.replace(models, models=merger.models[0])
     alone = study_merges.Merger(one, tmp_path)
     got = study_merges.mean_of_kept(alone, density=0.2, reference=first)
@@ -273,7 +273,7 @@ def test_padding_and_batches_do_not_change_accuracy(places):
     base, tasks, _ = places
     evaluator = study_tasks.Evaluator(SHAPE)
     task = text_tasks.read(tasks / "second")
-    params = evaluator.params(bert.read_tensors(base))
+    params = evaluator.params(checkpoints.read_tensors(base))
     encoded = {"second": tokens.encode(str(base), task.test.sentences, max_length=32)}
     pools = [
         study_tasks.make_pool(encoded, {"second": task.test}, batch_size=b)

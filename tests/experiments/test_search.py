@@ -6,8 +6,9 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import candidates, search
+from experiments import search
 from experiments.search import Outcome
+from multitask_jax import tree
 
 
 def walk(steps, outcome):
@@ -138,10 +139,10 @@ def test_cma_es_names_its_extra(monkeypatch):
 
 def test_names_nest_at_slashes():
     flat = {"a/b": 1, "a/c/0": 2, "model.norm.weight": 3}
-    assert candidates.nested(flat) == {
+    assert tree.nest(flat) == {
         "a": {"b": 1, "c": {"0": 2}},
         "model.norm.weight": 3,
     }
     for names in (("a", "a/b"), ("a/b", "a")):
         with pytest.raises(ValueError, match="a"):
-            candidates.nested(dict.fromkeys(names, 0))
+            tree.nest(dict.fromkeys(names, 0))

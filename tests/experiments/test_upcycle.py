@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from experiments import upcycle
-from multitask_jax import checkpoints, merging, moe
+from multitask_jax import checkpoints, merging, moe, tree
 from multitask_jax.layers.moe import MoE
 
 D, H = 6, 10
@@ -167,9 +167,7 @@ def test_gates_from_data_send_tokens_to_their_specialist(tmp_path):
             progress=False,
         )
     )
-    params = moe.upcycling.nest(
-        {k: jnp.asarray(x) for k, x in read(tmp_path / "moe").items()}
-    )
+    params = tree.nest({k: jnp.asarray(x) for k, x in read(tmp_path / "moe").items()})
     mlp = params["layer_0"]["mlp"]
     for e, x in enumerate(data):
         routing = moe.route(moe.gate_logits(mlp["gate"], x), k=1)

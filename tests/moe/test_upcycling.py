@@ -34,7 +34,9 @@ def x():
 
 
 def gates(count):
-    return upcycling.copies_gates(jax.random.key(1), ["layer_0", "layer_1"], D, count)
+    return upcycling.random_gates(
+        jax.random.key(1), {"layer_0": D, "layer_1": D}, count
+    )
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])

@@ -87,14 +87,7 @@ def load_moments(path: str | os.PathLike[str]) -> dict[str, Moments]:
     Raises:
       CheckpointError: not such a file.
     """
-    reader = checkpoints.open(path)
-    try:
-        flat = {
-            name: np.array(reader.read(name)).reshape(info.shape)
-            for name, info in reader.tensors.items()
-        }
-    finally:
-        reader.close()
+    flat = checkpoints.read_tensors(path)
     names = {name.rpartition(":")[0] for name in flat}
     wanted = {f"{name}:{field}" for name in names for field in Moments._fields}
     if not flat or set(flat) != wanted:
