@@ -166,13 +166,6 @@ def case(request):
     return CASES[request.param]
 
 
-@pytest.fixture
-def a_method(case):
-    """Not one of the variants, which are made of the methods' own transforms."""
-    if not any(CASES.get(name) is case for name in merging.METHODS):
-        pytest.skip("a variant; the methods themselves are checked")
-
-
 def small_models(case: Case, dtype: Any = np.float32) -> tuple[Any, list[Any]]:
     """A leaf of several chunks, two of one shape, a vector, a scalar, an empty one.
 
@@ -317,7 +310,7 @@ def test_streamed_without_report_in_small_chunks(case, jitted, tmp_path, monkeyp
     agree(case, streamed, out, base, models)
 
 
-def test_eager_as_jitted(case, a_method):
+def test_eager_as_jitted(case):
     base, models = tiny_models(case)
     for x in (base, *models):
         del x["block_1"]  # eager, each operation compiles for each shape
