@@ -1,0 +1,1 @@
+"""Masked multimodal pretraining: tokens, budgets, masks, objective, decoding."""

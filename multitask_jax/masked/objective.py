@@ -1,0 +1,87 @@
+"""The loss of masked modelling: a cross-entropy a modality, and their plain mean.
+
+Legend: B batch, O targets, M modalities, V ids, D width.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from multitask_jax.masked.modalities import Modalities, modality_of, modality_of_id
+
+Array = jax.Array
+OUTSIDE = -1e9  # the logit of another modality's id
+
+
+def own_ids(logits: Array, modality: Array, modalities: Modalities) -> Array:
+    """Logits [..., V] of tokens of a modality [...]: other modalities' ids rule out."""
+    of = jnp.asarray(modality_of_id(modalities))
+    mine = jnp.expand_dims(of, range(modality.ndim)) == modality[..., None]
+    return jnp.where(mine, logits, OUTSIDE)
+
+
+def cross_entropy(
+    hidden: Array,
+    head: Array,
+    ids: Array,
+    modality: Array,
+    modalities: Modalities,
+    *,
+    chunk: int | None = None,
+) -> Array:
+    """-log p(id) of each target among its modality's ids; float32 [B, O].
+
+    Args:
+      hidden: [B, O, D], what the decoder says of each target.
+      head: [D, V].
+      ids: int32 [B, O], the truth.
+      modality: int32 [B, O], of each target.
+      modalities: all of them.
+      chunk: targets of a sample at a time, so that logits [B, O, V] are never whole: a
+        large vocabulary's memory for a second product going back. Must divide O.
+    """
+
+    def loss_of(hidden: Array, ids: Array, modality: Array) -> Array:
+        logits = (hidden @ head.astype(hidden.dtype)).astype(jnp.float32)
+        logits = own_ids(logits, modality, modalities)
+        right = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
+        return jax.nn.logsumexp(logits, axis=-1) - right
+
+    if chunk is None or chunk >= ids.shape[1]:
+        return loss_of(hidden, ids, modality)
+    if ids.shape[1] % chunk:
+        raise ValueError(f"chunk: got {chunk}, expected a divisor of {ids.shape[1]}")
+
+    def cut(x: Array) -> Array:
+        b, o, *rest = x.shape
+        return jnp.moveaxis(x.reshape(b, o // chunk, chunk, *rest), 1, 0)
+
+    parts = jax.lax.map(
+        lambda part: jax.checkpoint(loss_of)(*part),
+        (cut(hidden), cut(ids), cut(modality)),
+    )
+    return jnp.moveaxis(parts, 0, 1).reshape(ids.shape)
+
+
+def modality_mean(
+    values: Array, position: Array, valid: Array, modalities: Modalities
+) -> tuple[Array, dict[str, Array]]:
+    """Mean over the modalities of the mean over a modality's targets in the batch.
+
+    One without targets adds 0 and stays in the denominator (EgoM2P, as 4M).
+
+    Args:
+      values: [B, O], a loss of each target.
+      position: int32 [B, O], of each target.
+      valid: bool [B, O].
+      modalities: M of them.
+
+    Returns:
+      The mean [], and {name: its modality's mean []}.
+    """
+    of = jnp.asarray(modality_of(modalities))[position]
+    means = {}
+    for i, m in enumerate(modalities):
+        mine = valid & (of == i)
+        total = jnp.sum(jnp.where(mine, values, 0.0))
+        means[m.name] = total / jnp.maximum(jnp.sum(mine), 1)
+    return sum(means.values()) / len(modalities), means

@@ -1,0 +1,351 @@
+"""EgoM2P: one encoder-decoder over the discrete tokens of several modalities.
+
+Li et al. 2025 (arXiv 2506.07886), built on 4M (Mizrahi et al. 2023, arXiv 2312.06647).
+The encoder reads the tokens that are shown; a decoder query is a place, without its
+content, and reads the encoder's output and the queries of its own modality. Tokens come
+as ids in the joint table and positions in the joint layout of `masked.modalities`.
+
+Legend: B batch, I inputs, O targets, M modalities, L positions, V ids, D width,
+H heads, F hidden width.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as Spec
+
+from multitask_jax.masked import decoding
+from multitask_jax.masked.masks import Masks, Slots
+from multitask_jax.masked.modalities import (
+    Modalities,
+    flatten,
+    modality_of,
+    position_table,
+    unflatten,
+)
+from multitask_jax.masked.objective import cross_entropy, modality_mean
+from multitask_jax.sharding import Rules
+
+Array = jax.Array
+Params = Any
+EPSILON = 1e-6
+_INIT = nn.initializers.normal(0.02)
+_KERNEL = nn.initializers.xavier_uniform()
+
+
+class Shape(NamedTuple):
+    """Sizes of the transformer."""
+
+    width: int = 128
+    heads: int = 4
+    encoder_depth: int = 3
+    decoder_depth: int = 3
+    dtype: str = "float32"  # of products; parameters and softmax are float32
+    remat: bool = False  # blocks are computed again going back: less memory
+    chunk: int | None = None  # of targets, see `objective.cross_entropy`
+
+    @property
+    def hidden(self) -> int:
+        """SwiGLU's hidden width: 2/3 of 4 D, whole eights."""
+        return round(8 * self.width / 3 / 8) * 8
+
+
+SHAPES = {
+    "tiny": Shape(128, 4, 3, 3),
+    "small": Shape(256, 8, 6, 6),
+    "base": Shape(768, 12, 12, 12, "bfloat16", remat=True, chunk=128),  # the paper's
+}
+
+
+class Attention(nn.Module):
+    """Queries from x [B, N, D], keys and values from `context` or x; no biases."""
+
+    heads: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array, context: Array | None = None) -> Array:
+        def split(name: str, parts: int, x: Array) -> list[Array]:
+            # Heads are an axis of the kernel, so that a mesh can cut it.
+            features = (parts, self.heads, x.shape[-1] // self.heads)
+            dense = nn.DenseGeneral(
+                features, use_bias=False, kernel_init=_KERNEL, dtype=self.dtype,
+                name=name,
+            )  # fmt: skip
+            return [dense(x)[:, :, i] for i in range(parts)]
+
+        if context is None:
+            q, k, v = split("qkv", 3, x)
+        else:
+            (q,), (k, v) = split("query", 1, x), split("key_value", 2, context)
+        y = jax.nn.dot_product_attention(q, k, v, mask=mask)
+        return nn.DenseGeneral(
+            x.shape[-1], axis=(-2, -1), use_bias=False, kernel_init=_KERNEL,
+            dtype=self.dtype, name="output",
+        )(y)  # fmt: skip
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202); no biases."""
+
+    hidden: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        dense = functools.partial(
+            nn.DenseGeneral, use_bias=False, kernel_init=_KERNEL, dtype=self.dtype
+        )
+        y = dense((2, self.hidden), name="gate_up")(x)
+        y = nn.silu(y[..., 0, :]) * y[..., 1, :]
+        return dense(x.shape[-1], name="down")(y)
+
+
+def _norm(shape: Shape, name: str) -> nn.LayerNorm:
+    return nn.LayerNorm(EPSILON, use_bias=False, dtype=shape.dtype, name=name)
+
+
+class EncoderBlock(nn.Module):
+    """Pre-norm self-attention and SwiGLU: (x, mask) -> (x, None), as a scan wants."""
+
+    shape: Shape
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array) -> tuple[Array, None]:
+        s = self.shape
+        y = _norm(s, "norm_attention")(x)
+        x = x + Attention(s.heads, s.dtype, name="attention")(y, mask)
+        y = _norm(s, "norm_mlp")(x)
+        return x + SwiGLU(s.hidden, s.dtype, name="mlp")(y), None
+
+
+class DecoderBlock(nn.Module):
+    """Self-attention within a modality, cross-attention to all inputs, SwiGLU."""
+
+    shape: Shape
+
+    @nn.compact
+    def __call__(
+        self, y: Array, own: Array, context: Array, seen: Array
+    ) -> tuple[Array, None]:
+        s = self.shape
+        z = _norm(s, "norm_self")(y)
+        y = y + Attention(s.heads, s.dtype, name="self_attention")(z, own)
+        z, c = _norm(s, "norm_query")(y), _norm(s, "norm_context")(context)
+        y = y + Attention(s.heads, s.dtype, name="cross_attention")(z, seen, c)
+        z = _norm(s, "norm_mlp")(y)
+        return y + SwiGLU(s.hidden, s.dtype, name="mlp")(z), None
+
+
+def _stack(block: type[nn.Module], depth: int, shape: Shape, name: str) -> nn.Module:
+    """Blocks whose parameters have a leading axis of depth; one is compiled."""
+    if shape.remat:
+        block = nn.remat(block, prevent_cse=False)
+    scanned = nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=nn.broadcast,
+        length=depth,
+    )
+    return scanned(shape, name=name)
+
+
+class EgoM2P(nn.Module):
+    """Hidden states of targets; `encode`, then `decode`."""
+
+    modalities: Modalities
+    shape: Shape
+
+    def setup(self) -> None:
+        s = self.shape
+        ids = sum(m.vocabulary for m in self.modalities)
+        self.token_embedding = self.param("token_embedding", _INIT, (ids, s.width))
+        self.modality_embedding = self.param(
+            "modality_embedding", _INIT, (len(self.modalities), s.width)
+        )
+        self.mask_token = self.param("mask_token", _INIT, (s.width,))
+        self.head = self.param("head", _INIT, (s.width, ids))
+        self.encoder = _stack(EncoderBlock, s.encoder_depth, s, "encoder")
+        self.decoder = _stack(DecoderBlock, s.decoder_depth, s, "decoder")
+        self.encoder_norm = _norm(s, "encoder_norm")
+        self.decoder_norm = _norm(s, "decoder_norm")
+        self.context = nn.Dense(
+            s.width, use_bias=False, kernel_init=_KERNEL, dtype=s.dtype
+        )
+
+    def place(self, position: Array) -> Array:
+        """Position and modality as a vector: int32 [B, N] -> [B, N, D]."""
+        table = jnp.asarray(position_table(self.modalities, self.shape.width))
+        of = jnp.asarray(modality_of(self.modalities))
+        return table[position] + self.modality_embedding[of[position]]
+
+    def encode(self, ids: Array, position: Array, valid: Array) -> Array:
+        """What is shown, int32 [B, I] each and bool [B, I] -> the context [B, I, D].
+
+        Empty slots are 0 and stay 0, so that a sample that shows nothing has a context
+        of zeros: guidance's unconditional model.
+        """
+        place = self.place(position)
+        x = jnp.where(valid[..., None], self.token_embedding[ids] + place, 0.0)
+        x = x.astype(self.shape.dtype)
+        mask = valid[:, None, None, :]
+        x, _ = self.encoder(x, mask)
+        x = self.context(self.encoder_norm(x)) + place.astype(self.shape.dtype)
+        return jnp.where(valid[..., None], x, 0.0)
+
+    def decode(
+        self, context: Array, seen: Array, position: Array, valid: Array
+    ) -> Array:
+        """Context [B, I, D], seen bool [B, I], queries [B, O] -> [B, O, D]."""
+        y = (self.mask_token[None, None] + self.place(position)).astype(self.shape.dtype)
+        of = jnp.asarray(modality_of(self.modalities))[position]
+        own = (of[:, :, None] == of[:, None, :]) & valid[:, None, :]
+        y, _ = self.decoder(y, own[:, None], context, seen[:, None, None, :])
+        return self.decoder_norm(y)
+
+    def __call__(self, ids: Array, masks: Masks) -> Array:
+        """Ids [B, L] and masks of [B, I] and [B, O] -> hidden [B, O, D]."""
+        inputs, targets = masks
+        shown = jnp.take_along_axis(ids, inputs.position, axis=1)
+        context = self.encode(shown, inputs.position, inputs.valid)
+        return self.decode(context, inputs.valid, targets.position, targets.valid)
+
+
+def init(key: Array, modalities: Modalities, shape: Shape) -> Params:
+    """Parameters."""
+    # Shapes of parameters do not depend on the number of tokens.
+    ids = jnp.zeros((1, len(modality_of(modalities))), jnp.int32)
+    slots = jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool)
+    masks = Masks(Slots(*slots), Slots(*slots))
+    return EgoM2P(modalities, shape).init(key, ids, masks)["params"]
+
+
+def loss(
+    params: Params, ids: Array, masks: Masks, *, modalities: Modalities, shape: Shape
+) -> tuple[Array, dict[str, Array]]:
+    """Mean over modalities of the cross-entropy of targets, and each modality's.
+
+    Args:
+      params: from `init`.
+      ids: int32 [B, L].
+      masks: of [B, I] and [B, O].
+      modalities, shape: the model's.
+    """
+    hidden = EgoM2P(modalities, shape).apply({"params": params}, ids, masks)
+    position, valid = masks.targets
+    each = cross_entropy(
+        hidden,
+        params["head"],
+        jnp.take_along_axis(ids, position, axis=1),
+        jnp.asarray(modality_of(modalities))[position],
+        modalities,
+        chunk=shape.chunk,
+    )
+    return modality_mean(each, position, valid, modalities)
+
+
+def logits(
+    params: Params,
+    ids: Array,
+    position: Array,
+    shown: Array,
+    query: Array,
+    valid: Array,
+    *,
+    modalities: Modalities,
+    shape: Shape,
+) -> Array:
+    """Logits of queries [B, Q] given tokens [B, N], as `masked.decoding.Logits`."""
+
+    def both(model: EgoM2P) -> Array:
+        context = model.encode(ids, position, shown)
+        return model.decode(context, shown, query, valid)
+
+    hidden = EgoM2P(modalities, shape).apply({"params": params}, method=both)
+    return (hidden @ params["head"].astype(hidden.dtype)).astype(jnp.float32)
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        "modalities", "shape", "inputs", "targets", "temperature", "p", "guidance",
+    ),
+)  # fmt: skip
+def _generate(
+    params: Params,
+    ids: Array,
+    present: Array,
+    key: Array,
+    *,
+    modalities: Modalities,
+    shape: Shape,
+    targets: tuple[tuple[str, int], ...],
+    **settings: Any,
+) -> Array:
+    model = functools.partial(logits, params, modalities=modalities, shape=shape)
+    return decoding.generate(
+        model, ids, present, key, modalities=modalities, targets=dict(targets),
+        **settings,
+    )  # fmt: skip
+
+
+def generate(
+    params: Params,
+    inputs: Mapping[str, np.ndarray],
+    targets: Mapping[str, int],
+    *,
+    modalities: Modalities,
+    shape: Shape,
+    key: Array,
+    temperature: float = 0.01,
+    p: float = 0.8,
+    guidance: float = 1.0,
+) -> dict[str, np.ndarray]:
+    """Any modalities from any others, in one compiled loop.
+
+    Args:
+      params: of the model.
+      inputs: codes of what is given by name, int32 [B, *grid].
+      targets: name -> steps of parallel decoding; later ones see earlier ones.
+      modalities, shape: of the model.
+      key: one for the batch.
+      temperature, p, guidance: see `masked.decoding.generate`.
+
+    Returns:
+      Codes of the targets by name, int32 [B, *grid].
+
+    Raises:
+      ValueError: names, steps or codes that the model does not have.
+    """
+    ids, present = flatten(modalities, inputs)
+    out = _generate(
+        params, ids, present, key, modalities=modalities, shape=shape,
+        inputs=tuple(inputs), targets=tuple(targets.items()), temperature=temperature,
+        p=p, guidance=guidance,
+    )  # fmt: skip
+    found = unflatten(modalities, np.asarray(out))
+    return {name: found[name] for name in targets}
+
+
+def sharding_rules(fsdp: str | None = "fsdp", tensor: str | None = "tensor") -> Rules:
+    """Where parameters lie on a mesh, by path; None leaves an axis of a mesh out.
+
+    Megatron's cut: heads and hidden units over `tensor`, the other axis over `fsdp`.
+    Works for an optimiser's moments too, whose paths end the same way.
+    """
+    return (
+        (r"(qkv|query|key_value)/kernel$", Spec(None, fsdp, None, tensor, None)),
+        (r"output/kernel$", Spec(None, tensor, None, fsdp)),
+        (r"gate_up/kernel$", Spec(None, fsdp, None, tensor)),
+        (r"down/kernel$", Spec(None, tensor, fsdp)),
+        (r"token_embedding$", Spec(tensor, fsdp)),
+        (r"head$", Spec(fsdp, tensor)),
+        (r"context/kernel$", Spec(fsdp, tensor)),
+        (r".*", Spec()),
+    )

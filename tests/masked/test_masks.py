@@ -1,0 +1,145 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from multitask_jax.masked.budgets import dirichlet_budgets
+from multitask_jax.masked.masks import dirichlet_masks, uniform_masks
+from multitask_jax.masked.modalities import modality_of
+from tests.masked.common import LENGTHS, MODALITIES
+
+INPUTS, TARGETS = 20, 15
+OF = modality_of(MODALITIES)
+SAMPLES = 64
+
+
+@functools.cache
+def sampler(kind):
+    """SAMPLES masks by one program, whatever the key and what is present."""
+    one = {"dirichlet": dirichlet_masks, "uniform": uniform_masks}[kind]
+
+    @jax.jit
+    def run(key, present):
+        keys = jax.random.split(key, SAMPLES)
+        return jax.vmap(
+            lambda k: one(k, present, MODALITIES, inputs=INPUTS, targets=TARGETS)
+        )(keys)
+
+    return run
+
+
+@functools.cache
+def budget_sampler(inputs=INPUTS, targets=TARGETS, lengths=tuple(LENGTHS)):
+    @jax.jit
+    def run(key, present):
+        return jax.vmap(
+            lambda k: dirichlet_budgets(
+                k, jnp.array(lengths), present, inputs=inputs, targets=targets
+            )
+        )(jax.random.split(key, SAMPLES))
+
+    return run
+
+
+PRESENT = st.lists(st.booleans(), min_size=4, max_size=4).filter(any)
+SEEDS = st.integers(0, 2**31 - 1)
+
+
+@pytest.mark.parametrize("kind", ["dirichlet", "uniform"])
+@given(seed=SEEDS, present=PRESENT)
+def test_masks_are_disjoint_within_slots_and_of_what_is_present(kind, seed, present):
+    masks = sampler(kind)(jax.random.key(seed), jnp.array(present))
+    for i in range(SAMPLES):
+        chosen = [
+            np.asarray(slots.position[i])[np.asarray(slots.valid[i])] for slots in masks
+        ]
+        both = np.concatenate(chosen)
+        assert len(np.unique(both)) == len(both)  # disjoint, each token once
+        assert np.array(present)[OF[both]].all()  # nothing of what is missing
+    for slots in masks:
+        valid = np.asarray(slots.valid)
+        assert (np.diff(valid.astype(int), axis=1) <= 0).all()  # a run, then none
+        assert (np.asarray(slots.position)[~valid] == 0).all()
+
+
+@given(seed=SEEDS, present=PRESENT)
+def test_budgets_sum_to_what_is_asked_where_lengths_allow(seed, present):
+    there = np.array(present)
+    budgets = budget_sampler(lengths=(99,) * 4)(jax.random.key(seed), there)
+    np.testing.assert_array_equal(budgets.inputs.sum(axis=1), INPUTS)
+    np.testing.assert_array_equal(budgets.targets.sum(axis=1), TARGETS)
+    clamped = budget_sampler()(jax.random.key(seed), there)
+    lengths = np.array(LENGTHS)
+    # The same draws, cut by the length, and by what the inputs leave.
+    shown = np.minimum(budgets.inputs, lengths)
+    np.testing.assert_array_equal(clamped.inputs, shown)
+    np.testing.assert_array_equal(
+        clamped.targets, np.minimum(budgets.targets, lengths - shown)
+    )
+    for b in (*budgets, *clamped):
+        assert (np.asarray(b)[:, ~there] == 0).all()
+        assert (np.asarray(b) >= 0).all()
+
+
+def test_masks_follow_the_budgets_of_their_key():
+    present = jnp.array([True, True, False, True])
+    key = jax.random.key(3)
+    masks = sampler("dirichlet")(key, present)
+    halves = [jax.random.split(k)[0] for k in jax.random.split(key, SAMPLES)]
+    for i in range(0, SAMPLES, 16):
+        budgets = dirichlet_budgets(
+            halves[i], jnp.array(LENGTHS), present, inputs=INPUTS, targets=TARGETS
+        )
+        for slots, budget in zip(masks, budgets, strict=True):
+            of = OF[np.asarray(slots.position[i])[np.asarray(slots.valid[i])]]
+            np.testing.assert_array_equal(np.bincount(of, minlength=4), budget)
+
+
+def test_alpha_goes_from_one_modality_to_equal_shares():
+    """E[max share]: near 1 for alpha .01, near 1 / M for large ones."""
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def largest(key, alpha):
+        one = functools.partial(
+            dirichlet_budgets,
+            lengths=jnp.full((4,), 10_000),
+            present=jnp.ones(4, bool),
+            inputs=1000,
+            targets=1000,
+            alphas=(alpha,),
+        )
+        return jax.vmap(one)(jax.random.split(key, 500)).inputs.max(axis=1).mean()
+
+    key = jax.random.key(0)
+    assert largest(key, 0.01) > 970
+    assert 250 < largest(key, 1000.0) < 275
+    # For alpha 1 (uniform on the simplex) it is (1 + 1/2 + 1/3 + 1/4) / 4 = .5208.
+    assert largest(key, 1.0) == pytest.approx(521, abs=25)
+
+
+def test_every_modality_and_every_token_is_as_likely_as_its_siblings():
+    key, present = jax.random.key(0), jnp.ones(4, bool)
+    counts = np.zeros(len(OF))
+    for i in range(40):
+        masks = sampler("dirichlet")(jax.random.fold_in(key, i), present)
+        counts += np.bincount(
+            np.asarray(masks.inputs.position)[np.asarray(masks.inputs.valid)],
+            minlength=len(OF),
+        )
+    for m in range(4):
+        mine = counts[m == OF]
+        # 2,560 draws; a token's share has a spread of about 4 % of itself.
+        np.testing.assert_allclose(mine / mine.mean(), 1, atol=0.2)
+
+
+def test_uniform_masks_take_all_of_the_budget():
+    masks = sampler("uniform")(jax.random.key(0), jnp.ones(4, bool))
+    assert masks.inputs.valid.all()
+    assert masks.targets.valid.all()
+    few = sampler("uniform")(jax.random.key(0), jnp.array([False, True, True, False]))
+    np.testing.assert_array_equal(few.inputs.valid.sum(axis=1), 18)  # 12 + 6
+    assert not few.targets.valid.any()
