@@ -17,11 +17,16 @@ from multitask_jax.merging import report
 # Before anything touches a device: afterwards JAX refuses to change their number.
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Every merge jits anew what another test may have compiled already. A folder of its own
-# for each worker, empty at first: no run sees what another one compiled.
-_CACHE = tempfile.mkdtemp(prefix="multitask-jax-tests-")
-atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
-jax.config.update("jax_compilation_cache_dir", _CACHE)
+# Every merge jits anew what another test may have compiled already. One folder for this
+# run, its workers and the scripts and notebooks they start; empty at first: no run sees
+# what another one compiled.
+_CACHE = "JAX_COMPILATION_CACHE_DIR"
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ[_CACHE] = tempfile.mkdtemp(prefix="multitask-jax-tests-")
+    atexit.register(shutil.rmtree, os.environ[_CACHE], ignore_errors=True)
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+jax.config.update("jax_compilation_cache_dir", os.environ[_CACHE])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 # Experiments read absl flags only as scripts, but libraries beneath them want them.
@@ -31,6 +36,20 @@ hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=Tr
 hypothesis.settings.load_profile("repeatable")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_briefly(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Programs are not optimised, here or in scripts: they compile in half the time.
+
+    Those of a module marked `optimised` are, as outside of tests: bits depend on it.
+    """
+    brief = request.node.get_closest_marker("optimised") is None
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int(brief)))
+        jax.config.update("jax_disable_most_optimizations", brief)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,5 +1,19 @@
-"""How good predictions are: of uplift, from a randomised experiment."""
+"""How good predictions are: of uplift, of trajectories and gaze, of depth and video."""
 
+from multitask_jax.evaluation.pictures import (
+    Depth,
+    depth_errors,
+    frechet_distance,
+    psnr,
+    ssim,
+)
+from multitask_jax.evaluation.trajectories import (
+    Relative,
+    align,
+    ate,
+    gaze_mse,
+    relative_errors,
+)
 from multitask_jax.evaluation.uplift import (
     Calibration,
     Curve,
@@ -18,14 +32,24 @@ from multitask_jax.evaluation.uplift import (
 __all__ = [
     "Calibration",
     "Curve",
+    "Depth",
     "Ranking",
+    "Relative",
     "Value",
+    "align",
+    "ate",
     "calibration",
+    "depth_errors",
+    "frechet_distance",
+    "gaze_mse",
     "interval",
     "pehe",
     "perfect",
     "policy_value",
+    "psnr",
     "qini_curve",
     "ranking",
+    "relative_errors",
     "resample",
+    "ssim",
 ]

@@ -20,6 +20,8 @@ from tests.merging.common import (
     stream,
 )
 
+pytestmark = pytest.mark.optimised
+
 
 class Case(NamedTuple):
     method: merging.Method

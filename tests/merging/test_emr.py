@@ -11,6 +11,11 @@ from tests.merging.common import assert_same_bits, load, make_models, save
 from tests.merging.test_golden import cases
 
 
+@jax.jit
+def merge(base, models):
+    return merging.merge(merging.emr(), base, models)
+
+
 def test_golden(shared):
     for case, f in cases(shared, "emr").items():
         base, models = f["base"], f["models"]
@@ -18,7 +23,7 @@ def test_golden(shared):
             {k: v[t] for k, v in models.items()}
             for t in range(len(f["expected_rescalers"]))
         ]
-        merged = merging.merge(merging.emr(), base, trees)
+        merged = merge(base, trees)
         for k, want in f["expected_unified"].items():
             np.testing.assert_allclose(merged[k] - base[k], want, atol=1e-6)
         tasks = merging.emr_tasks(base, trees)
@@ -34,7 +39,7 @@ def test_golden(shared):
 
 def test_one_model_comes_back():
     base, models = make_models(1, rows=8, blocks=1)
-    merged = merging.merge(merging.emr(), base, models)
+    merged = merge(base, models)
     (task,) = merging.emr_tasks(base, models)
     np.testing.assert_allclose(task.rescale, 1, rtol=1e-5)
     out = merging.specialise(merged, task, base=base)
@@ -44,7 +49,7 @@ def test_one_model_comes_back():
 
 def test_of_the_unified_vector_alone_under_jit():
     base, models = make_models(3, rows=8, blocks=1)
-    merged = merging.merge(merging.emr(), base, models)
+    merged = merge(base, models)
     unified = jax.tree.map(lambda a, b: a - b, merged, base)
     task = merging.emr_tasks(base, models)[1]
     tau = jax.jit(lambda u, t: merging.specialise(u, t, base=None))(unified, task)
@@ -71,7 +76,7 @@ def test_on_disk_as_in_memory(tmp_path, dtype):
     merging.merge_checkpoints(
         merging.emr(), paths[0], paths[1:], tmp_path / "out", progress=False
     )
-    merged = merging.merge(merging.emr(), base, models)
+    merged = merge(base, models)
     out = tmp_path / "out"
     assert_same_bits(load(out), tree.flatten(merged))
     files = sorted(p.name for p in (out / "tasks").iterdir())
@@ -178,7 +183,7 @@ def test_from_the_unified_delta(tmp_path, dtype):
     merging.specialise_checkpoint(
         origin, out, task, tmp_path / "a-again", progress=False
     )
-    merged = merging.merge(merging.emr(), base, models)
+    merged = merge(base, models)
     want = merging.specialise(merged, merging.emr_tasks(base, models)[0], base=base)
     for p, x in load(tmp_path / "a-again").items():
         tolerance = 1e-5 if dtype == "float32" else 1e-2
@@ -189,7 +194,7 @@ def test_from_the_unified_delta(tmp_path, dtype):
 def test_beside_other_formats(tmp_path, format):
     base, models = make_models(2, rows=8, blocks=1)
     origin, out = merged_on_disk(tmp_path, base, models, output_format=format)
-    merged = merging.merge(merging.emr(), base, models)
+    merged = merge(base, models)
     assert_same_bits(load(out), tree.flatten(merged))
     task = out / "tasks" / "b.safetensors"
     merging.specialise_checkpoint(

@@ -126,6 +126,8 @@ import os, sys
 os.sched_setaffinity(0, list(os.sched_getaffinity(0))[: int(sys.argv[1])])
 import jax, numpy as np
 from multitask_jax.merging.statistics import chunk_sum
+
+pytestmark = pytest.mark.optimised
 f = jax.jit(lambda x: chunk_sum(abs(x) - x * x))
 for n in (1 << 16, 70_001):
     x = np.random.default_rng(0).standard_normal(n).astype(np.float32) ** 3

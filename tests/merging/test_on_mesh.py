@@ -17,6 +17,8 @@ from multitask_jax.merging.plan import plan_merge
 from tests.merging.common import assert_same_bits, load, save
 from tests.merging.test_contract import CASES, agree, weights_of
 
+pytestmark = pytest.mark.optimised
+
 BF16 = np.dtype(ml_dtypes.bfloat16)
 # Shapes that all, some and no axes of a mesh divide; three layers.
 SHAPES = {

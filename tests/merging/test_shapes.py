@@ -11,6 +11,8 @@ from hypothesis.extra import numpy as hnp
 from multitask_jax import merging
 from tests.merging.common import assert_same_bits, load, save
 
+pytestmark = pytest.mark.optimised
+
 dtypes = st.sampled_from(
     [np.float32, np.float16, ml_dtypes.bfloat16, np.int64, np.bool_, np.uint8]
 )
