@@ -203,7 +203,9 @@ class EgoM2P(nn.Module):
         self, context: Array, seen: Array, position: Array, valid: Array
     ) -> Array:
         """Context [B, I, D], seen bool [B, I], queries [B, O] -> [B, O, D]."""
-        y = (self.mask_token[None, None] + self.place(position)).astype(self.shape.dtype)
+        y = (self.mask_token[None, None] + self.place(position)).astype(
+            self.shape.dtype
+        )
         of = jnp.asarray(modality_of(self.modalities))[position]
         own = (of[:, :, None] == of[:, None, :]) & valid[:, None, :]
         y, _ = self.decoder(y, own[:, None], context, seen[:, None, None, :])

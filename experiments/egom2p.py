@@ -1,0 +1,392 @@
+"""EgoM2P on first-person clips: any of RGB, depth, camera and gaze from any other.
+
+    python -m experiments.egom2p --flagfile=experiments/flagfiles/egom2p/full.flags
+    python -m experiments.egom2p --stage=generate --workdir=.cache/egom2p \
+        --input=clip.npz --targets=depth,camera
+
+Li et al. 2025 (arXiv 2506.07886) at a size for two CPU cores. Stages, each of which
+starts from what the one before left in --workdir and is not done twice:
+
+  record    first-person clips of the game engine ViZDoom with Freedoom's maps: real
+            depth and poses, and a gaze *proxy* -> clips/{train,validation,test}. Put
+            your own .npz there instead (see `multitask_jax.data.egocentric`).
+  tokenize  trains four tokenizers, makes tokens of all clips -> tokenizers/, tokens/
+  pretrain  masked modelling on clips that have some of the modalities -> model/
+  evaluate  RGB -> gaze, camera, depth and depth -> RGB on held-out maps, beside a
+            constant and the true first value held -> report.md, grid.png
+  generate  any modalities of one clip -> --output: arrays, films, pictures
+
+Legend: N clips.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from experiments import egom2p_evaluation as measures
+from experiments import egom2p_pictures as pictures
+from experiments import egom2p_report as reports
+from experiments import egom2p_tokens as tokens_of
+from experiments import egom2p_training as training
+from experiments import flags, parsing
+from experiments.egom2p_evaluation import TASKS, Model
+from experiments.flags import flag
+from multitask_jax import checkpoints, evaluation
+from multitask_jax import tree as trees
+from multitask_jax.data import egocentric
+from multitask_jax.data.egocentric import MODALITIES, Clips
+from multitask_jax.masked import modalities as mods
+from multitask_jax.masked import tokenizers
+from multitask_jax.models.egom2p import SHAPES, Shape
+
+STAGES = ("record", "tokenize", "pretrain", "evaluate")
+_STEPS = {"rgb": 6, "depth": 3, "camera": 3, "gaze": 5}  # the paper's
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What a run depends on."""
+
+    workdir: str = flag("Where everything is written.", ".cache/egom2p")
+    stage: Literal["all", "record", "tokenize", "pretrain", "evaluate", "generate"] = (
+        flag("One stage, or all but generate.", "all")
+    )
+    seed: int = flag("Of recording, training and generation.", 0)
+    clips: int = flag("Clips to record, of about 2 s.", 2000)
+    video_steps: int = flag("Steps of training, tokenizers of RGB and of depth.", 2000)
+    trajectory_steps: int = flag("The same, of camera and gaze.", 1500)
+    tokenizer_batch: int = flag("Videos a step (four times as many trajectories).", 8)
+    size: Literal["tiny", "small", "base"] = flag("Of the transformer.", "tiny")
+    steps: int = flag("Steps of pretraining.", 2000)
+    batch: int = flag("Clips a step.", 32)
+    rate: float = flag("Peak learning rate.", 1e-3)
+    inputs: int = flag("Tokens shown of a clip, at most.", 256)
+    targets_budget: int = flag("Tokens asked of a clip, at most.", 128)
+    masking: Literal["dirichlet", "uniform"] = flag(
+        "How tokens are chosen.", "dirichlet"
+    )
+    evaluate_every: int = flag("Steps between validations and checkpoints.", 250)
+    test_clips: int = flag("Held-out clips to evaluate, at most.", 128)
+    temperature: float = flag("Of sampling.", 0.01)
+    top_p: float = flag("Of sampling.", 0.8)
+    guidance: float = flag("Of classifier-free guidance; 1 is without.", 1.0)
+    input: str = flag("generate: a clip's .npz with any of the modalities.", "")
+    clip: int = flag("generate: which clip, if --input has several.", 0)
+    given: str = flag("generate: what to use of it, comma list; by default all.", "")
+    targets: str = flag("generate: comma list of modalities to make.", "")
+    output: str = flag("generate: a folder, by default WORKDIR/generated.", "")
+    progress: bool = flag("Show progress bars.", True)
+
+
+# What each stage adds to what its results depend on.
+_DEPENDS = {
+    "record": ("seed", "clips"),
+    "tokenize": ("video_steps", "trajectory_steps", "tokenizer_batch"),
+    "pretrain": (
+        "size", "steps", "batch", "rate", "inputs", "targets_budget", "masking",
+        "evaluate_every",
+    ),
+}  # fmt: skip
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Runs a stage, or all that are not done; returns what `evaluate` found.
+
+    Raises:
+      ValueError: a flag is out of range, or --workdir is of another run.
+      FileNotFoundError: a stage finds nothing to start from.
+    """
+    if config.stage == "generate":
+        return generate(config)
+    workdir = Path(config.workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    about = json.dumps(dataclasses.asdict(config), indent=1)
+    (workdir / "config.json").write_text(about + "\n")
+    todo: dict[str, Callable[[Config, Path], Any]] = {
+        "record": record,
+        "tokenize": tokenize,
+        "pretrain": pretrain,
+        "evaluate": evaluate,
+    }
+    found = {}
+    for name in STAGES if config.stage == "all" else (config.stage,):
+        start = time.perf_counter()
+        found = todo[name](config, workdir) or {}
+        if config.progress:
+            print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+    return found
+
+
+def record(config: Config, workdir: Path) -> None:
+    """Records clips, unless the user's own are there."""
+    folder = workdir / "clips"
+    if folder.exists() and not (folder / "dataset.json").exists():
+        return  # not ours
+    from multitask_jax.data import vizdoom_clips
+
+    vizdoom_clips.record(
+        folder, clips=config.clips, seed=config.seed, progress=config.progress
+    )
+
+
+def tokenize(config: Config, workdir: Path) -> None:
+    """Trains the tokenizers and tokenizes the splits."""
+    _same(config, workdir / "tokenizers", ("record", "tokenize"))
+    clips = {
+        split: tokens_of.read_clips(workdir / "clips" / split)
+        for split in tokens_of.SPLITS
+    }
+    tokens_of.train(
+        clips["train"],
+        clips["validation"],
+        workdir / "tokenizers",
+        seed=config.seed,
+        video_steps=config.video_steps,
+        trajectory_steps=config.trajectory_steps,
+        batch=config.tokenizer_batch,
+        progress=config.progress,
+    )
+    frozen = tokens_of.load(workdir / "tokenizers")
+    for split, some in clips.items():
+        path = workdir / "tokens" / f"{split}.npz"
+        if not path.exists():
+            tokens_of.save(tokens_of.tokenize(frozen, some), path)
+
+
+def pretrain(config: Config, workdir: Path) -> None:
+    """Trains the model on tokens; goes on from its last checkpoint."""
+    folder = workdir / "model"
+    _same(config, folder, ("record", "tokenize", "pretrain"))
+    if (folder / "params").exists():
+        return
+    frozen = _tokenizers(workdir)
+    train, validation = (
+        tokens_of.read(_there(workdir / "tokens" / f"{split}.npz", "tokenize"))
+        for split in ("train", "validation")
+    )
+    found = training.pretrain(
+        train,
+        validation,
+        tokens_of.modalities_of(frozen),
+        SHAPES[config.size],
+        settings_of(config),
+        workdir=folder,
+        progress=config.progress,
+    )
+    (folder / "history.json").write_text(json.dumps(found.history))
+    save_params(folder / "params", found.params)
+
+
+def save_params(path: Path, params: Any) -> None:
+    """Parameters as an Orbax checkpoint, which `experiments.merge` reads too."""
+    from orbax.checkpoint import v1 as ocp
+
+    ocp.save(path.absolute(), params)
+
+
+def settings_of(config: Config) -> training.Settings:
+    """What `training.pretrain` needs of the flags."""
+    return training.Settings(
+        steps=config.steps,
+        batch=config.batch,
+        rate=config.rate,
+        inputs=config.inputs,
+        targets=config.targets_budget,
+        masking=config.masking,
+        evaluate_every=config.evaluate_every,
+        seed=config.seed,
+    )
+
+
+def load_model(workdir: Path, shape: Shape) -> Model:
+    """The model that `pretrain` saved."""
+    frozen = _tokenizers(workdir)
+    path = _there(workdir / "model" / "params", "pretrain")
+    params = trees.nest(checkpoints.read_tensors(path))
+    return Model(params, tokens_of.modalities_of(frozen), shape, frozen)
+
+
+def evaluate(config: Config, workdir: Path) -> dict[str, Any]:
+    """Measures the four tasks on held-out clips and writes the report.
+
+    Returns:
+      Each clip's measures [N] by task, by method, by measure.
+    """
+    model = load_model(workdir, SHAPES[config.size])
+    train = tokens_of.read_clips(workdir / "clips" / "train")
+    test = tokens_of.read_clips(workdir / "clips" / "test", config.test_clips)
+    tokens = tokens_of.tokenize(model.tokenizers, test)
+    found: dict[str, Any] = {}
+    made: dict[str, np.ndarray] = {}
+    frechet: dict[str, float] = {}
+    for i, task in enumerate(TASKS):
+        rows = test.present[task.given] & test.present[task.wanted]
+        truth = test.arrays[task.wanted][rows]
+        codes = measures.predict(
+            model,
+            tokens.at(rows),
+            (task.given,),
+            {task.wanted: task.steps},
+            seed=config.seed + i,
+            temperature=config.temperature,
+            p=config.top_p,
+            guidance=config.guidance,
+        )
+        own = tokens.at(rows)
+        known = mods.unflatten(model.modalities, own.ids)[task.wanted]
+        tokenizer = model.tokenizers[task.wanted]
+        estimates = {
+            "EgoM2P": tokenizers.decode(tokenizer, codes[task.wanted]),
+            "constant": measures.constant(task.wanted, train, len(truth)),
+            "first held": measures.copy_first(task.wanted, truth),
+            "its own tokens": tokenizers.decode(tokenizer, known),
+        }
+        found[task.name] = {
+            name: measures.score(task.wanted, x, truth) for name, x in estimates.items()
+        }
+        if rows.all():
+            made[task.wanted] = estimates["EgoM2P"]
+        if task.wanted == "rgb":
+            real = measures.features(model, known)
+            for name, x in estimates.items():
+                again = tokenizers.encode(tokenizer, x)
+                frechet[name] = evaluation.frechet_distance(
+                    measures.features(model, again), real
+                )
+    curves = {
+        kind: json.loads((workdir / "tokenizers" / f"{kind}.json").read_text())
+        for kind in model.tokenizers
+    }
+    history = json.loads((workdir / "model" / "history.json").read_text())
+    report = reports.text(found, frechet, curves, test, _about(config, train, history))
+    (workdir / "report.md").write_text(report + "\n")
+    if len(made) == len(TASKS):
+        figure = pictures.grid(test.arrays, made, reports.moving(test))
+        figure.savefig(workdir / "grid.png", dpi=90)
+    # "loss" last: the names of what was evaluated become the runs of one figure.
+    each = {
+        name: [
+            {"step": r["step"], "validation loss": r[f"eval/{name}"]}
+            for r in history
+            if f"eval/{name}" in r
+        ]
+        for name in (*model.tokenizers, "loss")
+    }
+    pictures.curves(each, "validation loss").savefig(workdir / "curves.png", dpi=110)
+    print(report)
+    return found
+
+
+def generate(config: Config) -> dict[str, Any]:
+    """Makes --targets of the clip --input, and writes them to --output.
+
+    Raises:
+      ValueError: no --input or --targets, or modalities that do not fit.
+      FileNotFoundError: no model in --workdir.
+    """
+    targets = parsing.paths(config.targets) or []
+    if not config.input or not targets:
+        raise ValueError(
+            "--stage=generate needs --input=clip.npz and --targets=depth,camera (some"
+            f" of {', '.join(MODALITIES)})"
+        )
+    workdir = Path(config.workdir)
+    clips = egocentric.load(config.input)
+    if not 0 <= config.clip < len(clips.names):
+        raise ValueError(
+            f"--clip={config.clip}: {config.input} has clips 0 to"
+            f" {len(clips.names) - 1}"
+        )
+    row = slice(config.clip, config.clip + 1)
+    arrays = {k: x[row] for k, x in clips.arrays.items() if clips.present[k][row][0]}
+    given = parsing.paths(config.given) or [k for k in arrays if k not in targets]
+    for name, flag_name in [(n, "targets") for n in targets] + [
+        (n, "given") for n in given
+    ]:
+        parsing.one_of(flag_name, name, MODALITIES)
+    if missing := [name for name in given if name not in arrays]:
+        raise ValueError(
+            f"--given={','.join(given)}: {config.input} has no {missing[0]} in clip"
+            f" {config.clip}, only {', '.join(arrays)}"
+        )
+    if not given or set(given) & set(targets):
+        raise ValueError(
+            f"got --given={','.join(given)} and --targets={','.join(targets)}; expected"
+            " something given that is not a target too"
+        )
+    about = json.loads(
+        _there(workdir / "model" / "settings.json", "pretrain").read_text()
+    )
+    model = load_model(workdir, SHAPES[about["size"]])
+    some = Clips(
+        {k: arrays.get(k, clips.arrays[k][row]) for k in MODALITIES},
+        {k: np.array([k in given]) for k in MODALITIES},
+        clips.names[row],
+        clips.group[row],
+    )
+    codes = measures.predict(
+        model,
+        tokens_of.tokenize(model.tokenizers, some),
+        tuple(given),
+        {name: _STEPS[name] for name in targets},
+        seed=config.seed,
+        temperature=config.temperature,
+        p=config.top_p,
+        guidance=config.guidance,
+    )
+    made = {k: x[0] for k, x in measures.decoded(model.tokenizers, codes).items()}
+    folder = Path(config.output or workdir / "generated")
+    alone = {k: x[0] for k, x in arrays.items()}
+    for path in pictures.write_made(folder, made, alone):
+        print(path)
+    return made
+
+
+def _there(path: Path, stage: str) -> Path:
+    if not path.exists():
+        raise FileNotFoundError(f"no {path}; run --stage={stage} first")
+    return path
+
+
+def _tokenizers(workdir: Path) -> dict[str, tokenizers.Tokenizer]:
+    _there(workdir / "tokens" / "test.npz", "tokenize")  # the stage's last file
+    return tokens_of.load(workdir / "tokenizers")
+
+
+def _same(config: Config, folder: Path, stages: Sequence[str]) -> None:
+    """Writes folder/settings.json; refuses one whose results are of other settings."""
+    names = [name for stage in stages for name in _DEPENDS[stage]]
+    settings = {name: getattr(config, name) for name in names}
+    file = folder / "settings.json"
+    if file.exists():
+        old = json.loads(file.read_text())
+        differ = {k: (old.get(k), v) for k, v in settings.items() if old.get(k) != v}
+        if differ:
+            raise ValueError(
+                f"{folder} was made with other settings (there, now): {differ}; choose"
+                " another --workdir, or remove that folder and what was made after it"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(settings, indent=1) + "\n")
+
+
+def _about(config: Config, train: Clips, history: list[Any]) -> list[str]:
+    counts = ", ".join(f"{int(x.sum())} with {k}" for k, x in train.present.items())
+    return [
+        f"Trained on {len(train.names)} clips ({counts}): {config.size} model,"
+        f" {history[-1]['step']} steps of {config.batch} clips, {config.inputs} tokens"
+        f" shown and {config.targets_budget} asked at most, {config.masking} masks.",
+        f"Generated with temperature {config.temperature}, top-p {config.top_p},"
+        f" guidance {config.guidance}.",
+    ]
+
+
+if __name__ == "__main__":
+    flags.main(
+        Config, flags.plain_errors(run, "the same command goes on from where it was")
+    )

@@ -1,0 +1,196 @@
+"""Measures of generated clips, and of the predictions that ask for no model.
+
+Legend: N clips, S samples of a trajectory, F frames.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.egom2p_tokens import Tokens
+from multitask_jax import evaluation
+from multitask_jax.data import poses
+from multitask_jax.data.egocentric import Clips
+from multitask_jax.masked import modalities as mods
+from multitask_jax.masked import tokenizers
+from multitask_jax.masked.modalities import Modalities
+from multitask_jax.masked.tokenizers import Tokenizer
+from multitask_jax.models import egom2p
+from multitask_jax.models.egom2p import Shape
+
+
+class Task(NamedTuple):
+    """One modality from another, in the paper's number of steps."""
+
+    given: str
+    wanted: str
+    steps: int
+
+    @property
+    def name(self) -> str:
+        """Such as "rgb -> depth"."""
+        return f"{self.given} -> {self.wanted}"
+
+
+TASKS = (
+    Task("rgb", "gaze", 5),
+    Task("rgb", "camera", 3),
+    Task("rgb", "depth", 3),
+    Task("depth", "rgb", 6),
+)
+# Measure -> (unit, whether more is better).
+MEASURES = {
+    "gaze": {"MSE": ("", False)},
+    "camera": {"ATE": ("m", False), "RTE": ("m", False), "RRE": ("deg", False)},
+    "depth": {"AbsRel": ("", False), "delta < 1.25": ("", True)},
+    "rgb": {"PSNR": ("dB", True), "SSIM": ("", True)},
+}
+
+
+def _gaze(estimate: Any, truth: Any) -> tuple[Any, ...]:
+    return (evaluation.gaze_mse(estimate, truth),)
+
+
+def _camera(estimate: Any, truth: Any) -> tuple[Any, ...]:
+    # As it is: poses are relative to the first, so that nothing is left to align.
+    steps = evaluation.relative_errors(estimate, truth)
+    return evaluation.ate(estimate, truth, alignment="none"), steps.rte, steps.rre
+
+
+def _depth(estimate: Any, truth: Any) -> tuple[Any, ...]:
+    return tuple(evaluation.depth_errors(estimate, truth))
+
+
+def _rgb(estimate: Any, truth: Any) -> tuple[Any, ...]:
+    estimate, truth = (x.astype(jnp.float32) for x in (estimate, truth))
+    similar = jax.lax.map(lambda pair: evaluation.ssim(*pair), (estimate, truth))
+    return evaluation.psnr(estimate, truth), jnp.mean(similar)
+
+
+_SCORES: dict[str, Callable[..., tuple[Any, ...]]] = {
+    "gaze": jax.jit(jax.vmap(_gaze)),
+    "camera": jax.jit(jax.vmap(_camera)),
+    "depth": jax.jit(jax.vmap(_depth)),
+    "rgb": jax.jit(lambda a, b: jax.lax.map(lambda pair: _rgb(*pair), (a, b))),
+}
+
+
+def score(kind: str, estimate: np.ndarray, truth: np.ndarray) -> dict[str, np.ndarray]:
+    """Each clip's measures [N], by the names of `MEASURES`; NaN without any truth."""
+    values = _SCORES[kind](estimate, truth)
+    return {name: np.asarray(v) for name, v in zip(MEASURES[kind], values, strict=True)}
+
+
+def constant(kind: str, clips: Clips, count: int) -> np.ndarray:
+    """The mean of the training clips, for everyone: in log for depth."""
+    x = clips.arrays[kind][clips.present[kind]]
+    if kind == "camera":
+        mean = poses.from_vector(poses.to_vector(x).mean(axis=0))
+    elif kind == "gaze":
+        mean = np.nanmean(x.reshape(-1, 2), axis=0)[None]
+        mean = np.broadcast_to(mean, x.shape[1:])
+    elif kind == "depth":
+        # A pixel's own, over clips and frames.
+        log = np.log(np.maximum(x, 1e-3), dtype=np.float32)
+        mean = np.broadcast_to(np.exp(np.nanmean(log, axis=(0, 1)))[None], x.shape[1:])
+    else:
+        mean = x.mean(axis=(0, 1), dtype=np.float64)[None]
+        mean = np.broadcast_to(np.rint(mean).astype(x.dtype), x.shape[1:])
+    return np.broadcast_to(mean[None], (count, *x.shape[1:])).astype(x.dtype)
+
+
+def copy_first(kind: str, truth: np.ndarray) -> np.ndarray:
+    """The *true* first value of the target, held: no motion. No model is given that.
+
+    The first valid one of a gaze.
+    """
+    if kind != "gaze":
+        return np.broadcast_to(truth[:, :1], truth.shape).copy()
+    valid = np.isfinite(truth).all(axis=-1)
+    first = truth[np.arange(len(truth)), np.argmax(valid, axis=1)]
+    return np.broadcast_to(first[:, None], truth.shape).copy()
+
+
+class Model(NamedTuple):
+    """A pretrained model and what reads and writes its tokens."""
+
+    params: Any
+    modalities: Modalities
+    shape: Shape
+    tokenizers: Mapping[str, Tokenizer]
+
+
+def predict(
+    model: Model,
+    tokens: Tokens,
+    given: tuple[str, ...],
+    targets: Mapping[str, int],
+    *,
+    seed: int = 0,
+    batch: int = 32,
+    temperature: float = 0.01,
+    p: float = 0.8,
+    guidance: float = 1.0,
+) -> dict[str, np.ndarray]:
+    """Codes of the targets by name [N, *grid], given some of the clips' tokens."""
+    codes = mods.unflatten(model.modalities, tokens.ids)
+    count, found = len(tokens.ids), []
+    for i, start in enumerate(range(0, count, batch)):
+        # The last batch is filled up by its last clip: one program for all.
+        rows = np.minimum(np.arange(start, start + min(batch, count)), count - 1)
+        found.append(
+            egom2p.generate(
+                model.params,
+                {name: codes[name][rows] for name in given},
+                targets,
+                modalities=model.modalities,
+                shape=model.shape,
+                key=jax.random.fold_in(jax.random.key(seed), i),
+                temperature=temperature,
+                p=p,
+                guidance=guidance,
+            )
+        )
+    return {name: np.concatenate([f[name] for f in found])[:count] for name in targets}
+
+
+def features(model: Model, codes: np.ndarray) -> np.ndarray:
+    """Features of our own [N, D] of RGB tokens: the mean of the encoder's output."""
+    ids, _ = mods.flatten(model.modalities, {"rgb": codes})
+    position = mods.starts(model.modalities)[
+        mods.indices(model.modalities, ["rgb"])[0]
+    ] + np.arange(codes[0].size)
+
+    @jax.jit
+    def run(params: Any, ids: Any) -> Any:
+        places = jnp.tile(position, (len(ids), 1))
+        net = egom2p.EgoM2P(model.modalities, model.shape)
+        valid = jnp.ones(places.shape, bool)
+        out = net.apply({"params": params}, ids, places, valid, method="encode")
+        return jnp.mean(out, axis=1)
+
+    parts = np.array_split(ids[:, position], max(1, len(ids) // 64))
+    return np.concatenate([np.asarray(run(model.params, part)) for part in parts])
+
+
+def bootstrap(
+    values: np.ndarray, *, replicates: int = 1000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Mean over clips that have a value, and its 95 % interval over clips [N]."""
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return (float("nan"),) * 3
+    rng = np.random.default_rng(seed)
+    rows = rng.integers(0, len(values), (replicates, len(values)))
+    low, high = np.percentile(values[rows].mean(axis=1), [2.5, 97.5])
+    return float(values.mean()), float(low), float(high)
+
+
+def decoded(
+    tokenizer_of: Mapping[str, Tokenizer], codes: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Codes by name as clips, in the data's units."""
+    return {k: tokenizers.decode(tokenizer_of[k], c) for k, c in codes.items()}

@@ -1,0 +1,133 @@
+"""Clips become tokens: tokenizers are trained on the training clips, then frozen.
+
+Legend: N clips, M modalities, L tokens of a clip.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from multitask_jax.data import egocentric
+from multitask_jax.data.egocentric import MODALITIES, Clips
+from multitask_jax.masked import modalities as mods
+from multitask_jax.masked import tokenizers
+from multitask_jax.masked.modalities import Modalities, Modality
+from multitask_jax.masked.tokenizers import Tokenizer
+
+SPLITS = ("train", "validation", "test")
+VIDEO = ("rgb", "depth")
+
+
+class Tokens(NamedTuple):
+    """Clips of a split as ids of the joint table."""
+
+    ids: np.ndarray  # int32 [N, L]
+    present: np.ndarray  # bool [N, M]
+
+    def at(self, rows: np.ndarray) -> "Tokens":
+        """Some of the clips."""
+        return Tokens(self.ids[rows], self.present[rows])
+
+
+def train(
+    clips: Clips,
+    validation: Clips,
+    folder: Path,
+    *,
+    seed: int,
+    video_steps: int,
+    trajectory_steps: int,
+    batch: int,
+    temporal: int = 4,
+    kinds: Sequence[str] = MODALITIES,
+    progress: bool = True,
+) -> dict[str, dict[str, Any]]:
+    """Trains a tokenizer of each kind that `folder` lacks, on the clips that have it.
+
+    Writes folder/KIND and folder/KIND.json: its curve, and how well validation clips
+    survive. Returns the latter, by kind.
+    """
+    found = {}
+    for i, kind in enumerate(kinds):
+        report = folder / f"{kind}.json"
+        if not report.exists():
+            rows = np.flatnonzero(clips.present[kind])
+            if not len(rows):
+                raise ValueError(f"no training clip has {kind}; add some that do")
+            config = tokenizers.Config(kind, temporal=temporal if kind in VIDEO else 4)
+            data = clips.arrays[kind][rows]
+            valid = validation.arrays[kind][validation.present[kind]]
+            tokenizer, curve = tokenizers.fit(
+                config,
+                data,
+                valid,
+                key=jax.random.fold_in(jax.random.key(seed), i),
+                steps=video_steps if kind in VIDEO else trajectory_steps,
+                batch=min(batch if kind in VIDEO else 4 * batch, len(data)),
+                learning_rate=3e-3 if kind in VIDEO else 1e-3,
+                progress=progress,
+            )
+            tokenizers.save(tokenizer, folder / kind)
+            quality = tokenizers.reconstruction_report(tokenizer, valid)
+            report.write_text(json.dumps({"quality": quality, "curve": curve}))
+        found[kind] = json.loads(report.read_text())
+    return found
+
+
+def load(folder: Path) -> dict[str, Tokenizer]:
+    """The tokenizers that `train` wrote, by kind."""
+    return {
+        kind: tokenizers.load(folder / kind)
+        for kind in MODALITIES
+        if (folder / kind).is_dir()
+    }
+
+
+def modalities_of(tokenizer_of: Mapping[str, Tokenizer]) -> Modalities:
+    """What the model is told of them."""
+    return tuple(
+        Modality(k, tokenizers.grid(t.config), tokenizers.vocabulary(t.config))
+        for k, t in tokenizer_of.items()
+    )
+
+
+def tokenize(tokenizer_of: Mapping[str, Tokenizer], clips: Clips) -> Tokens:
+    """Tokens of all clips; a modality that a clip lacks is marked as missing."""
+    layout = modalities_of(tokenizer_of)
+    codes = {}
+    for m in layout:
+        rows = clips.present[m.name]
+        codes[m.name] = np.zeros((len(rows), *m.grid), np.int32)
+        if rows.any():
+            some = clips.arrays[m.name][rows]
+            codes[m.name][rows] = tokenizers.encode(tokenizer_of[m.name], some)
+    ids, _ = mods.flatten(layout, codes)
+    return Tokens(ids, np.stack([clips.present[m.name] for m in layout], axis=1))
+
+
+def save(tokens: Tokens, path: Path) -> None:
+    """Writes a split's tokens, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial.npz")
+    np.savez(partial, **tokens._asdict())
+    partial.rename(path)
+
+
+def read(path: Path) -> Tokens:
+    """What `save` wrote."""
+    with np.load(path, allow_pickle=False) as file:
+        return Tokens(file["ids"], file["present"])
+
+
+def read_clips(folder: Path, limit: int | None = None) -> Clips:
+    """A split's clips; its errors say what the stage `record` is for."""
+    try:
+        return egocentric.load(folder, limit=limit)
+    except FileNotFoundError as e:
+        raise FileNotFoundError(
+            f"{e}; or put your own clips into {folder} (train, validation and test)"
+        ) from None

@@ -1,0 +1,201 @@
+"""Masked pretraining on tokens: masks are drawn within the jitted step.
+
+Legend: B batch, N clips, L tokens of a clip, M modalities.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from experiments.egom2p_tokens import Tokens
+from multitask_jax import training
+from multitask_jax.masked.masks import Masks, dirichlet_masks, uniform_masks
+from multitask_jax.masked.modalities import Modalities
+from multitask_jax.models import egom2p
+from multitask_jax.models.egom2p import Shape
+from multitask_jax.training import writers
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Of one run of training."""
+
+    steps: int = 2000
+    batch: int = 32
+    rate: float = 1e-3  # the peak
+    inputs: int = 256  # slots for what is shown
+    targets: int = 128  # slots for what is asked
+    masking: Literal["dirichlet", "uniform"] = "dirichlet"
+    evaluate_every: int = 250
+    seed: int = 0
+
+
+def draw_masks(
+    key: Array, present: Array, modalities: Modalities, settings: Settings
+) -> Masks:
+    """Masks of a batch, each clip's its own; present: bool [B, M]."""
+    one = {"dirichlet": dirichlet_masks, "uniform": uniform_masks}[settings.masking]
+    one = functools.partial(
+        one,
+        modalities=modalities,
+        inputs=settings.inputs,
+        targets=settings.targets,
+    )
+    return jax.vmap(one)(jax.random.split(key, len(present)), present)
+
+
+def loss_fn(
+    modalities: Modalities, shape: Shape, settings: Settings
+) -> Callable[[Any, Tokens, Array], tuple[Array, Mapping[str, Array]]]:
+    """(params, batch, key) -> (loss [], each modality's), for `training.make_step`."""
+
+    def loss(params: Any, batch: Tokens, key: Array) -> tuple[Array, Any]:
+        masks = draw_masks(key, batch.present, modalities, settings)
+        return egom2p.loss(params, batch.ids, masks, modalities=modalities, shape=shape)
+
+    return loss
+
+
+def batches(tokens: Tokens, size: int, seed: int) -> Callable[[int], Tokens]:
+    """Step -> batch: every epoch in an order of its own, what is left over dropped."""
+    size = min(size, len(tokens.ids))
+    each = len(tokens.ids) // size
+
+    @functools.lru_cache(maxsize=1)
+    def order(epoch: int) -> np.ndarray:
+        return np.random.default_rng((seed, epoch)).permutation(len(tokens.ids))
+
+    def at(step: int) -> Tokens:
+        epoch, i = divmod(step, each)
+        return tokens.at(order(epoch)[i * size : (i + 1) * size])
+
+    return at
+
+
+class Pretrained(NamedTuple):
+    """What training made."""
+
+    params: Any  # the best on validation
+    history: list[dict[str, float]]
+
+
+def pretrain(
+    tokens: Tokens,
+    validation: Tokens,
+    modalities: Modalities,
+    shape: Shape,
+    settings: Settings,
+    *,
+    workdir: Path | None = None,
+    params: Any = None,
+    mesh: Mesh | None = None,
+    progress: bool = True,
+) -> Pretrained:
+    """Trains from `params`, or anew; goes on from workdir's newest checkpoint.
+
+    AdamW with betas (.9, .95), weight decay .05, warm-up, cosine and gradients cut to
+    norm 1, as the paper; the rate is this size's own.
+    """
+    key = jax.random.key(settings.seed)
+    if params is None:
+        init = functools.partial(egom2p.init, modalities=modalities, shape=shape)
+        params = jax.jit(init)(key)
+    optimizer = training.adamw(
+        settings.rate, steps=settings.steps, weight_decay=0.05, clip=1.0, b2=0.95
+    )
+    loss = loss_fn(modalities, shape, settings)
+    step = training.make_step(
+        loss,
+        optimizer,
+        mesh=mesh,
+        **({} if mesh is None else mesh_layout(mesh)),
+    )
+    judge = _judge(loss, validation)
+    found = training.fit(
+        step,
+        training.init_state(params, optimizer, key),
+        batches(tokens, settings.batch, settings.seed),
+        steps=settings.steps,
+        workdir=workdir,
+        config=_about(settings, shape, modalities, tokens, validation),
+        eval_fn=judge,
+        eval_every=settings.evaluate_every,
+        best_by="score",
+        checkpoint_every=settings.evaluate_every if workdir else None,
+        log_every=min(50, settings.evaluate_every),
+        writer=None if workdir is None else writers.jsonl(workdir / "metrics.jsonl"),
+        progress=progress,
+    )
+    if found.best is None:
+        raise FloatingPointError("no validation loss was finite; lower --rate")
+    return Pretrained(found.best.params, found.history)
+
+
+def mesh_layout(mesh: Mesh) -> dict[str, Any]:
+    """Rules and the batch's axes for whichever of data, fsdp and tensor a mesh has.
+
+    Raises:
+      ValueError: it has another axis, or none for the batch.
+    """
+    names = set(mesh.axis_names)
+    batch = tuple(n for n in ("data", "fsdp") if n in names)
+    if names - {"data", "fsdp", "tensor"} or not batch:
+        raise ValueError(
+            f"mesh: got axes {', '.join(mesh.axis_names)}; expected some of data, fsdp"
+            " and tensor, the batch being cut over the first two"
+        )
+    rules = egom2p.sharding_rules(
+        "fsdp" if "fsdp" in names else None, "tensor" if "tensor" in names else None
+    )
+    return {"batch_axis": batch, "rules": rules}
+
+
+def _judge(loss: Any, validation: Tokens) -> Callable[[Any], dict[str, Array]]:
+    """Validation losses by masks that never change; "score" is the loss's negative."""
+    evaluate = jax.jit(loss)
+    size = min(64, len(validation.ids))
+    parts = len(validation.ids) // size
+
+    def judge(params: Any) -> dict[str, Array]:
+        rows = [
+            evaluate(
+                params,
+                validation.at(np.arange(i * size, (i + 1) * size)),
+                jax.random.key(i),
+            )
+            for i in range(parts)
+        ]
+        means = {
+            name: jnp.mean(jnp.stack([each[name] for _, each in rows]))
+            for name in rows[0][1]
+        }
+        total = jnp.mean(jnp.stack([x for x, _ in rows]))
+        return {"score": -total, "loss": total, **means}
+
+    return judge
+
+
+def _about(
+    settings: Settings,
+    shape: Shape,
+    modalities: Modalities,
+    tokens: Tokens,
+    validation: Tokens,
+) -> dict[str, Any]:
+    """What a checkpoint must agree on with the run that goes on from it."""
+    return {
+        **dataclasses.asdict(settings),
+        **shape._asdict(),
+        "modalities": repr(modalities),
+        "tokens": [int(t.ids.sum(dtype=np.int64)) for t in (tokens, validation)],
+        "clips": [len(tokens.ids), len(validation.ids)],
+    }

@@ -1,0 +1,115 @@
+"""Between the units of data and the signals of networks, about -1 to 1.
+
+    rgb     uint8 [F, H, W, 3]             x / 127.5 - 1
+    depth   metres [F, H, W]               log, standardised; NaN is no part of the loss
+    camera  camera-to-world [S, 4, 4]      9 numbers, standardised
+    gaze    (x, y) in [0, 1], [S, 2]       2 x - 1; NaN is no part of the loss
+
+Decoders always give a number, also where the data had NaN.
+
+Legend: N clips, F frames, H x W pixels, S samples of a trajectory, C channels.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from multitask_jax.data import poses
+from multitask_jax.masked.tokenizers.types import CHANNELS, Config, Statistics
+
+Array = jax.Array
+_NEAREST = 1e-2  # metres: what depth 0 is taken for
+_FURTHEST = 4.0  # deviations of log depth: decoders go no further
+_STILL = 1e-2  # the least deviation, or a channel that never moves would be all noise
+_SAMPLE = 256  # clips that statistics are measured on
+
+
+def data_shape(config: Config) -> tuple[int, ...]:
+    """The shape of one clip of data."""
+    frame = (config.frames, config.size, config.size)
+    return {
+        "rgb": (*frame, 3),
+        "depth": frame,
+        "camera": (config.samples, 4, 4),
+        "gaze": (config.samples, 2),
+    }[config.kind]
+
+
+def check(config: Config, x: np.ndarray, where: str) -> None:
+    """ValueError unless x are clips [N, ...] of the configuration's kind and sizes."""
+    expected = data_shape(config)
+    dtype = np.dtype(np.uint8 if config.kind == "rgb" else np.float32)
+    if x.ndim != len(expected) + 1 or x.shape[1:] != expected or x.dtype != dtype:
+        sizes = ", ".join(map(str, expected))
+        raise ValueError(
+            f"{where}: got {x.dtype}{list(x.shape)}, expected {dtype}[N, {sizes}],"
+            f" clips of {config.kind} by the tokenizer's configuration; convert them,"
+            " or set frames, size or samples"
+        )
+
+
+def to_network(config: Config, statistics: Statistics, x: Array) -> tuple[Array, Array]:
+    """Signals and what of them is known: [N, ...] -> ([N, ..., C], [N, ..., 1]).
+
+    What is unknown is 0 in the signal. The mask is float32, 1 where known.
+    """
+    known = jnp.ones((*x.shape[:2], 1))
+    if config.kind == "camera":
+        y = poses.to_vector(x)
+    elif config.kind == "depth":
+        y = jnp.log(jnp.maximum(x, _NEAREST))[..., None]  # NaN stays NaN
+    else:
+        y = x.astype(jnp.float32)
+    if config.is_video:
+        known = jnp.ones((*x.shape[:4], 1))
+    if config.kind in ("depth", "gaze"):
+        known = jnp.all(jnp.isfinite(y), axis=-1, keepdims=True).astype(jnp.float32)
+    mean, deviation = (_channels(v, y.ndim) for v in statistics)
+    return jnp.where(known > 0, (y - mean) / deviation, 0.0), known
+
+
+def from_network(config: Config, statistics: Statistics, y: Array) -> Array:
+    """The inverse, into the data's shape, units and dtype: [N, ..., C] -> [N, ...]."""
+    if config.kind == "depth":
+        y = jnp.clip(y, -_FURTHEST, _FURTHEST)
+    mean, deviation = (_channels(v, y.ndim) for v in statistics)
+    x = y * deviation + mean
+    if config.kind == "rgb":
+        return jnp.clip(jnp.round(x), 0, 255).astype(jnp.uint8)
+    if config.kind == "depth":
+        return jnp.exp(x[..., 0])
+    if config.kind == "camera":
+        return poses.from_vector(x)
+    return jnp.clip(x, 0.0, 1.0)
+
+
+def measure(config: Config, data: np.ndarray) -> Statistics:
+    """The statistics of training data; those of rgb and gaze are fixed.
+
+    Args:
+      config: of the tokenizer.
+      data: clips [N, ...], checked; at most 256 of them, evenly spread, are looked at.
+
+    Raises:
+      ValueError: there is no finite depth, or a pose with NaN.
+    """
+    channels = CHANNELS[config.kind]
+    if config.kind in ("rgb", "gaze"):
+        half = np.full(channels, 127.5 if config.kind == "rgb" else 0.5, np.float32)
+        return Statistics(half, half.copy())
+    some = data[:: max(1, len(data) // _SAMPLE)]
+    raw = Statistics(np.zeros(channels, np.float32), np.ones(channels, np.float32))
+    y, known = map(np.asarray, to_network(config, raw, jnp.asarray(some)))
+    y = y[known[..., 0] > 0].astype(np.float64)
+    if not len(y) or not np.isfinite(y).all():
+        raise ValueError(
+            f"data: {config.kind} without any finite value, or with NaN where there"
+            " must be none; leave such clips out"
+        )
+    deviation = np.maximum(y.std(axis=0), _STILL)
+    return Statistics(y.mean(axis=0).astype(np.float32), deviation.astype(np.float32))
+
+
+def _channels(v: Array, ndim: int) -> Array:
+    """[C] as [1, ..., 1, C]."""
+    return jnp.asarray(v).reshape((1,) * (ndim - 1) + (-1,))

@@ -1,0 +1,82 @@
+"""The networks of camera paths and gaze: EgoM2P's temporal VQ-VAE.
+
+Two samples make a token. Blocks see the whole path, in both directions.
+
+Legend: B clips, S samples, L = S / 2 tokens, C channels, W width, D of an encoding.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from multitask_jax.layers.transformer import Block
+from multitask_jax.masked.modalities import sin_cos
+
+Array = jax.Array
+STRIDE = 2  # samples a token
+
+
+class Blocks(nn.Module):
+    """Positions, pre-norm blocks, and the residual tanh MLP: [B, L, W] -> [B, L, W]."""
+
+    blocks: int
+    heads: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """x + positions, through all blocks; then x + MLP(norm(x))."""
+        length, width = x.shape[1:]
+        x = x + jnp.asarray(sin_cos(np.arange(length), width))[None]
+        for i in range(self.blocks):
+            x = Block(width, self.heads, 4 * width, name=f"block_{i}")(x)
+        y = nn.LayerNorm(epsilon=1e-6, name="layernorm_mlp")(x)
+        y = nn.tanh(nn.Dense(4 * width, name="intermediate")(y))
+        return x + nn.Dense(width, name="output")(y)
+
+
+class Encoder(nn.Module):
+    """[B, S, C] -> encodings [B, L, D]."""
+
+    width: int
+    blocks: int
+    heads: int
+    latent: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Conv1d with kernel = stride = 2, which is a dense layer on pairs; blocks."""
+        b, s, c = x.shape
+        x = nn.Dense(self.width, name="embed")(x.reshape(b, s // STRIDE, STRIDE * c))
+        x = Blocks(self.blocks, self.heads, name="blocks")(x)
+        return nn.Dense(self.latent, name="to_latent")(x)
+
+
+class Decoder(nn.Module):
+    """The mirror of `Encoder`: [B, L, D] -> [B, S, C]."""
+
+    width: int
+    blocks: int
+    heads: int
+    channels: int
+
+    @nn.compact
+    def __call__(self, z: Array) -> Array:
+        """Blocks, and the transposed convolution, a dense layer to pairs of samples."""
+        b, l, _ = z.shape
+        x = nn.Dense(self.width, name="from_latent")(z)
+        x = Blocks(self.blocks, self.heads, name="blocks")(x)
+        x = nn.Dense(STRIDE * self.channels, name="unembed")(x)
+        return x.reshape(b, l * STRIDE, self.channels)
+
+
+def loss(y: Array, x: Array, known: Array) -> Array:
+    """Mean squared error over the samples that are known.
+
+    Args:
+      y: [B, S, C], reconstructed.
+      x: [B, S, C], the signal.
+      known: [B, S, 1], 1 or 0. A batch without any known sample has loss 0.
+    """
+    error = jnp.where(known > 0, jnp.square(y - x), 0.0)
+    return jnp.sum(error) / jnp.maximum(jnp.sum(known) * x.shape[-1], 1)

@@ -1,0 +1,251 @@
+"""EgoM2P from recording to generation, at the smallest size, and its parts."""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from absl import flags as absl_flags
+
+from experiments import egom2p, egom2p_evaluation, egom2p_plan, flags
+from experiments import egom2p_training as training
+from experiments.egom2p_tokens import Tokens
+from multitask_jax import sharding
+from multitask_jax.data import egocentric, poses
+from multitask_jax.data.egocentric import Clips
+from multitask_jax.masked.modalities import flatten
+from multitask_jax.models.egom2p import Shape
+from tests.masked.common import MODALITIES
+from tests.masked.test_modalities import random_tokens
+
+FLAGFILES = Path(egom2p.__file__).parent / "flagfiles" / "egom2p"
+SHAPE = Shape(width=16, heads=2, encoder_depth=1, decoder_depth=1)
+
+
+def from_flagfile(name, config_class=egom2p.Config, **changes):
+    values = absl_flags.FlagValues()
+    flags.define(config_class, values)
+    absl_flags.DEFINE_multi_string("flagfile", [], "Flags.", flag_values=values)
+    file = f"--flagfile={FLAGFILES / name}.flags"
+    values(["egom2p", *values.read_flags_from_files([file])])
+    return dataclasses.replace(flags.read(config_class, values), **changes)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    workdir = str(tmp_path_factory.mktemp("egom2p"))
+    return from_flagfile("smoke", workdir=workdir, progress=False)
+
+
+@pytest.fixture(scope="module")
+def found(config):
+    pytest.importorskip("vizdoom", reason="pip install multitask-jax[egocentric]")
+    return egom2p.run(config)
+
+
+def test_full_is_the_default():
+    assert from_flagfile("full") == egom2p.Config()
+
+
+def test_everything_is_written(found, config):
+    workdir = Path(config.workdir)
+    for name in ("config.json", "grid.png", "curves.png", "report.md"):
+        assert (workdir / name).stat().st_size
+    report = (workdir / "report.md").read_text()
+    for task in egom2p_evaluation.TASKS:
+        assert task.name in report
+        methods = found[task.name]
+        assert set(methods) == {"EgoM2P", "constant", "first held", "its own tokens"}
+        for measures in methods.values():
+            for name, values in measures.items():
+                assert values.shape == (4,), name
+                assert np.isfinite(values).any(), name
+    assert "proxy" in report
+
+
+def test_a_second_run_does_nothing_anew_and_another_one_is_refused(found, config):
+    workdir = Path(config.workdir)
+    before = (workdir / "model" / "params").stat().st_mtime_ns
+    again = egom2p.run(config)
+    assert (workdir / "model" / "params").stat().st_mtime_ns == before
+    for task, methods in found.items():
+        for name, values in methods["EgoM2P"].items():
+            np.testing.assert_array_equal(again[task]["EgoM2P"][name], values)
+    other = dataclasses.replace(config, steps=11, stage="pretrain")
+    with pytest.raises(ValueError, match=r"other settings.*'steps': \(10, 11\)"):
+        egom2p.run(other)
+
+
+def test_a_clip_is_made_of_another_modality(found, config, tmp_path):
+    clip = next((Path(config.workdir) / "clips" / "test").rglob("*.npz"))
+    make = dataclasses.replace(
+        config, stage="generate", input=str(clip), output=str(tmp_path / "made")
+    )
+    made = egom2p.run(dataclasses.replace(make, given="rgb", targets="depth,camera"))
+    assert made["depth"].shape == (16, 64, 64)
+    poses.check(made["camera"])
+    files = {p.name for p in (tmp_path / "made").iterdir()}
+    assert files == {"made.npz", "depth.gif", "depth.png", "camera.png"}
+    for changes, message in (
+        ({"targets": ""}, "needs --input=clip.npz and --targets"),
+        ({"targets": "sound"}, "targets: got 'sound'"),
+        (
+            {"targets": "depth", "given": "depth"},
+            "something given that is not a target",
+        ),
+        ({"targets": "depth", "clip": 99}, "--clip=99: .* has clips 0 to"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            egom2p.run(dataclasses.replace(make, **changes))
+
+
+def test_a_stage_without_the_one_before_says_which(tmp_path):
+    for stage, needed in (
+        ("tokenize", "record"), ("pretrain", "tokenize"), ("evaluate", "tokenize")
+    ):  # fmt: skip
+        bare = egom2p.Config(workdir=str(tmp_path / stage), stage=stage)
+        with pytest.raises(
+            FileNotFoundError, match=needed if needed != "record" else "clips"
+        ):
+            egom2p.run(bare)
+
+
+def tokens(count, seed=0, missing=False):
+    ids, present = flatten(
+        MODALITIES, random_tokens(np.random.default_rng(seed), count)
+    )
+    if missing:
+        present = np.random.default_rng(seed).random(present.shape) < 0.6
+        present[:, 0] = True
+    return Tokens(ids, present)
+
+
+SETTINGS = training.Settings(
+    steps=6, batch=8, inputs=16, targets=12, evaluate_every=3, rate=1e-2
+)
+
+
+def run(workdir=None, settings=SETTINGS, **options):
+    return training.pretrain(
+        tokens(32, missing=True),
+        tokens(16, seed=1),
+        MODALITIES,
+        SHAPE,
+        settings,
+        workdir=workdir,
+        progress=False,
+        **options,
+    )
+
+
+def test_training_goes_on_bit_for_bit_after_it_was_stopped(tmp_path, monkeypatch):
+    whole = run(tmp_path / "whole")
+    real = training.batches
+
+    def stopping(*args):
+        at = real(*args)
+
+        def batch(step):
+            if step == 4:
+                raise KeyboardInterrupt
+            return at(step)
+
+        return batch
+
+    monkeypatch.setattr(training, "batches", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut")
+    monkeypatch.setattr(training, "batches", real)
+    resumed = run(tmp_path / "cut")
+    for a, b in zip(
+        jax.tree.leaves(whole.params), jax.tree.leaves(resumed.params), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+    assert whole.history == resumed.history
+    lines = (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [3, 6]
+
+
+def test_training_on_a_mesh_is_that_on_one_device():
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    alone, cut = run(), run(mesh=mesh)
+    for a, b in zip(alone.history, cut.history, strict=True):
+        for name, value in a.items():
+            assert b[name] == pytest.approx(value, rel=1e-3), name
+    with pytest.raises(ValueError, match="got axes model"):
+        run(mesh=sharding.make_mesh({"model": 8}))
+
+
+def test_batches_are_epochs_without_repetition():
+    at = training.batches(tokens(10), 4, seed=0)
+    of = functools.partial(np.unique, axis=0)
+    ids = tokens(10).ids
+    for epoch in (0, 1):
+        rows = np.concatenate([at(2 * epoch + i).ids for i in range(2)])
+        assert len(of(rows)) == 8
+        assert len(of(np.concatenate([rows, ids]))) == 10
+    np.testing.assert_array_equal(at(1).ids, at(1).ids)
+    assert (at(0).ids != at(2).ids).any()
+
+
+def clips(count=3):
+    rng = np.random.default_rng(0)
+    arrays = {
+        "rgb": rng.integers(0, 256, (count, *egocentric.SHAPES["rgb"]), np.uint8),
+        "depth": rng.uniform(1, 9, (count, 16, 64, 64)).astype(np.float32),
+        "camera": np.tile(np.eye(4, dtype=np.float32), (count, 64, 1, 1)),
+        "gaze": rng.random((count, 64, 2), np.float32),
+    }
+    arrays["camera"][:, :, 2, 3] = np.linspace(0, 3, 64)
+    arrays["gaze"][0, :5] = np.nan
+    present = {k: np.ones(count, bool) for k in arrays}
+    return Clips(arrays, present, [str(i) for i in range(count)], ["a"] * count)
+
+
+@pytest.mark.parametrize("kind", egocentric.MODALITIES)
+def test_scores_are_best_for_the_truth_and_baselines_are_of_its_shape(kind):
+    some = clips()
+    truth = some.arrays[kind]
+    best = egom2p_evaluation.score(kind, np.nan_to_num(truth), truth)
+    for other in (
+        egom2p_evaluation.constant(kind, some, len(truth)),
+        egom2p_evaluation.copy_first(kind, truth),
+    ):
+        assert other.shape == truth.shape
+        assert other.dtype == truth.dtype
+        assert np.isfinite(other).all()
+        worse = egom2p_evaluation.score(kind, other, truth)
+        for name, (_, more) in egom2p_evaluation.MEASURES[kind].items():
+            good, bad = best[name].mean(), worse[name].mean()
+            assert good >= bad if more else good <= bad, name
+
+
+def test_the_paths_first_held_is_no_motion():
+    held = egom2p_evaluation.copy_first("camera", clips().arrays["camera"])
+    np.testing.assert_array_equal(held, np.tile(np.eye(4), (3, 64, 1, 1)))
+    ate = egom2p_evaluation.score("camera", held, clips().arrays["camera"])["ATE"]
+    np.testing.assert_allclose(ate, np.sqrt(np.mean(np.linspace(0, 3, 64) ** 2)), 1e-5)
+
+
+def test_intervals_cover_the_mean():
+    rng = np.random.default_rng(0)
+    hits = 0
+    for seed in range(100):
+        values = rng.normal(1.0, 1.0, 50)
+        values[:5] = np.nan
+        mean, low, high = egom2p_evaluation.bootstrap(values, seed=seed)
+        assert low < mean < high
+        hits += low < 1.0 < high
+    assert 86 <= hits <= 100
+
+
+def test_flops_by_formula_are_those_of_the_compiler_without_loops():
+    """Six FLOPs a weight and token, for a wide model that attention costs little."""
+    shape = Shape(width=768, heads=12, encoder_depth=12, decoder_depth=12)
+    few = egom2p_plan.step_flops(shape, inputs=1, targets=0)
+    encoder = 12 * (4 * 768**2 + 3 * 768 * 2048)
+    cross = 12 * 2 * 768**2  # keys and values of the inputs
+    assert few == pytest.approx(6 * (encoder + cross), rel=1e-3)

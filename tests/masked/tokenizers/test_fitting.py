@@ -1,0 +1,189 @@
+import functools
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from multitask_jax.checkpoints import CheckpointError
+from multitask_jax.masked import tokenizers
+from multitask_jax.masked.tokenizers import Config, coding
+from tests.masked.tokenizers import synthetic
+from tests.merging.common import assert_same_bits
+
+SIZES = {"width": 16, "blocks": 1, "frames": 8, "size": 16, "samples": 16, "codes": 32}
+KINDS = ["rgb", "depth", "camera", "gaze"]
+
+
+def _config(kind):
+    quantizer = "fsq" if kind == "depth" else "vq"
+    return Config(kind, quantizer=quantizer, levels=(5, 5, 3), latent=8, **SIZES)
+
+
+@functools.cache
+def _data(kind):
+    return synthetic.clips(_config(kind), 24)
+
+
+@functools.cache
+def _fitted(kind, seed=0, again=0):
+    config, data = _config(kind), _data(kind)
+    key = jax.random.key(seed)
+    return tokenizers.fit(
+        config, data, data[:5], key=key, steps=60, batch=6, progress=False
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_lowers_the_loss_and_is_recorded(kind):
+    _, history = _fitted(kind)
+    assert [record["step"] for record in history] == [20, 40, 60]
+    assert history[-1]["loss"] < 0.8 * history[0]["loss"]
+    assert history[-1]["valid_loss"] < history[0]["valid_loss"]
+    for record in history:
+        assert 0 < record["used"] <= 1
+        assert 1 <= record["perplexity"] <= 75
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_are_of_the_grid_and_decode_to_finite_data_units(kind):
+    tokenizer, _ = _fitted(kind)
+    data = _data(kind)
+    tokens = tokenizers.encode(tokenizer, data)
+    assert tokens.shape == (24, *tokenizers.grid(tokenizer.config))
+    assert tokens.dtype == np.int32
+    assert 0 <= tokens.min() <= tokens.max() < tokenizers.vocabulary(tokenizer.config)
+    y = tokenizers.decode(tokenizer, tokens)
+    assert y.shape == data.shape
+    assert y.dtype == data.dtype
+    assert np.isfinite(y).all()
+    if kind == "camera":  # rigid motions, whatever the network says
+        r = y[..., :3, :3]
+        eye = np.broadcast_to(np.eye(3), r.shape)
+        np.testing.assert_allclose(r @ np.swapaxes(r, -1, -2), eye, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_reports_say_how_much_is_lost(kind):
+    tokenizer, _ = _fitted(kind)
+    report = tokenizers.reconstruction_report(tokenizer, _data(kind))
+    names = {
+        "rgb": {"psnr"},
+        "depth": {"abs_rel"},
+        "camera": {"translation_rmse", "rotation_error"},
+        "gaze": {"rmse"},
+    }[kind]
+    assert report.keys() == names | {"used", "perplexity"}
+    assert all(np.isfinite(value) for value in report.values())
+
+
+def test_batches_are_padded_not_seen():
+    tokenizer, _ = _fitted("gaze")
+    data = _data("gaze")
+    whole = tokenizers.encode(tokenizer, data, batch=32)
+    before = coding._encode._cache_size()
+    np.testing.assert_array_equal(tokenizers.encode(tokenizer, data, batch=16), whole)
+    assert coding._encode._cache_size() == before + 1  # 16 and the 8 left: one shape
+    some = tokenizers.encode(tokenizer, data[:0])
+    assert some.shape == (0, 8)
+    some, all_ = (tokenizers.decode(tokenizer, whole, batch=b) for b in (5, 64))
+    np.testing.assert_allclose(some, all_, atol=1e-5)
+
+
+def test_values_at_invalid_samples_do_not_matter():
+    """NaN in one coordinate or in both: the sample is unknown all the same."""
+    tokenizer, _ = _fitted("gaze")
+    half = _data("gaze").copy()
+    half[:, :2, 0] = 0.7  # y is NaN still
+    np.testing.assert_array_equal(
+        tokenizers.encode(tokenizer, half), tokenizers.encode(tokenizer, _data("gaze"))
+    )
+
+
+@pytest.mark.parametrize("kind", ["depth", "gaze"])
+def test_a_key_gives_the_same_tokenizer_and_another_key_another(kind):
+    first, history = _fitted(kind)
+    second, again = _fitted(kind, again=1)
+    assert history == again
+    assert_same_bits(first.variables, second.variables)
+    other, _ = _fitted(kind, seed=1)
+    flat = [np.ravel(x) for x in jax.tree.leaves(first.variables)]
+    there = [np.ravel(x) for x in jax.tree.leaves(other.variables)]
+    assert (np.concatenate(flat) != np.concatenate(there)).any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_and_loaded_bit_for_bit(kind, tmp_path):
+    tokenizer, _ = _fitted(kind)
+    for _ in range(2):  # the second one replaces the first
+        tokenizers.save(tokenizer, tmp_path / "a" / kind)
+    found = tokenizers.load(tmp_path / "a" / kind)
+    assert found.config == tokenizer.config
+    assert_same_bits(found.variables, tokenizer.variables)
+    assert_same_bits(found.statistics, tokenizer.statistics)
+    assert [p.name for p in (tmp_path / "a").iterdir()] == [kind]
+    data = _data(kind)
+    np.testing.assert_array_equal(
+        tokenizers.encode(found, data), tokenizers.encode(tokenizer, data)
+    )
+
+
+def test_what_is_no_tokenizer_is_refused(tmp_path):
+    tokenizer, _ = _fitted("gaze")
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        tokenizers.load(tmp_path)
+    with pytest.raises(ValueError, match="is no tokenizer"):
+        tokenizers.save(tokenizer, tmp_path)
+    tokenizers.save(tokenizer, tmp_path / "t")
+    path = tmp_path / "t" / "config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {"width": 32}))
+    with pytest.raises(CheckpointError, match="shape"):
+        tokenizers.load(tmp_path / "t")
+    path.write_text(json.dumps(settings | {"width": -4}))
+    with pytest.raises(CheckpointError, match="width: got -4"):
+        tokenizers.load(tmp_path / "t")
+    path.write_text(json.dumps({"kind": "gaze"}))
+    with pytest.raises(CheckpointError, match="another version"):
+        tokenizers.load(tmp_path / "t")
+
+
+def test_a_failed_save_leaves_what_was_there(tmp_path, monkeypatch):
+    from orbax.checkpoint import v1 as ocp
+
+    tokenizer, _ = _fitted("gaze")
+    tokenizers.save(tokenizer, tmp_path / "t")
+
+    def fail(*args, **kwargs):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(ocp, "save", fail)
+    with pytest.raises(OSError, match="no space"):
+        tokenizers.save(tokenizer, tmp_path / "t")
+    assert [p.name for p in tmp_path.iterdir()] == ["t"]
+    assert tokenizers.load(tmp_path / "t").config == tokenizer.config
+
+
+def test_clips_and_tokens_that_do_not_fit_are_refused():
+    tokenizer, _ = _fitted("gaze")
+    data = _data("gaze")
+    with pytest.raises(
+        ValueError, match=r"x: got float64\[24, 16, 2\], expected float"
+    ):
+        tokenizers.encode(tokenizer, data.astype(np.float64))
+    with pytest.raises(ValueError, match=r"data: got float32\[24, 15, 2\]"):
+        tokenizers.fit(
+            _config("gaze"), data[:, 1:], key=jax.random.key(0), steps=1, batch=1
+        )
+    with pytest.raises(ValueError, match="batch=25 for 24 clips"):
+        tokenizers.fit(_config("gaze"), data, key=jax.random.key(0), steps=1, batch=25)
+    tokens = tokenizers.encode(tokenizer, data)
+    with pytest.raises(ValueError, match=r"from 32 to 32, expected integers"):
+        tokenizers.decode(tokenizer, np.full_like(tokens, 32))
+    with pytest.raises(ValueError, match=r"tokens: got int32\[24, 7\]"):
+        tokenizers.decode(tokenizer, tokens[:, 1:])
+    nothing = np.full_like(_data("depth"), np.nan)
+    with pytest.raises(ValueError, match="depth without any finite value"):
+        tokenizers.fit(
+            _config("depth"), nothing, key=jax.random.key(0), steps=1, batch=1
+        )
