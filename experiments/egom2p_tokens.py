@@ -67,7 +67,7 @@ def train(
                 valid,
                 key=jax.random.fold_in(jax.random.key(seed), i),
                 steps=video_steps if kind in VIDEO else trajectory_steps,
-                batch=min(batch if kind in VIDEO else 4 * batch, len(data)),
+                batch=min(batch if kind in VIDEO else 8 * batch, len(data)),
                 learning_rate=3e-3 if kind in VIDEO else 1e-3,
                 progress=progress,
             )

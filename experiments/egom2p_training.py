@@ -30,10 +30,10 @@ class Settings:
     """Of one run of training."""
 
     steps: int = 2000
-    batch: int = 32
+    batch: int = 16
     rate: float = 1e-3  # the peak
-    inputs: int = 256  # slots for what is shown
-    targets: int = 128  # slots for what is asked
+    inputs: int = 192  # slots for what is shown
+    targets: int = 96  # slots for what is asked
     masking: Literal["dirichlet", "uniform"] = "dirichlet"
     evaluate_every: int = 250
     seed: int = 0

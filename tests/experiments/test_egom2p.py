@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 from absl import flags as absl_flags
 
-from experiments import egom2p, egom2p_evaluation, egom2p_plan, flags
+from experiments import (
+    benchmark_egom2p,
+    egom2p,
+    egom2p_evaluation,
+    egom2p_plan,
+    flags,
+)
 from experiments import egom2p_training as training
 from experiments.egom2p_tokens import Tokens
 from multitask_jax import sharding
@@ -249,3 +255,35 @@ def test_flops_by_formula_are_those_of_the_compiler_without_loops():
     encoder = 12 * (4 * 768**2 + 3 * 768 * 2048)
     cross = 12 * 2 * 768**2  # keys and values of the inputs
     assert few == pytest.approx(6 * (encoder + cross), rel=1e-3)
+
+
+def test_the_papers_size_compiles_for_meshes_that_are_not_there(tmp_path):
+    """Of the flagfiles' settings but for the depth and the batch, to be brief."""
+    for name, mesh in (
+        ("v5e_256", "data=2,fsdp=4"),
+        ("gpu_8", "data=2,fsdp=2,tensor=2"),
+    ):
+        config = from_flagfile(name, egom2p_plan.Config, output_dir=str(tmp_path))
+        config = dataclasses.replace(config, mesh=mesh, batch=8)
+        plan = egom2p_plan.run(config)
+        assert plan.devices == 8
+        assert 350e6 < plan.parameters < 450e6
+        # Parameters and two moments in float32, over all devices but for small leaves.
+        assert 12 * plan.parameters / 4 <= plan.state < 12.5 * plan.parameters / 4
+        assert plan.temporaries > 0
+        assert "all-reduce" in plan.exchanged or "reduce-scatter" in plan.exchanged
+        # 6 FLOPs a weight and token, and 2 for what is computed again, at the least.
+        assert plan.flops > 0
+    assert "as compiled for a CPU" in (tmp_path / "report.md").read_text()
+
+
+def test_the_benchmark_measures_a_step_masks_and_a_batch(tmp_path):
+    config = benchmark_egom2p.Config(
+        sizes="tiny", batch=2, repeats=1, output_dir=str(tmp_path)
+    )
+    found = benchmark_egom2p.run(config)
+    assert set(found) == {"tiny", "tiny and masks", "masks", "batch"}
+    assert all(ms > 0 for ms in found.values())
+    assert "masks alone" in (tmp_path / "report.md").read_text()
+    with pytest.raises(ValueError, match="sizes: got 'huge'"):
+        benchmark_egom2p.run(dataclasses.replace(config, sizes="huge"))

@@ -17,7 +17,7 @@ Quantizer = Literal["vq", "fsq"]
 PATCH = 8  # pixels a token, along each side
 CHANNELS = {"rgb": 3, "depth": 1, "camera": 9, "gaze": 2}  # of the network's signal
 
-_VIDEO = {"quantizer": "vq", "codes": 1024, "width": 128, "blocks": 2}
+_VIDEO = {"quantizer": "vq", "codes": 1024, "width": 128, "blocks": 1}
 _TRAJECTORY = {"quantizer": "vq", "codes": 256, "width": 128, "blocks": 2}
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "rgb": _VIDEO,
