@@ -62,7 +62,7 @@ class Config:
     trajectory_steps: int = flag("The same, of camera and gaze.", 1500)
     tokenizer_batch: int = flag("Videos a step (eight times as many trajectories).", 4)
     size: Literal["tiny", "small", "base"] = flag("Of the transformer.", "tiny")
-    steps: int = flag("Steps of pretraining.", 2000)
+    steps: int = flag("Steps of pretraining.", 1200)
     batch: int = flag("Clips a step.", 16)
     rate: float = flag("Peak learning rate.", 1e-3)
     inputs: int = flag("Tokens shown of a clip, at most.", 192)
@@ -70,7 +70,7 @@ class Config:
     masking: Literal["dirichlet", "uniform"] = flag(
         "How tokens are chosen.", "dirichlet"
     )
-    evaluate_every: int = flag("Steps between validations and checkpoints.", 250)
+    evaluate_every: int = flag("Steps between validations and checkpoints.", 200)
     test_clips: int = flag("Held-out clips to evaluate, at most.", 128)
     temperature: float = flag("Of sampling.", 0.01)
     top_p: float = flag("Of sampling.", 0.8)

@@ -258,23 +258,21 @@ def test_flops_by_formula_are_those_of_the_compiler_without_loops():
 
 
 def test_the_papers_size_compiles_for_meshes_that_are_not_there(tmp_path):
-    """Of the flagfiles' settings but for the depth and the batch, to be brief."""
-    for name, mesh in (
-        ("v5e_256", "data=2,fsdp=4"),
-        ("gpu_8", "data=2,fsdp=2,tensor=2"),
-    ):
-        config = from_flagfile(name, egom2p_plan.Config, output_dir=str(tmp_path))
-        config = dataclasses.replace(config, mesh=mesh, batch=8)
-        plan = egom2p_plan.run(config)
-        assert plan.devices == 8
-        assert 350e6 < plan.parameters < 450e6
-        # Parameters and two moments in float32, over all devices but for small leaves.
-        assert 12 * plan.parameters / 4 <= plan.state < 12.5 * plan.parameters / 4
-        assert plan.temporaries > 0
-        assert "all-reduce" in plan.exchanged or "reduce-scatter" in plan.exchanged
-        # 6 FLOPs a weight and token, and 2 for what is computed again, at the least.
-        assert plan.flops > 0
+    """Of a flagfile's settings but for the mesh and the batch, to be brief."""
+    config = from_flagfile("gpu_8", egom2p_plan.Config, output_dir=str(tmp_path))
+    config = dataclasses.replace(config, mesh="data=2,fsdp=2,tensor=2", batch=8)
+    plan = egom2p_plan.run(config)
+    assert plan.devices == 8
+    assert 350e6 < plan.parameters < 450e6
+    # Parameters and two moments in float32, over fsdp and tensor but for small leaves.
+    assert 12 * plan.parameters / 4 <= plan.state < 12.5 * plan.parameters / 4
+    assert plan.temporaries > 0
+    assert {"all-reduce", "all-gather"} <= set(plan.exchanged)
     assert "as compiled for a CPU" in (tmp_path / "report.md").read_text()
+    for name in ("v5e_256", "gpu_8"):
+        told = from_flagfile(name, egom2p_plan.Config)
+        axes = sharding.parse_axes(told.mesh)
+        assert told.batch % np.prod(list(axes.values())) == 0
 
 
 def test_the_benchmark_measures_a_step_masks_and_a_batch(tmp_path):

@@ -126,7 +126,7 @@ def test_a_step_on_a_mesh_is_that_of_one_device():
         ids, masks = batch
         return egom2p.loss(params, ids, masks, modalities=MODALITIES, shape=shape)
 
-    shape = SHAPE._replace(remat=True, chunk=4)
+    shape = SHAPE._replace(loop=True, remat=True, chunk=4)
     # Vocabularies of 26 ids: the tensor axis cuts them, fsdp the width.
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     optimizer = training.adamw(1e-2, steps=10, warmup=0.0)
