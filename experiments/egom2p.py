@@ -20,12 +20,14 @@ Legend: N clips.
 """
 
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import numpy as np
 
 from experiments import egom2p_evaluation as measures
@@ -175,6 +177,11 @@ def pretrain(config: Config, workdir: Path) -> None:
         tokens_of.modalities_of(frozen),
         SHAPES[config.size],
         settings_of(config),
+        start=functools.partial(
+            training.with_codebooks,
+            tokenizer_of=frozen,
+            key=jax.random.key(config.seed),
+        ),
         workdir=folder,
         progress=config.progress,
     )

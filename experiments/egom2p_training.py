@@ -18,6 +18,7 @@ from experiments.egom2p_tokens import Tokens
 from multitask_jax import training
 from multitask_jax.masked.masks import Masks, dirichlet_masks, uniform_masks
 from multitask_jax.masked.modalities import Modalities
+from multitask_jax.masked.tokenizers import Tokenizer, vocabulary
 from multitask_jax.models import egom2p
 from multitask_jax.models.egom2p import Shape
 from multitask_jax.training import writers
@@ -81,6 +82,31 @@ def batches(tokens: Tokens, size: int, seed: int) -> Callable[[int], Tokens]:
     return at
 
 
+def with_codebooks(
+    params: Any, tokenizer_of: Mapping[str, Tokenizer], key: Array
+) -> Any:
+    """Embeddings and head begin as random projections of the codes' own vectors.
+
+    Codes that look alike are alike from the start, which few clips can't teach (our
+    choice at this size; the paper begins at random). Kinds without a codebook stay.
+    """
+    width = params["token_embedding"].shape[1]
+    first, embeddings, head = 0, params["token_embedding"], params["head"]
+    for i, tokenizer in enumerate(tokenizer_of.values()):
+        if tokenizer.config.quantizer == "vq":
+            codes = tokenizer.variables["codebook"].codes
+            codes = codes / jnp.linalg.norm(codes, axis=1, keepdims=True)
+            keys = jax.random.split(jax.random.fold_in(key, i))
+            rows = slice(first, first + len(codes))
+            # Entries as large as a learned start's: 1 along a row, .02 each.
+            into = jax.random.normal(keys[0], (codes.shape[1], width)) * 0.1
+            out = jax.random.normal(keys[1], (width, codes.shape[1])) * 0.02
+            embeddings = embeddings.at[rows].set(codes @ into)
+            head = head.at[:, rows].set(out @ codes.T)
+        first += vocabulary(tokenizer.config)
+    return {**params, "token_embedding": embeddings, "head": head}
+
+
 class Pretrained(NamedTuple):
     """What training made."""
 
@@ -96,19 +122,18 @@ def pretrain(
     settings: Settings,
     *,
     workdir: Path | None = None,
-    params: Any = None,
+    start: Callable[[Any], Any] = lambda params: params,
     mesh: Mesh | None = None,
     progress: bool = True,
 ) -> Pretrained:
-    """Trains from `params`, or anew; goes on from workdir's newest checkpoint.
+    """Trains from `start` of random parameters, or from workdir's newest checkpoint.
 
     AdamW with betas (.9, .95), weight decay .05, warm-up, cosine and gradients cut to
     norm 1, as the paper; the rate is this size's own.
     """
     key = jax.random.key(settings.seed)
-    if params is None:
-        init = functools.partial(egom2p.init, modalities=modalities, shape=shape)
-        params = jax.jit(init)(key)
+    init = functools.partial(egom2p.init, modalities=modalities, shape=shape)
+    params = start(jax.jit(init)(key))
     optimizer = training.adamw(
         settings.rate, steps=settings.steps, weight_decay=0.05, clip=1.0, b2=0.95
     )

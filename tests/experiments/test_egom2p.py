@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -22,6 +23,7 @@ from experiments.egom2p_tokens import Tokens
 from multitask_jax import sharding
 from multitask_jax.data import egocentric, poses
 from multitask_jax.data.egocentric import Clips
+from multitask_jax.masked import tokenizers
 from multitask_jax.masked.modalities import flatten
 from multitask_jax.models.egom2p import Shape
 from tests.masked.common import MODALITIES
@@ -285,3 +287,18 @@ def test_the_benchmark_measures_a_step_masks_and_a_batch(tmp_path):
     assert "masks alone" in (tmp_path / "report.md").read_text()
     with pytest.raises(ValueError, match="sizes: got 'huge'"):
         benchmark_egom2p.run(dataclasses.replace(config, sizes="huge"))
+
+
+def test_embeddings_and_head_begin_as_the_codes_geometry():
+    """Cosines of embeddings are about those of codes, and of the head's columns too."""
+    config = tokenizers.Config("gaze", codes=3, width=8, blocks=1, heads=2, samples=8)
+    codes = np.array([[1.0, 0.0], [0.8, 0.6], [-1.0, 0.0]]) @ np.eye(2, 32)
+    variables = {"codebook": SimpleNamespace(codes=codes)}
+    tokenizer = tokenizers.Tokenizer(config, variables, None)
+    params = {"token_embedding": np.zeros((3, 512)), "head": np.zeros((512, 3))}
+    made = training.with_codebooks(
+        jax.tree.map(jax.numpy.asarray, params), {"gaze": tokenizer}, jax.random.key(0)
+    )
+    for x in (made["token_embedding"], made["head"].T):
+        x = x / np.linalg.norm(x, axis=1, keepdims=True)
+        np.testing.assert_allclose(x @ x.T, codes @ codes.T, atol=0.1)
