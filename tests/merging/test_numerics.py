@@ -20,6 +20,8 @@ from multitask_jax.merging.streaming import Stream
 from multitask_jax.merging.totals import SumTotal
 from tests.merging.common import assert_same_bits, make_models, save, stream
 
+pytestmark = pytest.mark.optimised
+
 # -- the order of threads --------------------------------------------------------------
 
 
@@ -126,8 +128,6 @@ import os, sys
 os.sched_setaffinity(0, list(os.sched_getaffinity(0))[: int(sys.argv[1])])
 import jax, numpy as np
 from multitask_jax.merging.statistics import chunk_sum
-
-pytestmark = pytest.mark.optimised
 f = jax.jit(lambda x: chunk_sum(abs(x) - x * x))
 for n in (1 << 16, 70_001):
     x = np.random.default_rng(0).standard_normal(n).astype(np.float32) ** 3
