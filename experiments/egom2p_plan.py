@@ -83,7 +83,7 @@ def make(config: Config) -> Plan:
     mesh = sharding.make_mesh(axes, devices)
     shape = egom2p.SHAPES[config.size]
     settings = runs.Settings(inputs=config.inputs, targets=config.targets)
-    loss = runs.loss_fn(PAPER, shape, settings)
+    loss = runs.loss_fn(PAPER, shape, settings, mesh)
     optimizer = training.adamw(1e-4, steps=1000, weight_decay=0.05, clip=1.0, b2=0.95)
     layout = runs.mesh_layout(mesh)
     step = training.make_step(loss, optimizer, mesh=mesh, **layout)

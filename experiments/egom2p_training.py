@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments.egom2p_tokens import Tokens
 from multitask_jax import training
@@ -55,13 +55,26 @@ def draw_masks(
 
 
 def loss_fn(
-    modalities: Modalities, shape: Shape, settings: Settings
+    modalities: Modalities,
+    shape: Shape,
+    settings: Settings,
+    mesh: Mesh | None = None,
 ) -> Callable[[Any, Tokens, Array], tuple[Array, Mapping[str, Array]]]:
     """(params, batch, key) -> (loss [], each modality's), for `training.make_step`."""
+    layout = None
+    if mesh is not None:
+        layout = NamedSharding(mesh, PartitionSpec(mesh_layout(mesh)["batch_axis"]))
 
     def loss(params: Any, batch: Tokens, key: Array) -> tuple[Array, Any]:
         masks = draw_masks(key, batch.present, modalities, settings)
-        return egom2p.loss(params, batch.ids, masks, modalities=modalities, shape=shape)
+        return egom2p.loss(
+            params,
+            batch.ids,
+            masks,
+            modalities=modalities,
+            shape=shape,
+            layout=layout,
+        )
 
     return loss
 
@@ -137,14 +150,13 @@ def pretrain(
     optimizer = training.adamw(
         settings.rate, steps=settings.steps, weight_decay=0.05, clip=1.0, b2=0.95
     )
-    loss = loss_fn(modalities, shape, settings)
     step = training.make_step(
-        loss,
+        loss_fn(modalities, shape, settings, mesh),
         optimizer,
         mesh=mesh,
         **({} if mesh is None else mesh_layout(mesh)),
     )
-    judge = _judge(loss, validation)
+    judge = _judge(loss_fn(modalities, shape, settings), validation)
     found = training.fit(
         step,
         training.init_state(params, optimizer, key),

@@ -33,6 +33,7 @@ from multitask_jax.sharding import Rules
 
 Array = jax.Array
 Params = Any
+Layout = jax.sharding.NamedSharding | None  # of activations [B, N, D] on a mesh
 EPSILON = 1e-6
 _INIT = nn.initializers.normal(0.02)
 _KERNEL = nn.initializers.xavier_uniform()
@@ -108,6 +109,14 @@ class SwiGLU(nn.Module):
         return dense(x.shape[-1], name="down")(y)
 
 
+def keep(x: Array, layout: Layout) -> Array:
+    """Activations [B, N, D] stay where the batch is: weights come to them.
+
+    Without, a compiler may cut them along D, as the weights are, and sum over devices.
+    """
+    return x if layout is None else jax.lax.with_sharding_constraint(x, layout)
+
+
 def _norm(shape: Shape, name: str) -> nn.LayerNorm:
     return nn.LayerNorm(EPSILON, use_bias=False, dtype=shape.dtype, name=name)
 
@@ -116,6 +125,7 @@ class EncoderBlock(nn.Module):
     """Pre-norm self-attention and SwiGLU: (x, mask) -> (x, None), as a scan wants."""
 
     shape: Shape
+    layout: Layout = None
 
     @nn.compact
     def __call__(self, x: Array, mask: Array) -> tuple[Array, None]:
@@ -123,13 +133,15 @@ class EncoderBlock(nn.Module):
         y = _norm(s, "norm_attention")(x)
         x = x + Attention(s.heads, s.dtype, name="attention")(y, mask)
         y = _norm(s, "norm_mlp")(x)
-        return x + SwiGLU(s.hidden, s.dtype, name="mlp")(y), None
+        x = x + SwiGLU(s.hidden, s.dtype, name="mlp")(y)
+        return keep(x, self.layout), None
 
 
 class DecoderBlock(nn.Module):
     """Self-attention within a modality, cross-attention to all inputs, SwiGLU."""
 
     shape: Shape
+    layout: Layout = None
 
     @nn.compact
     def __call__(
@@ -141,10 +153,13 @@ class DecoderBlock(nn.Module):
         z, c = _norm(s, "norm_query")(y), _norm(s, "norm_context")(context)
         y = y + Attention(s.heads, s.dtype, name="cross_attention")(z, seen, c)
         z = _norm(s, "norm_mlp")(y)
-        return y + SwiGLU(s.hidden, s.dtype, name="mlp")(z), None
+        y = y + SwiGLU(s.hidden, s.dtype, name="mlp")(z)
+        return keep(y, self.layout), None
 
 
-def _stack(block: type[nn.Module], depth: int, shape: Shape, name: str) -> nn.Module:
+def _stack(
+    block: type[nn.Module], depth: int, shape: Shape, layout: Layout, name: str
+) -> nn.Module:
     """Blocks whose parameters have a leading axis of depth."""
     if shape.remat:
         block = nn.remat(block, prevent_cse=False)
@@ -156,7 +171,7 @@ def _stack(block: type[nn.Module], depth: int, shape: Shape, name: str) -> nn.Mo
         length=depth,
         unroll=1 if shape.loop else depth,
     )
-    return scanned(shape, name=name)
+    return scanned(shape, layout, name=name)
 
 
 class EgoM2P(nn.Module):
@@ -164,6 +179,7 @@ class EgoM2P(nn.Module):
 
     modalities: Modalities
     shape: Shape
+    layout: Layout = None
 
     def setup(self) -> None:
         s = self.shape
@@ -174,8 +190,8 @@ class EgoM2P(nn.Module):
         )
         self.mask_token = self.param("mask_token", _INIT, (s.width,))
         self.head = self.param("head", _INIT, (s.width, ids))
-        self.encoder = _stack(EncoderBlock, s.encoder_depth, s, "encoder")
-        self.decoder = _stack(DecoderBlock, s.decoder_depth, s, "decoder")
+        self.encoder = _stack(EncoderBlock, s.encoder_depth, s, self.layout, "encoder")
+        self.decoder = _stack(DecoderBlock, s.decoder_depth, s, self.layout, "decoder")
         self.encoder_norm = _norm(s, "encoder_norm")
         self.decoder_norm = _norm(s, "decoder_norm")
         self.context = nn.Dense(
@@ -196,19 +212,18 @@ class EgoM2P(nn.Module):
         """
         place = self.place(position)
         x = jnp.where(valid[..., None], self.token_embedding[ids] + place, 0.0)
-        x = x.astype(self.shape.dtype)
+        x = keep(x.astype(self.shape.dtype), self.layout)
         mask = valid[:, None, None, :]
         x, _ = self.encoder(x, mask)
         x = self.context(self.encoder_norm(x)) + place.astype(self.shape.dtype)
-        return jnp.where(valid[..., None], x, 0.0)
+        return keep(jnp.where(valid[..., None], x, 0.0), self.layout)
 
     def decode(
         self, context: Array, seen: Array, position: Array, valid: Array
     ) -> Array:
         """Context [B, I, D], seen bool [B, I], queries [B, O] -> [B, O, D]."""
-        y = (self.mask_token[None, None] + self.place(position)).astype(
-            self.shape.dtype
-        )
+        y = self.mask_token[None, None] + self.place(position)
+        y = keep(y.astype(self.shape.dtype), self.layout)
         of = jnp.asarray(modality_of(self.modalities))[position]
         own = (of[:, :, None] == of[:, None, :]) & valid[:, None, :]
         y, _ = self.decoder(y, own[:, None], context, seen[:, None, None, :])
@@ -232,7 +247,13 @@ def init(key: Array, modalities: Modalities, shape: Shape) -> Params:
 
 
 def loss(
-    params: Params, ids: Array, masks: Masks, *, modalities: Modalities, shape: Shape
+    params: Params,
+    ids: Array,
+    masks: Masks,
+    *,
+    modalities: Modalities,
+    shape: Shape,
+    layout: Layout = None,
 ) -> tuple[Array, dict[str, Array]]:
     """Mean over modalities of the cross-entropy of targets, and each modality's.
 
@@ -241,8 +262,9 @@ def loss(
       ids: int32 [B, L].
       masks: of [B, I] and [B, O].
       modalities, shape: the model's.
+      layout: where activations lie on a mesh, see `keep`.
     """
-    hidden = EgoM2P(modalities, shape).apply({"params": params}, ids, masks)
+    hidden = EgoM2P(modalities, shape, layout).apply({"params": params}, ids, masks)
     position, valid = masks.targets
     each = cross_entropy(
         hidden,
