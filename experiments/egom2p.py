@@ -256,8 +256,9 @@ def evaluate(config: Config, workdir: Path) -> dict[str, Any]:
         found[task.name] = {
             name: measures.score(task.wanted, x, truth) for name, x in estimates.items()
         }
-        if rows.all():
-            made[task.wanted] = estimates["EgoM2P"]
+        # Of all clips, so that the picture may choose; others are never drawn.
+        made[task.wanted] = np.zeros_like(test.arrays[task.wanted])
+        made[task.wanted][rows] = estimates["EgoM2P"]
         if task.wanted == "rgb":
             real = measures.features(model, known)
             for name, x in estimates.items():
@@ -272,8 +273,8 @@ def evaluate(config: Config, workdir: Path) -> dict[str, Any]:
     history = json.loads((workdir / "model" / "history.json").read_text())
     report = reports.text(found, frechet, curves, test, _about(config, train, history))
     (workdir / "report.md").write_text(report + "\n")
-    if len(made) == len(TASKS):
-        figure = pictures.grid(test.arrays, made, reports.moving(test))
+    if drawn := reports.moving(test):
+        figure = pictures.grid(test.arrays, made, drawn)
         figure.savefig(workdir / "grid.png", dpi=90)
     # "loss" last: the names of what was evaluated become the runs of one figure.
     each = {
