@@ -10,9 +10,7 @@ the step waits for its batch.
 import dataclasses
 import functools
 import json
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ import jax
 import numpy as np
 
 from experiments import egom2p_training as runs
-from experiments import flags, parsing, torch_side
+from experiments import flags, parsing, report_file, torch_side
 from experiments.egom2p_tokens import Tokens
 from experiments.flags import flag
 from multitask_jax import training
@@ -154,19 +152,14 @@ def run(config: Config) -> dict[str, float]:
     torch_side.use_cores(config.threads)
     made = {name: ours(config, name) for name in sizes}
 
-    def timed(f: Callable[[], Any]) -> Callable[[], float]:
-        def seconds() -> float:
-            start = time.perf_counter()
-            f()
-            return time.perf_counter() - start
-
-        return seconds
-
     timers: dict[str, Callable[[], float]] = {}
     for name, (_, given, drawn) in made.items():
-        timers[name], timers[f"{name} and masks"] = timed(given), timed(drawn)
-    timers["masks"] = timed(masks_alone(config))
-    timers["batch"] = timed(batch_alone(config))
+        timers[name], timers[f"{name} and masks"] = (
+            torch_side.timed(given),
+            torch_side.timed(drawn),
+        )
+    timers["masks"] = torch_side.timed(masks_alone(config))
+    timers["batch"] = torch_side.timed(batch_alone(config))
     process = None
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -175,14 +168,10 @@ def run(config: Config) -> dict[str, float]:
                 there, process = theirs(config, masks, Path(folder))
                 for name in sizes:
                     timers[f"{name}, PyTorch"] = functools.partial(there, name, 1)
-            for timer in timers.values():  # compiles, warms up
-                timer()
-                timer()
-            turns = [{n: t() for n, t in timers.items()} for _ in range(config.repeats)]
+            found = torch_side.medians(timers, config.repeats)
         finally:
             if process is not None:
                 process.communicate()
-    found = {n: 1e3 * statistics.median(turn[n] for turn in turns) for n in timers}
     rows = []
     for name in sizes:
         step, theirs_ms = found[f"{name} and masks"], found.get(f"{name}, PyTorch")
@@ -204,10 +193,7 @@ def run(config: Config) -> dict[str, float]:
         f" {config.targets} asked, float32, {config.threads} threads, median of"
         f" {config.repeats} turns; tokens are *synthetic*.\n\n{table(head, rows)}\n"
     )
-    print(text)
-    folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.md").write_text(f"# Speed of EgoM2P\n\n{text}")
+    report_file.write(config.output_dir, "Speed of EgoM2P", text)
     return found
 
 

@@ -15,7 +15,6 @@ import functools
 import statistics
 import subprocess
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import flags, torch_side
+from experiments import flags, report_file, torch_side
 from experiments.flags import flag
 from experiments.torch_side import Timer
 from multitask_jax.merging.report import table
@@ -153,10 +152,7 @@ def run(config: Config) -> dict[tuple[str, str], float]:
         f" {config.threads} threads"
     )
     text = f"{title}:\n\n{table(['', *KINDS], rows)}\n"
-    print(text)
-    folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.md").write_text(f"# Speed of the sentence encoder\n\n{text}")
+    report_file.write(config.output_dir, "Speed of the sentence encoder", text)
     return rates
 
 

@@ -10,16 +10,13 @@ same threads; all take turns in one run after a warm-up, and medians count.
 
 import dataclasses
 import functools
-import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from experiments import flags, torch_side
+from experiments import flags, report_file, torch_side
 from experiments.flags import flag
 from multitask_jax import moe
 from multitask_jax.merging.report import table
@@ -106,14 +103,7 @@ def run(config: Config) -> dict[str, float]:
     torch_side.use_cores(config.threads)
     steps, process = ours(config), None
 
-    def seconds(name: str) -> float:
-        start = time.perf_counter()
-        steps[name]()
-        return time.perf_counter() - start
-
-    timers: dict[str, Callable[[], float]] = {
-        name: functools.partial(seconds, name) for name in steps
-    }
+    timers = {name: torch_side.timed(step) for name, step in steps.items()}
     try:
         if config.torch_python:
             there, process = torch_side.start(
@@ -124,14 +114,10 @@ def run(config: Config) -> dict[str, float]:
             )
             timers["PyTorch, dense"] = lambda: there("dense", 1)
             timers["PyTorch, loop over experts"] = lambda: there("mixture", 1)
-        for timer in timers.values():  # compiles, warms up
-            timer()
-            timer()
-        turns = [{n: t() for n, t in timers.items()} for _ in range(config.repeats)]
+        found = torch_side.medians(timers, config.repeats)
     finally:
         if process is not None:
             process.communicate()
-    found = {n: 1e3 * statistics.median(turn[n] for turn in turns) for n in timers}
     rows = [
         [
             name,
@@ -151,10 +137,7 @@ def run(config: Config) -> dict[str, float]:
         f" {busiest(config):.3f} times an equal share: rooms from there on drop"
         f" nothing.\n\n{table(head, rows)}\n"
     )
-    print(text)
-    folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.md").write_text(f"# Speed of a mixture of experts\n\n{text}")
+    report_file.write(config.output_dir, "Speed of a mixture of experts", text)
     return found
 
 

@@ -35,7 +35,7 @@ from experiments import egom2p_pictures as pictures
 from experiments import egom2p_report as reports
 from experiments import egom2p_tokens as tokens_of
 from experiments import egom2p_training as training
-from experiments import flags, parsing
+from experiments import flags, parsing, study_store
 from experiments.egom2p_evaluation import TASKS, Model
 from experiments.flags import flag
 from multitask_jax import checkpoints, evaluation
@@ -46,7 +46,6 @@ from multitask_jax.masked import modalities as mods
 from multitask_jax.masked import tokenizers
 from multitask_jax.models.egom2p import SHAPES, Shape
 
-STAGES = ("record", "tokenize", "pretrain", "evaluate")
 _STEPS = {"rgb": 6, "depth": 3, "camera": 3, "gaze": 5}  # the paper's
 
 
@@ -116,7 +115,7 @@ def run(config: Config) -> dict[str, Any]:
         "evaluate": evaluate,
     }
     found = {}
-    for name in STAGES if config.stage == "all" else (config.stage,):
+    for name in todo if config.stage == "all" else (config.stage,):
         start = time.perf_counter()
         found = todo[name](config, workdir) or {}
         if config.progress:
@@ -234,17 +233,15 @@ def evaluate(config: Config, workdir: Path) -> dict[str, Any]:
     for i, task in enumerate(TASKS):
         rows = test.present[task.given] & test.present[task.wanted]
         truth = test.arrays[task.wanted][rows]
+        own = tokens.at(rows)
         codes = measures.predict(
             model,
-            tokens.at(rows),
+            own,
             (task.given,),
             {task.wanted: task.steps},
             seed=config.seed + i,
-            temperature=config.temperature,
-            p=config.top_p,
-            guidance=config.guidance,
+            **_sampling(config),
         )
-        own = tokens.at(rows)
         known = mods.unflatten(model.modalities, own.ids)[task.wanted]
         tokenizer = model.tokenizers[task.wanted]
         estimates = {
@@ -343,9 +340,7 @@ def generate(config: Config) -> dict[str, Any]:
         tuple(given),
         {name: _STEPS[name] for name in targets},
         seed=config.seed,
-        temperature=config.temperature,
-        p=config.top_p,
-        guidance=config.guidance,
+        **_sampling(config),
     )
     made = {k: x[0] for k, x in measures.decoded(model.tokenizers, codes).items()}
     folder = Path(config.output or workdir / "generated")
@@ -353,6 +348,14 @@ def generate(config: Config) -> dict[str, Any]:
     for path in pictures.write_made(folder, made, alone):
         print(path)
     return made
+
+
+def _sampling(config: Config) -> dict[str, float]:
+    return {
+        "temperature": config.temperature,
+        "p": config.top_p,
+        "guidance": config.guidance,
+    }
 
 
 def _there(path: Path, stage: str) -> Path:
@@ -371,14 +374,11 @@ def _same(config: Config, folder: Path, stages: Sequence[str]) -> None:
     names = [name for stage in stages for name in _DEPENDS[stage]]
     settings = {name: getattr(config, name) for name in names}
     file = folder / "settings.json"
-    if file.exists():
-        old = json.loads(file.read_text())
-        differ = {k: (old.get(k), v) for k, v in settings.items() if old.get(k) != v}
-        if differ:
-            raise ValueError(
-                f"{folder} was made with other settings (there, now): {differ}; choose"
-                " another --workdir, or remove that folder and what was made after it"
-            )
+    if differ := study_store.changed(file, settings):
+        raise ValueError(
+            f"{folder} was made with other settings (there, now): {differ}; choose"
+            " another --workdir, or remove that folder and what was made after it"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(settings, indent=1) + "\n")
 

@@ -3,6 +3,7 @@
 Legend: N clips, S samples of a trajectory, F frames.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -131,11 +132,12 @@ def predict(
     *,
     seed: int = 0,
     batch: int = 32,
-    temperature: float = 0.01,
-    p: float = 0.8,
-    guidance: float = 1.0,
+    **sampling: float,
 ) -> dict[str, np.ndarray]:
-    """Codes of the targets by name [N, *grid], given some of the clips' tokens."""
+    """Codes of the targets by name [N, *grid], given some of the clips' tokens.
+
+    `sampling`: as `egom2p.generate` has it.
+    """
     codes = mods.unflatten(model.modalities, tokens.ids)
     count, found = len(tokens.ids), []
     for i, start in enumerate(range(0, count, batch)):
@@ -149,31 +151,41 @@ def predict(
                 modalities=model.modalities,
                 shape=model.shape,
                 key=jax.random.fold_in(jax.random.key(seed), i),
-                temperature=temperature,
-                p=p,
-                guidance=guidance,
+                **sampling,
             )
         )
     return {name: np.concatenate([f[name] for f in found])[:count] for name in targets}
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _encoded(
+    modalities: Modalities, shape: Shape, params: Any, ids: Any, position: Any
+) -> Any:
+    """The mean of the encoder's output over tokens: [N, n] each -> [N, D]."""
+    net, valid = egom2p.EgoM2P(modalities, shape), jnp.ones(ids.shape, bool)
+    out = net.apply({"params": params}, ids, position, valid, method="encode")
+    return jnp.mean(out, axis=1)
+
+
 def features(model: Model, codes: np.ndarray) -> np.ndarray:
     """Features of our own [N, D] of RGB tokens: the mean of the encoder's output."""
     ids, _ = mods.flatten(model.modalities, {"rgb": codes})
-    position = mods.starts(model.modalities)[
-        mods.indices(model.modalities, ["rgb"])[0]
-    ] + np.arange(codes[0].size)
-
-    @jax.jit
-    def run(params: Any, ids: Any) -> Any:
-        places = jnp.tile(position, (len(ids), 1))
-        net = egom2p.EgoM2P(model.modalities, model.shape)
-        valid = jnp.ones(places.shape, bool)
-        out = net.apply({"params": params}, ids, places, valid, method="encode")
-        return jnp.mean(out, axis=1)
-
-    parts = np.array_split(ids[:, position], max(1, len(ids) // 64))
-    return np.concatenate([np.asarray(run(model.params, part)) for part in parts])
+    (rgb,) = mods.indices(model.modalities, ["rgb"])
+    position = mods.starts(model.modalities)[rgb] + np.arange(codes[0].size)
+    return np.concatenate(
+        [
+            np.asarray(
+                _encoded(
+                    model.modalities,
+                    model.shape,
+                    model.params,
+                    part,
+                    np.tile(position, (len(part), 1)),
+                )
+            )
+            for part in np.array_split(ids[:, position], max(1, len(ids) // 64))
+        ]
+    )
 
 
 def bootstrap(
@@ -185,8 +197,7 @@ def bootstrap(
         return (float("nan"),) * 3
     rng = np.random.default_rng(seed)
     rows = rng.integers(0, len(values), (replicates, len(values)))
-    low, high = np.percentile(values[rows].mean(axis=1), [2.5, 97.5])
-    return float(values.mean()), float(low), float(high)
+    return float(values.mean()), *evaluation.interval(values[rows].mean(axis=1))
 
 
 def decoded(

@@ -16,7 +16,6 @@ Legend: B clips a step, I tokens shown, O asked, D width, V ids.
 import dataclasses
 import json
 import math
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -24,11 +23,10 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
+from experiments import compiled, flags, report_file
 from experiments import egom2p_training as runs
-from experiments import flags
 from experiments.egom2p_tokens import Tokens
 from experiments.flags import flag
-from experiments.moe_plan import collectives
 from multitask_jax import sharding, training
 from multitask_jax.masked.modalities import Modality, lengths
 from multitask_jax.merging.report import table
@@ -94,35 +92,27 @@ def make(config: Config) -> Plan:
 
     abstract = jax.eval_shape(start, jax.random.key(0))
     where = sharding.tree_shardings(abstract, mesh, layout["rules"])
-    state = jax.tree.map(
-        lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), abstract, where
-    )
+    state = compiled.placed(abstract, where)
     cut = NamedSharding(mesh, Spec(layout["batch_axis"]))
     long = int(lengths(PAPER).sum())
     batch = Tokens(
         jax.ShapeDtypeStruct((config.batch, long), jnp.int32, sharding=cut),
         jax.ShapeDtypeStruct((config.batch, len(PAPER)), bool, sharding=cut),
     )
-    compiled = step.run.lower(state, None, batch).compile()
-    memory = compiled.memory_analysis()
-    local = sum(
-        math.prod(w.shard_shape(s.shape)) * s.dtype.itemsize
-        for s, w in zip(jax.tree.leaves(abstract), jax.tree.leaves(where), strict=True)
-        if jnp.issubdtype(s.dtype, jnp.floating)
-    )
+    program = step.run.lower(state, None, batch).compile()
     flops = step_flops(shape, config.inputs, config.targets) * config.batch / mesh.size
     steps = config.tokens / (config.batch * (config.inputs + config.targets))
     seconds = flops / (config.peak_tflops * 1e12 * config.utilisation)
     return Plan(
         mesh.size,
         sum(x.size for x in jax.tree.leaves(abstract.params)),
-        local,
+        compiled.device_bytes(state),
         config.batch * (long * 4 + len(PAPER)) / math.prod(
             mesh.shape[n] for n in layout["batch_axis"]
         ),
-        memory.temp_size_in_bytes,
+        program.memory_analysis().temp_size_in_bytes,
         flops,
-        collectives(compiled.as_text()),
+        compiled.collectives(program.as_text()),
         steps,
         steps * seconds / 86400,
     )  # fmt: skip
@@ -170,10 +160,7 @@ def run(config: Config) -> Plan:
         f" {plan.days:.1f} days, *if* a device reaches {100 * config.utilisation:.0f} %"
         f" of {config.peak_tflops:g} TFLOP/s (an assumption, not a measurement).\n"
     )
-    print(text)
-    folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.md").write_text(f"# A training step of EgoM2P\n\n{text}")
+    folder = report_file.write(config.output_dir, "A training step of EgoM2P", text)
     (folder / "plan.json").write_text(json.dumps(plan._asdict(), indent=2) + "\n")
     return plan
 

@@ -45,7 +45,7 @@ def results(
                 f"{name}{f', {unit}' if unit else ''} {'up' if more else 'down'}"
             )
         if task.wanted == "rgb" and frechet:
-            header.append("Frechet ↓")
+            header.append("Frechet down")
         rows = []
         for method, values in rows_of.items():
             row = [method]

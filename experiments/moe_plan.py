@@ -13,9 +13,6 @@ import dataclasses
 import functools
 import json
 import math
-import re
-from collections import Counter
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -23,12 +20,10 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
-from experiments import flags
+from experiments import compiled, flags, report_file
 from experiments.flags import flag
 from multitask_jax import moe, sharding
 from multitask_jax.merging.report import table
-
-_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "pred": 1, "s8": 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,42 +91,23 @@ def make(config: Config) -> Plan:
         "gate": jax.tree.map(lambda _: on(Spec()), shapes["gate"]),
         "experts": jax.tree.map(lambda _: on(Spec("expert")), shapes["experts"]),
     }
-    params = jax.tree.map(
-        lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), shapes, where
-    )
+    params = compiled.placed(shapes, where)
     tokens = on(Spec(tuple(axes)))
     x = jax.ShapeDtypeStruct((n, d), dtype, sharding=tokens)
     step = jax.jit(jax.grad(loss, (0, 1)), out_shardings=(where, tokens))
-    compiled = step.lower(params, x).compile()
-    memory = compiled.memory_analysis()
-    local = sum(
-        math.prod(w.shard_shape(s.shape)) * dtype.itemsize
-        for s, w in zip(jax.tree.leaves(shapes), jax.tree.leaves(where), strict=True)
-    )
+    program = step.lower(params, x).compile()
+    memory = program.memory_analysis()
     weights = sum(s.size for s in jax.tree.leaves(shapes["experts"])) / e
     return Plan(
         mesh.size,
-        local,
+        compiled.device_bytes(params),
         config.tokens * d * dtype.itemsize,
         memory.temp_size_in_bytes,
         memory.output_size_in_bytes,
-        compiled.cost_analysis().get("flops", math.nan),
+        program.cost_analysis().get("flops", math.nan),
         6 * config.tokens * config.k * weights,
-        collectives(compiled.as_text()),
+        compiled.collectives(program.as_text()),
     )
-
-
-def collectives(text: str) -> dict[str, tuple[int, float]]:
-    """Times and bytes of each kind of collective in a compiled program."""
-    times: Counter[str] = Counter()
-    size: Counter[str] = Counter()
-    kinds = "all-to-all|all-reduce|all-gather|reduce-scatter|collective-permute"
-    for shapes, kind in re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", text):
-        times[kind] += 1
-        for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes):
-            entries = math.prod(int(n) for n in dims.split(",") if n)
-            size[kind] += _BYTES.get(dtype, 4) * entries
-    return {kind: (times[kind], size[kind]) for kind in sorted(times)}
 
 
 def run(config: Config) -> Plan:
@@ -159,10 +135,7 @@ def run(config: Config) -> Plan:
         + table([f"of one device of {plan.devices}", ""], rows)
         + "\n"
     )
-    print(text)
-    folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.md").write_text(f"# An expert-parallel layer\n\n{text}")
+    folder = report_file.write(config.output_dir, "An expert-parallel layer", text)
     (folder / "plan.json").write_text(json.dumps(plan._asdict(), indent=2) + "\n")
     return plan
 

@@ -29,7 +29,14 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from experiments import flags, mtmt_model, mtmt_predict, mtmt_report, parsing
+from experiments import (
+    flags,
+    mtmt_model,
+    mtmt_predict,
+    mtmt_report,
+    parsing,
+    study_store,
+)
 from experiments import mtmt_training as training
 from experiments.flags import flag
 from multitask_jax.data import hillstrom, uplift_simulator
@@ -280,15 +287,15 @@ def _same_run(workdir: Path, config: Config, trial: Trial) -> None:
     sums = [float(a.sum(dtype=np.float64)) for a in (trial.x, trial.arm, trial.y)]
     about["people"] = [len(trial.arm), *sums]
     file = workdir / "config.json"
-    if file.exists():
-        old = json.loads(file.read_text())
-        changed = [k for k in about if k not in _AROUND and about[k] != old.get(k)]
-        if changed and (workdir / "predictions").exists():
-            said = ", ".join(f"{k}: {old.get(k)!r}, now {about[k]!r}" for k in changed)
-            raise ValueError(
-                f"--workdir={workdir} holds predictions of another run ({said}); choose"
-                " another folder, or remove this one"
-            )
+    changed = study_store.changed(file, about, _AROUND)
+    if changed and (workdir / "predictions").exists():
+        said = ", ".join(
+            f"{k}: {old!r}, now {new!r}" for k, (old, new) in changed.items()
+        )
+        raise ValueError(
+            f"--workdir={workdir} holds predictions of another run ({said}); choose"
+            " another folder, or remove this one"
+        )
     workdir.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(about, indent=2) + "\n")
 

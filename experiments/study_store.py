@@ -36,6 +36,23 @@ class Store:
         return self.records[(part, row, seed)]
 
 
+def changed(
+    path: Path, told: Mapping[str, Any], free: Sequence[str] = ()
+) -> dict[str, tuple[Any, Any]]:
+    """What a file of settings has otherwise than it is told now: (there, here) by name.
+
+    Nothing without the file; names in `free` may differ.
+    """
+    if not path.exists():
+        return {}
+    stored = json.loads(path.read_text())
+    return {
+        k: (stored.get(k), v)
+        for k, v in told.items()
+        if k not in free and stored.get(k) != v
+    }
+
+
 def remember(config: Any, workdir: Path, free: Sequence[str]) -> None:
     """Writes config.json; refuses a folder whose results are of another config.
 
@@ -49,13 +66,10 @@ def remember(config: Any, workdir: Path, free: Sequence[str]) -> None:
     """
     path = workdir / "config.json"
     told = dataclasses.asdict(config)
-    if path.exists():
-        stored = json.loads(path.read_text())
-        other = {k: (stored.get(k), v) for k, v in told.items() if stored.get(k) != v}
-        if different := {k: v for k, v in other.items() if k not in free}:
-            raise ValueError(
-                f"{workdir} has results of another run (there, here): {different};"
-                " pass another --workdir or remove it"
-            )
+    if different := changed(path, told, free):
+        raise ValueError(
+            f"{workdir} has results of another run (there, here): {different};"
+            " pass another --workdir or remove it"
+        )
     workdir.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(told, indent=1) + "\n")

@@ -3,7 +3,9 @@
 import contextlib
 import json
 import os
+import statistics
 import subprocess
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,31 @@ def use_cores(count: int) -> None:
     """Keeps this process, and what it starts, to so many cores where the OS lets us."""
     if hasattr(os, "sched_setaffinity"):  # XLA has as many threads as it sees cores
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
+
+
+def timed(run: Callable[[], Any]) -> Callable[[], float]:
+    """A call that tells the seconds that `run` took."""
+
+    def seconds() -> float:
+        begin = time.perf_counter()
+        run()
+        return time.perf_counter() - begin
+
+    return seconds
+
+
+def medians(
+    timers: Mapping[str, Callable[[], float]], repeats: int
+) -> dict[str, float]:
+    """Milliseconds by name, the median of turns; two calls first, to compile and warm.
+
+    All timers have a turn before the first has its next.
+    """
+    for timer in timers.values():
+        timer()
+        timer()
+    turns = [{n: timer() for n, timer in timers.items()} for _ in range(repeats)]
+    return {n: 1e3 * statistics.median(turn[n] for turn in turns) for n in timers}
 
 
 def start(

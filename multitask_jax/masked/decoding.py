@@ -21,7 +21,7 @@ from multitask_jax.masked.modalities import (
     indices,
     modality_of,
     starts,
-)  # fmt: skip
+)
 from multitask_jax.masked.objective import own_ids
 
 Array = jax.Array

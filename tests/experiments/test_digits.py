@@ -11,24 +11,16 @@ from safetensors.numpy import load_file
 
 from experiments import digits, flags, merge
 from multitask_jax.models import digits_transformer as vit
+from tests.experiments.common import from_flagfile
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = {"base", digits.EXPERTS, *digits.MERGES}
 
 
-def from_flagfile(name: str, *more: str) -> digits.Config:
-    values = absl_flags.FlagValues()
-    flags.define(digits.Config, values)
-    absl_flags.DEFINE_multi_string("flagfile", [], "Flags.", flag_values=values)
-    path = ROOT / "experiments" / "flagfiles" / "digits" / f"{name}.flags"
-    values(["digits", *values.read_flags_from_files([f"--flagfile={path}"]), *more])
-    return flags.read(digits.Config, values)
-
-
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> digits.Config:
     folder = tmp_path_factory.mktemp("digits")
-    return from_flagfile("smoke", f"--workdir={folder}")
+    return from_flagfile(digits.Config, "digits/smoke", workdir=str(folder))
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +30,7 @@ def result(config: digits.Config) -> digits.Result:
 
 def test_demo_is_the_default() -> None:
     """`make merge` and `run(Config())` in a notebook show one and the same table."""
-    assert from_flagfile("demo") == digits.Config()
+    assert from_flagfile(digits.Config, "digits/demo") == digits.Config()
 
 
 def test_result(result: digits.Result) -> None:

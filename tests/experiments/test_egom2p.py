@@ -9,14 +9,12 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from absl import flags as absl_flags
 
 from experiments import (
     benchmark_egom2p,
     egom2p,
     egom2p_evaluation,
     egom2p_plan,
-    flags,
 )
 from experiments import egom2p_training as training
 from experiments.egom2p_tokens import Tokens
@@ -26,26 +24,17 @@ from multitask_jax.data.egocentric import Clips
 from multitask_jax.masked import tokenizers
 from multitask_jax.masked.modalities import flatten
 from multitask_jax.models.egom2p import Shape
+from tests.experiments.common import from_flagfile
 from tests.masked.common import MODALITIES
 from tests.masked.test_modalities import random_tokens
 
-FLAGFILES = Path(egom2p.__file__).parent / "flagfiles" / "egom2p"
 SHAPE = Shape(width=16, heads=2, encoder_depth=1, decoder_depth=1)
-
-
-def from_flagfile(name, config_class=egom2p.Config, **changes):
-    values = absl_flags.FlagValues()
-    flags.define(config_class, values)
-    absl_flags.DEFINE_multi_string("flagfile", [], "Flags.", flag_values=values)
-    file = f"--flagfile={FLAGFILES / name}.flags"
-    values(["egom2p", *values.read_flags_from_files([file])])
-    return dataclasses.replace(flags.read(config_class, values), **changes)
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     workdir = str(tmp_path_factory.mktemp("egom2p"))
-    return from_flagfile("smoke", workdir=workdir, progress=False)
+    return from_flagfile(egom2p.Config, "egom2p/smoke", workdir=workdir, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +44,7 @@ def found(config):
 
 
 def test_full_is_the_default():
-    assert from_flagfile("full") == egom2p.Config()
+    assert from_flagfile(egom2p.Config, "egom2p/full") == egom2p.Config()
 
 
 def test_everything_is_written(found, config):
@@ -261,7 +250,7 @@ def test_flops_by_formula_are_those_of_the_compiler_without_loops():
 
 def test_the_papers_size_compiles_for_meshes_that_are_not_there(tmp_path):
     """Of a flagfile's settings but for the mesh and the batch, to be brief."""
-    config = from_flagfile("gpu_8", egom2p_plan.Config, output_dir=str(tmp_path))
+    config = from_flagfile(egom2p_plan.Config, "egom2p/gpu_8", output_dir=str(tmp_path))
     config = dataclasses.replace(config, mesh="data=2,fsdp=2,tensor=2", batch=8)
     plan = egom2p_plan.run(config)
     assert plan.devices == 8
@@ -272,7 +261,7 @@ def test_the_papers_size_compiles_for_meshes_that_are_not_there(tmp_path):
     assert {"all-reduce", "all-gather"} <= set(plan.exchanged)
     assert "as compiled for a CPU" in (tmp_path / "report.md").read_text()
     for name in ("v5e_256", "gpu_8"):
-        told = from_flagfile(name, egom2p_plan.Config)
+        told = from_flagfile(egom2p_plan.Config, f"egom2p/{name}")
         axes = sharding.parse_axes(told.mesh)
         assert told.batch % np.prod(list(axes.values())) == 0
 

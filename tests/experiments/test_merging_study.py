@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from experiments import (
-    flags,
     merge,
     merging_study,
     study_analysis,
@@ -22,8 +21,8 @@ from experiments.study_stand_in import SHAPE, make_base, make_tasks
 from multitask_jax import checkpoints, merging
 from multitask_jax.data import text_tasks, tokens
 from multitask_jax.models import bert
+from tests.experiments.common import from_flagfile
 
-SMOKE = "experiments/flagfiles/study/smoke.flags"
 ABLATED, FITTED = ("TIES", "oracle signs"), "AdaMerging, by leaf"
 
 
@@ -33,16 +32,12 @@ def places(tmp_path_factory):
     return make_base(root / "base"), make_tasks(root / "tasks"), root / "out"
 
 
-def smoke(places, repository, **changes):
+def smoke(places, **changes):
     """The smoke flagfile's config, on these files."""
-    from absl import flags as absl_flags
-
     base, tasks, out = places
-    values = absl_flags.FlagValues()
-    flags.define(Config, values)
-    values(["study", f"--flagfile={repository / SMOKE}"])
-    return dataclasses.replace(
-        flags.read(Config, values),
+    return from_flagfile(
+        Config,
+        "study/smoke",
         model_dir=str(base),
         data_dir=str(tasks),
         workdir=str(out),
@@ -52,9 +47,9 @@ def smoke(places, repository, **changes):
 
 
 @pytest.fixture(scope="module")
-def config(places, pytestconfig):
+def config(places):
     parts = ",".join(merging_study.PARTS)
-    return smoke(places, pytestconfig.rootpath, parts=parts)
+    return smoke(places, parts=parts)
 
 
 @pytest.fixture(scope="module")

@@ -8,32 +8,24 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from absl import flags as absl_flags
 
-from experiments import flags, mtmt, mtmt_model
+from experiments import mtmt, mtmt_model
 from experiments import mtmt_training as training
 from multitask_jax.data import hillstrom
 from multitask_jax.data.uplift_simulator import simulate
 from multitask_jax.models import mtmt as models
 from multitask_jax.models.uplift_baselines import MODELS
-
-FLAGFILES = Path(mtmt.__file__).parent / "flagfiles" / "mtmt"
-
-
-def from_flagfile(name, **changes):
-    values = absl_flags.FlagValues()
-    flags.define(mtmt.Config, values)
-    absl_flags.DEFINE_multi_string("flagfile", [], "Flags.", flag_values=values)
-    file = f"--flagfile={FLAGFILES / name}.flags"
-    values(["mtmt", *values.read_flags_from_files([file])])
-    return dataclasses.replace(
-        flags.read(mtmt.Config, values), progress=False, **changes
-    )
+from tests.experiments.common import from_flagfile
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    return from_flagfile("smoke", workdir=str(tmp_path_factory.mktemp("mtmt")))
+    return from_flagfile(
+        mtmt.Config,
+        "mtmt/smoke",
+        workdir=str(tmp_path_factory.mktemp("mtmt")),
+        progress=False,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +34,7 @@ def result(config):
 
 
 def test_full_is_the_default(monkeypatch):
-    assert from_flagfile("full") == mtmt.Config(progress=False)
+    assert from_flagfile(mtmt.Config, "mtmt/full") == mtmt.Config()
 
 
 def test_everything_is_written(result, config):

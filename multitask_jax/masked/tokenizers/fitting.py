@@ -114,7 +114,7 @@ def _forward(
     encodings = model.encode(config, variables, signal)
     quantized = model.quantize(config, variables, encodings)
     y = model.decode(config, variables, quantized.values)
-    error = model.error(config, y, signal, known)
+    error = model.loss(y, signal, known)
     aux = error, quantized.loss, encodings, quantized.codes
     return error + quantized.loss, aux
 

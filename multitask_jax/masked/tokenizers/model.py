@@ -78,7 +78,13 @@ def decode(config: Config, variables: Any, values: Array) -> Array:
     return networks(config)[1].apply({"params": variables["decoder"]}, values)
 
 
-def error(config: Config, y: Array, signal: Array, known: Array) -> Array:
-    """The loss of a reconstruction y, over what is known of the signal: []."""
-    module = video if config.is_video else trajectory
-    return module.loss(y, signal, known)
+def loss(y: Array, signal: Array, known: Array) -> Array:
+    """Mean squared error of a reconstruction over what is known: [].
+
+    Args:
+      y: [B, ..., C], reconstructed.
+      signal: [B, ..., C].
+      known: [B, ..., 1], 1 or 0. A batch without anything known has loss 0.
+    """
+    error = jnp.where(known > 0, jnp.square(y - signal), 0.0)
+    return jnp.sum(error) / jnp.maximum(jnp.sum(known) * signal.shape[-1], 1)

@@ -136,11 +136,11 @@ def fsq(encodings: Array, levels: tuple[int, ...]) -> Quantized:
             f"encodings: got shape {list(encodings.shape)}, expected a last axis of"
             f" {len(levels)}, one number for each of the levels {levels}"
         )
-    half = _vector(encodings.ndim, [n // 2 for n in levels])
+    half = along_last(encodings.ndim, [n // 2 for n in levels])
     bounded = _bound(encodings, levels)
     whole = jnp.round(jax.lax.stop_gradient(bounded))
     digits = (whole + half).astype(jnp.int32)
-    basis = _vector(encodings.ndim, _basis(levels)).astype(jnp.int32)
+    basis = along_last(encodings.ndim, _basis(levels)).astype(jnp.int32)
     codes = jnp.sum(digits * basis, axis=-1)
     values = straight_through(bounded, whole) / half
     return Quantized(values, codes, jnp.zeros(()))
@@ -149,7 +149,7 @@ def fsq(encodings: Array, levels: tuple[int, ...]) -> Quantized:
 def fsq_values(codes: Array, levels: tuple[int, ...]) -> Array:
     """The numbers of codes, by mixed radix: [...] -> [..., D]; the inverse of `fsq`."""
     digits = [codes // b % n for b, n in zip(_basis(levels), levels, strict=True)]
-    half = _vector(codes.ndim + 1, [n // 2 for n in levels])
+    half = along_last(codes.ndim + 1, [n // 2 for n in levels])
     return (jnp.stack(digits, axis=-1) - half) / half
 
 
@@ -171,7 +171,7 @@ def _bound(z: Array, levels: tuple[int, ...]) -> Array:
     half = np.array([(n - 1) * (1 + 1e-3) / 2 for n in levels])
     offset = np.array([0.5 if n % 2 == 0 else 0.0 for n in levels])
     half, offset, shift = (
-        _vector(z.ndim, v) for v in (half, offset, np.arctanh(offset / half))
+        along_last(z.ndim, v) for v in (half, offset, np.arctanh(offset / half))
     )
     return half * jnp.tanh(z + shift) - offset
 
@@ -181,7 +181,7 @@ def _basis(levels: tuple[int, ...]) -> list[int]:
     return [math.prod(levels[:i]) for i in range(len(levels))]
 
 
-def _vector(ndim: int, values: list[int] | np.ndarray) -> Array:
+def along_last(ndim: int, values: Array | np.ndarray | list[int]) -> Array:
     """[D] as [1, ..., 1, D]: ranks are not promoted here."""
     return jnp.asarray(values, jnp.float32).reshape((1,) * (ndim - 1) + (-1,))
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from multitask_jax.data import poses
+from multitask_jax.masked.tokenizers.quantizers import along_last
 from multitask_jax.masked.tokenizers.types import CHANNELS, Config, Statistics
 
 Array = jax.Array
@@ -64,7 +65,7 @@ def to_network(config: Config, statistics: Statistics, x: Array) -> tuple[Array,
         known = jnp.ones((*x.shape[:4], 1))
     if config.kind in ("depth", "gaze"):
         known = jnp.all(jnp.isfinite(y), axis=-1, keepdims=True).astype(jnp.float32)
-    mean, deviation = (_channels(v, y.ndim) for v in statistics)
+    mean, deviation = (along_last(y.ndim, v) for v in statistics)
     return jnp.where(known > 0, (y - mean) / deviation, 0.0), known
 
 
@@ -72,7 +73,7 @@ def from_network(config: Config, statistics: Statistics, y: Array) -> Array:
     """The inverse, into the data's shape, units and dtype: [N, ..., C] -> [N, ...]."""
     if config.kind == "depth":
         y = jnp.clip(y, -_FURTHEST, _FURTHEST)
-    mean, deviation = (_channels(v, y.ndim) for v in statistics)
+    mean, deviation = (along_last(y.ndim, v) for v in statistics)
     x = y * deviation + mean
     if config.kind == "rgb":
         return jnp.clip(jnp.round(x), 0, 255).astype(jnp.uint8)
@@ -108,8 +109,3 @@ def measure(config: Config, data: np.ndarray) -> Statistics:
         )
     deviation = np.maximum(y.std(axis=0), _STILL)
     return Statistics(y.mean(axis=0).astype(np.float32), deviation.astype(np.float32))
-
-
-def _channels(v: Array, ndim: int) -> Array:
-    """[C] as [1, ..., 1, C]."""
-    return jnp.asarray(v).reshape((1,) * (ndim - 1) + (-1,))

@@ -12,9 +12,9 @@ import numpy as np
 
 from multitask_jax.layers.transformer import Block
 from multitask_jax.masked.modalities import sin_cos
+from multitask_jax.masked.tokenizers.types import STRIDE
 
 Array = jax.Array
-STRIDE = 2  # samples a token
 
 
 class Blocks(nn.Module):
@@ -68,15 +68,3 @@ class Decoder(nn.Module):
         x = Blocks(self.blocks, self.heads, name="blocks")(x)
         x = nn.Dense(STRIDE * self.channels, name="unembed")(x)
         return x.reshape(b, l * STRIDE, self.channels)
-
-
-def loss(y: Array, x: Array, known: Array) -> Array:
-    """Mean squared error over the samples that are known.
-
-    Args:
-      y: [B, S, C], reconstructed.
-      x: [B, S, C], the signal.
-      known: [B, S, 1], 1 or 0. A batch without any known sample has loss 0.
-    """
-    error = jnp.where(known > 0, jnp.square(y - x), 0.0)
-    return jnp.sum(error) / jnp.maximum(jnp.sum(known) * x.shape[-1], 1)

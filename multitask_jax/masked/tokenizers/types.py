@@ -15,6 +15,7 @@ Array = jax.Array
 Kind = Literal["rgb", "depth", "camera", "gaze"]
 Quantizer = Literal["vq", "fsq"]
 PATCH = 8  # pixels a token, along each side
+STRIDE = 2  # samples of a trajectory a token
 CHANNELS = {"rgb": 3, "depth": 1, "camera": 9, "gaze": 2}  # of the network's signal
 
 _VIDEO = {"quantizer": "vq", "codes": 1024, "width": 128, "blocks": 1}
@@ -76,7 +77,7 @@ class Config:
         if self.is_video:
             needs = [("frames", self.temporal), ("size", PATCH), ("width", 2)]
         else:
-            needs = [("samples", 2), ("width", 2), ("width", self.heads)]
+            needs = [("samples", STRIDE), ("width", 2), ("width", self.heads)]
         for name, by in needs:
             if getattr(self, name) % by:
                 raise ValueError(
@@ -114,7 +115,7 @@ def grid(config: Config) -> tuple[int, ...]:
     if config.is_video:
         side = config.size // PATCH
         return config.frames // config.temporal, side, side
-    return (config.samples // 2,)
+    return (config.samples // STRIDE,)
 
 
 def vocabulary(config: Config) -> int:

@@ -113,15 +113,3 @@ class Decoder(nn.Module):
         x = nn.LayerNorm(epsilon=1e-6, name="layernorm")(x)
         patch = self.temporal * PATCH * PATCH * self.channels
         return from_patches(nn.Dense(patch, name="unembed")(x), self.temporal, PATCH)
-
-
-def loss(y: Array, x: Array, known: Array) -> Array:
-    """Mean squared error of what is known.
-
-    Args:
-      y: [B, F, H, W, C], reconstructed.
-      x: [B, F, H, W, C], the signal.
-      known: [B, F, H, W, 1], 1 or 0. Clips without any known pixel have loss 0.
-    """
-    total = jnp.sum(jnp.where(known > 0, (y - x) ** 2, 0.0))
-    return total / jnp.maximum(jnp.sum(known) * x.shape[-1], 1)
