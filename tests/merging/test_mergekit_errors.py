@@ -92,7 +92,7 @@ def test_what_is_refused(folder, tmp_path):
         parameters={"weight": [{"filter": "self_atn", "value": 1}, {"value": 1}]},
     )
     refused(
-        "model_stock needs at least 2 models, got 1",
+        "recipe: models: model_stock merges at least 2 models besides base_model, got",
         "model_stock",
         plain("m1"),
         base="base",

@@ -105,10 +105,12 @@ def roles_of(part: Slice, recipe: Recipe, paths: Mapping[str, Path]) -> Roles:
         origin, models = at[0], tuple(i for i in everyone if i not in at)
         if not models:
             raise ValueError(f"{where}: got no models besides base_model {base}")
-    if spec.count is not None and len(models) != spec.count:
+    exact = spec.count is not None
+    if len(models) != spec.count if exact else len(models) < spec.least:
         besides = " besides base_model" if origin is not None else ""
+        wanted = f"exactly {spec.count}" if exact else f"at least {spec.least}"
         raise ValueError(
-            f"{where}: {recipe.method} merges exactly {spec.count} models{besides}, got"
+            f"{where}: {recipe.method} merges {wanted} models{besides}, got"
             f" {len(models)}"
         )
     return Roles(recipe.method, origin, models)

@@ -35,6 +35,7 @@ class Spec:
     per_model: Options = dataclasses.field(default_factory=dict)
     per_tensor: Options = dataclasses.field(default_factory=dict)
     count: int | None = None  # of models besides an origin
+    least: int = 1  # of them, where `count` is not told
     ranks: frozenset[str] = frozenset()
     traced: frozenset[str] = frozenset()
     elects: bool = False  # signs, and averages over the models that agree
@@ -303,6 +304,7 @@ SPECS: dict[str, Spec] = {
     "model_stock": Spec(
         lambda o, _: recipes.model_stock(filter_wise=o["filter_wise"], ratio="formula"),
         per_tensor={"filter_wise": False},
+        least=2,
     ),
     "task_arithmetic": Spec(
         _task_arithmetic, per_model=_WEIGHT, per_tensor=_summed(False, False)
