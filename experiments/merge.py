@@ -89,6 +89,15 @@ class Config:
         " (mergekit, PEFT), 'negative' or 'zero'."
     )
     combine: str | None = flag("Entries that agree: their 'mean', 'sum' or 'max'.")
+    combine_by: str | None = flag(
+        "knots: in the shared basis by 'mean', 'ties' or 'dare_ties'."
+    )
+    input_axis: str | None = flag(
+        "knots, wudi: where a matrix has its inputs, 'last' (torch) or 'first' (flax)."
+    )
+    eps: float | None = flag(
+        "knots: leaves out singular values up to this part of the largest (1e-4)."
+    )
     normalise: str | None = flag(
         "linear, task_arithmetic, dare: 'true' divides by the sum of weights. ties: the"
         " mean divides by 'weights' or, as PEFT, by the 'count' of models. fisher: each"

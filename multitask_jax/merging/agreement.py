@@ -3,6 +3,7 @@
 Wang et al. (2024). tau_t task vector of model t, tau the merged one, m_t task t's mask.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from multitask_jax.merging.core import (
     add_up,
     at_transform,
     run_transforms,
-    settings_of,
+    settings_by_path,
     times,
     unchanged,
 )
@@ -70,15 +71,11 @@ def inputs_beside(method: Method) -> Transform:
         plain = i == 0 and m.values is unchanged
         return m._replace(values=m.values if plain else terms, rank=rank)
 
-    def settings(paths: Sequence[str]) -> dict[str, Any]:
-        of_each = settings_of(method, paths)
-        return {p: tuple(of_path[p] for of_path in of_each) for p in paths}
-
     needs = {t.needs for t in steps}
     return Transform(
         lambda values, leaf, stats: (*values, *run(values, leaf, stats, None)),
         tuple(lift(i, m) for i, t in enumerate(steps) for m in t.measures),
-        settings=settings,
+        settings=functools.partial(settings_by_path, method),
         needs=next((n for n in ("tensor", "row") if n in needs), "element"),
     )
 

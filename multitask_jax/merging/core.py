@@ -172,6 +172,14 @@ def settings_of(method: Method, paths: Sequence[str]) -> list[Mapping[str, Any]]
     return [t.settings(paths) if t.settings else nothing for t in method.transforms]
 
 
+def settings_by_path(
+    method: Method, paths: Sequence[str]
+) -> dict[str, tuple[Any, ...]]:
+    """Per leaf path: the scalars of each transform, for one that runs a method."""
+    of_each = settings_of(method, paths)
+    return {p: tuple(of_path[p] for of_path in of_each) for p in paths}
+
+
 def run_transforms(
     method: Method,
     values: Values,
@@ -347,10 +355,15 @@ def apply(
         if len(batch) == 1:
             out[paths[0]] = t.apply(*batch[0])
             continue
-        stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *batch)
+        stacked = jax.tree.map(_stacked, *batch)
         results = jax.vmap(t.apply)(*stacked)
         out |= {p: tuple(x[i] for x in results) for i, p in enumerate(paths)}
     return {p: out[p] for p in values}
+
+
+def _stacked(*xs: Any) -> Array:
+    """Arrays, or settings; seeds among these have all of 32 bits."""
+    return jnp.stack([np.uint32(x) if isinstance(x, int) else x for x in xs])
 
 
 def measure(

@@ -33,20 +33,25 @@ def tsv_m(*, scale: Any = 1.0) -> Method:
 
 def knots(
     *,
-    combine_by: Literal["mean", "ties"] = "ties",
+    combine_by: Literal["mean", "ties", "dare_ties"] = "ties",
     density: Shares = 0.2,
     eps: float = 1e-4,
     input_axis: subspace.InputAxis = "last",
     scale: Any = 1.0,
+    seed: int = 0,
 ) -> Method:
-    """KnOTS: task vectors (of LoRA) in one shared basis, merged there by mean or TIES.
+    """KnOTS: task vectors (of LoRA) in one shared basis, merged there by --combine_by.
 
     `merging.align(method)` takes any other method.
     """
-    check_choice("combine_by", combine_by, ("mean", "ties"))
-    inner = chain(tf.weighted_sum(normalise=True))
-    if combine_by == "ties":
-        inner = chain(tf.trim(density=density), tf.elect_sign(), tf.disjoint_mean())
+    elected = tf.elect_sign(), tf.disjoint_mean()
+    combiners = {
+        "mean": (tf.weighted_sum(normalise=True),),
+        "ties": (tf.trim(density=density), *elected),
+        "dare_ties": (tf.drop(density=density, seed=seed), *elected),
+    }
+    check_choice("combine_by", combine_by, tuple(combiners))
+    inner = chain(*combiners[combine_by])
     return chain(subspace.align(inner, eps=eps, input_axis=input_axis), tf.scale(scale))
 
 

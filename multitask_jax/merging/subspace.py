@@ -6,6 +6,7 @@ axis of a matrix is the input, so these serve torch's and flax's layouts alike (
 shares the space of one axis, see there).
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -195,7 +196,9 @@ def align(
         merged = _merge_rows(method, tuple(shared), leaf, found)
         return (u * jnp.where(kept, s, 0)[None, :]) @ merged
 
-    return on_matrices(merge, input_axis)
+    return on_matrices(merge, input_axis)._replace(
+        settings=functools.partial(core.settings_by_path, method)
+    )
 
 
 def _merge_rows(method: core.Method, values: Values, leaf: Leaf, rows: Array) -> Array:
@@ -215,9 +218,8 @@ def _merge_rows(method: core.Method, values: Values, leaf: Leaf, rows: Array) ->
 
         return m._replace(rank=ranks) if m.kind == "kth" else m
 
-    settings = core.settings_of(method, [""])
-    for t, setting in zip(method.transforms, settings, strict=True):
-        at = {"": leaf._replace(setting=setting[""])}
+    for t, setting in zip(method.transforms, leaf.setting, strict=True):
+        at = {"": leaf._replace(setting=setting)}
         t = t._replace(measures=tuple(map(of_rows, t.measures)))
         stats = core.measure(t, {"": values}, at)
         values = t.apply(values, at[""], stats[""])

@@ -73,6 +73,17 @@ def test_flags_reach_the_method(tmp_path, inputs):
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
 
 
+def test_knots_merges_as_it_is_told(tmp_path):
+    base, models = make_models(2, rows=2, blocks=1)
+    paths = [save(tmp_path / n, m) for n, m in zip("xab", (base, *models), strict=True)]
+    config = {"base": str(paths[0]), "models": f"{paths[1]},{paths[2]}"}
+    options = {"combine_by": "dare_ties", "seed": 3, "input_axis": "first", "eps": 1e-3}
+    _, got = run(tmp_path, config, method="knots", density="0.5", **options)
+    method = merging.knots(density=0.5, **options)
+    for k, v in flat(merged(method, base, models)).items():
+        np.testing.assert_allclose(got[k], v, atol=1e-5)
+
+
 @pytest.mark.parametrize(("flag", "alpha"), [("0.25", 0.25), ("norm", "norm")])
 def test_lines_alpha_is_a_number_or_norm(tmp_path, inputs, flag, alpha):
     config, base, models = inputs
@@ -135,6 +146,7 @@ def test_without_a_base_spheres_are_of_parameters(tmp_path, inputs):
         ({"max_shard_size": "big"}, "expected a size like 5GB"),
         ({"allow_missing": "all"}, "--allow_missing: got 'all'"),
         ({"output_format": "gguf"}, "got format 'gguf'"),
+        ({"method": "knots", "combine_by": "sum"}, "combine_by: got 'sum', expected"),
         ({"lines_alpha": "norm"}, "--lines_alpha=norm needs --lines_beta"),
         ({"lines_alpha": "auto"}, "--lines_alpha: got 'auto', expected a number"),
         ({"lines_alpha": "nan"}, "--lines_alpha: got 'nan', expected a number"),

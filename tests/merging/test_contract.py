@@ -110,6 +110,13 @@ CASES = {
             normalise="count",
         )
     ),
+    "knots dare_ties": Case(
+        merging.knots(combine_by="dare_ties", density=0.5),
+        exact=False,
+        spectral=True,
+        devices=2,
+        permuted=merging.knots(combine_by="dare_ties", density=1.0),
+    ),
     "ties sum negative": Case(merging.ties(combine="sum", zero_sign="negative")),
     "ties max zero": Case(merging.ties(combine="max", zero_sign="zero")),
     "ties l1": Case(

@@ -86,6 +86,22 @@ def test_knots_takes_any_method():
     np.testing.assert_allclose(out, want, atol=1e-5)
 
 
+def test_knots_by_dare_ties_drops_in_the_shared_basis():
+    taus = matrices(2, (6, 4))
+    paths = ("w", "x")
+    base = {p: np.zeros_like(taus[0]) for p in paths}
+    models = [dict.fromkeys(paths, t) for t in taus]
+    method = merging.knots(combine_by="dare_ties", density=0.5, seed=3)
+    out = merging.merge(method, base, models)
+    u, s, vt = np.linalg.svd(np.concatenate(taus, axis=1), full_matrices=False)
+    shared = [dict.fromkeys(paths, v) for v in np.split(vt, 2, axis=1)]
+    inner = merging.dare_ties(density=0.5, seed=3)
+    by_path = merging.merge(inner, {p: np.zeros((6, 4), "f") for p in paths}, shared)
+    for p in paths:
+        np.testing.assert_allclose(out[p], (u * s) @ by_path[p], atol=1e-5)
+    assert not np.allclose(out["w"], out["x"], atol=0.1)  # each leaf has its own masks
+
+
 def interference(m, taus):
     return sum(np.sum(((m - t) @ t.T) ** 2) / np.sum(t**2) for t in taus)
 
