@@ -11,7 +11,7 @@ same threads; all take turns in one run after a warm-up, and medians count.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,26 +40,36 @@ class Config:
     output_dir: str = flag("Folder for report.md.", ".cache/benchmark_moe")
 
 
-def busiest(config: Config) -> float:
-    """Tokens of the busiest expert over an equal share: what a room must be for all."""
-    keys = jax.random.split(jax.random.key(0), 4)
-    x = jax.random.normal(keys[0], (config.tokens, config.width))
-    gate = moe.init_gate(keys[1], config.width, config.experts)
-    routing = moe.route(moe.gate_logits(gate, x), k=config.k)
-    return float(config.experts * jnp.max(moe.losses.load(routing)))
+class Inputs(NamedTuple):
+    """What all sides of this library compute on."""
+
+    x: jax.Array  # [tokens, width]
+    params: dict[str, Any]  # of the mixture: gate and experts
+    ffn: Any  # of the dense layer
 
 
-def ours(config: Config) -> dict[str, Callable[[], Any]]:
-    """Compiled steps by name: gradients of all parameters and tokens."""
+def inputs(config: Config) -> Inputs:
+    """Random tokens and parameters."""
     keys = jax.random.split(jax.random.key(0), 4)
     d, h, e = config.width, config.hidden, config.experts
-    x = jax.random.normal(keys[0], (config.tokens, d))
-    expert = moe.EXPERTS["mlp"]
     params = {
         "gate": moe.init_gate(keys[1], d, e),
         "experts": moe.experts.init(keys[2], "mlp", experts=e, width=d, hidden=h),
     }
     ffn = moe.experts.init(keys[3], "mlp", experts=1, width=d, hidden=config.k * h)
+    return Inputs(jax.random.normal(keys[0], (config.tokens, d)), params, ffn)
+
+
+def busiest(config: Config, given: Inputs) -> float:
+    """Tokens of the busiest expert over an equal share: what a room must be for all."""
+    routing = moe.route(moe.gate_logits(given.params["gate"], given.x), k=config.k)
+    return float(config.experts * jnp.max(moe.losses.load(routing)))
+
+
+def ours(config: Config, given: Inputs) -> dict[str, Callable[[], Any]]:
+    """Compiled steps by name: gradients of all parameters and tokens."""
+    x, params, ffn = given
+    expert = moe.EXPERTS["mlp"]
 
     def dense(params: Any, x: jax.Array) -> jax.Array:
         flat = jax.tree.map(lambda p: p[0], params)
@@ -101,7 +111,8 @@ def run(config: Config) -> dict[str, float]:
     if min(config.tokens, config.repeats, config.experts, config.k) < 1:
         raise ValueError(f"got {config}, expected sizes and repeats of at least 1")
     torch_side.use_cores(config.threads)
-    steps, process = ours(config), None
+    given = inputs(config)
+    steps, process = ours(config, given), None
 
     timers = {name: torch_side.timed(step) for name, step in steps.items()}
     try:
@@ -134,7 +145,7 @@ def run(config: Config) -> dict[str, float]:
         f"{config.experts} experts, top-{config.k}, {config.tokens} x {config.width}"
         f" tokens, hidden {config.hidden}; forward and backward, {config.threads}"
         f" threads, median of {config.repeats}. The busiest expert has"
-        f" {busiest(config):.3f} times an equal share: rooms from there on drop"
+        f" {busiest(config, given):.3f} times an equal share: rooms from there on drop"
         f" nothing.\n\n{table(head, rows)}\n"
     )
     report_file.write(config.output_dir, "Speed of a mixture of experts", text)
