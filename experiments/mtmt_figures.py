@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from experiments.mtmt_policy import PER
+from experiments.mtmt_policy import PER, calibration_of, uplift
 from multitask_jax import evaluation
 from multitask_jax.data.uplift import Trial
 
@@ -37,8 +37,8 @@ def qini(
     for axes, arm, outcome, rows in _each(trial, panels):
         treated, y = trial.arm[rows] == arm, trial.y[rows, outcome]
         for name in names:
-            p = predictions[name][rows, :, outcome].astype(np.float64)
-            curve = evaluation.qini_curve(p[:, arm] - p[:, 0], y, treated)
+            score = uplift(predictions[name][rows], arm, outcome)
+            curve = evaluation.qini_curve(score, y, treated)
             gain = PER * np.interp(shares, curve.share, curve.gain)
             colour = colours.get(name)
             axes.plot(
@@ -75,11 +75,8 @@ def deciles(trial: Trial, prediction: np.ndarray, name: str) -> Figure:
       name: of the model.
     """
     figure, panels = _panels(trial)
-    for axes, arm, outcome, rows in _each(trial, panels):
-        p = prediction[rows, :, outcome].astype(np.float64)
-        c = evaluation.calibration(
-            p[:, arm] - p[:, 0], trial.y[rows, outcome], trial.arm[rows] == arm
-        )
+    for axes, arm, outcome, _ in _each(trial, panels):
+        c = calibration_of(trial, prediction, arm, outcome)
         tenth = np.arange(1, len(c.observed) + 1)
         axes.bar(
             tenth,

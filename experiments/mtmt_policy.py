@@ -1,4 +1,4 @@
-"""Tables of the uplift study's report: policies, and cells of values with intervals.
+"""Of the uplift study's report: effects, policies, cells of values with intervals.
 
 Legend: N people, A arms (arm 0 is the control), O outcomes, R replicates.
 """
@@ -26,6 +26,25 @@ def span(point: float, low: float, high: float, digits: int | None = None) -> st
     if digits is None:
         digits = 1 if abs(high - low) >= 10 else 2
     return f"{point:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def uplift(prediction: np.ndarray, arm: int, outcome: int) -> np.ndarray:
+    """[N, A, O] -> [N], of an arm over the control."""
+    # In float64, so that small effects of large outcomes keep their digits.
+    p = prediction[:, :, outcome].astype(np.float64)
+    return p[:, arm] - p[:, 0]
+
+
+def calibration_of(
+    trial: Trial, prediction: np.ndarray, arm: int, outcome: int
+) -> evaluation.Calibration:
+    """Deciles of an arm's effect on an outcome; `prediction` is [N, A, O]."""
+    rows = np.flatnonzero((trial.arm == 0) | (trial.arm == arm))
+    return evaluation.calibration(
+        uplift(prediction[rows], arm, outcome),
+        trial.y[rows, outcome],
+        trial.arm[rows] == arm,
+    )
 
 
 def policies(

@@ -18,7 +18,15 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments import mtmt_figures
-from experiments.mtmt_policy import PER, cell, policies, segments, span
+from experiments.mtmt_policy import (
+    PER,
+    calibration_of,
+    cell,
+    policies,
+    segments,
+    span,
+    uplift,
+)
 from multitask_jax import evaluation
 from multitask_jax.data.uplift import Trial
 from multitask_jax.merging.report import table
@@ -141,13 +149,6 @@ def measure(
                         evaluation.perfect(y, treated)[0]
                     )
     return found, best
-
-
-def uplift(prediction: np.ndarray, arm: int, outcome: int) -> np.ndarray:
-    """[N, A, O] -> [N], of an arm over the control."""
-    # In float64, so that small effects of large outcomes keep their digits.
-    p = prediction[:, :, outcome].astype(np.float64)
-    return p[:, arm] - p[:, 0]
 
 
 def _check(trial: Trial, predictions: Predictions, policy_outcome: str) -> None:
@@ -320,18 +321,6 @@ def _calibration(trial: Trial, prediction: np.ndarray, name: str, outcome: int) 
     ]
     figure = "![Effects by decile](deciles.png)"
     return "\n".join([*parts, table(header, rows), "", " ".join(said), "", figure, ""])
-
-
-def calibration_of(
-    trial: Trial, prediction: np.ndarray, arm: int, outcome: int
-) -> evaluation.Calibration:
-    """Deciles of an arm's effect on an outcome; `prediction` is [N, A, O]."""
-    rows = np.flatnonzero((trial.arm == 0) | (trial.arm == arm))
-    return evaluation.calibration(
-        uplift(prediction[rows], arm, outcome),
-        trial.y[rows, outcome],
-        trial.arm[rows] == arm,
-    )
 
 
 def _errors(trial: Trial, predictions: Predictions) -> str:

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import mtmt_figures, mtmt_report
+from experiments import mtmt_figures, mtmt_policy, mtmt_report
 from multitask_jax import evaluation
 from multitask_jax.data.uplift import Trial
 
@@ -146,7 +146,7 @@ def test_figure_highlights_few(
     labels = [t.get_text() for t in figure.legends[0].get_texts()]
     assert sorted(labels) == ["MTMT", "S-learner", "other models", "random order"]
     bars = mtmt_figures.deciles(trial, means["MTMT"], "MTMT").axes[0].patches
-    c = mtmt_report.calibration_of(trial, means["MTMT"], 1, 0)
+    c = mtmt_policy.calibration_of(trial, means["MTMT"], 1, 0)
     np.testing.assert_allclose([b.get_height() for b in bars], 1000 * c.observed)
 
 
