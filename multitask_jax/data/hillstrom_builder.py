@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from multitask_jax.data import hillstrom
+from multitask_jax.data import hillstrom, records
 from multitask_jax.data.hillstrom import (
     ARMS,
     CATEGORIES,
@@ -33,7 +33,6 @@ URL = (
     "http://www.minethatdata.com/Kevin_Hillstrom_MineThatData_E-MailAnalytics"
     "_DataMiningChallenge_2008.03.20.csv"
 )
-_FORMAT = "array_record"
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -100,7 +99,7 @@ def builder(
         config = FileConfig(name=f"file-{contents[:12]}", path=str(path))
     made = Hillstrom(
         config=config,
-        file_format=_FORMAT,
+        file_format=records.FORMAT,
         data_dir=None if data_dir is None else os.fspath(data_dir),
     )
     try:
@@ -121,9 +120,9 @@ def builder(
 def read(made: Hillstrom) -> Table:
     """The table that a builder's records hold; numbers with a float32's digits."""
     source = made.as_data_source("train")
-    records = [source[i] for i in range(len(source))]
+    people = [source[i] for i in range(len(source))]
     columns = {
-        name: np.array([_plain(r[name]) for r in records])
+        name: np.array([records.plain(p[name]) for p in people])
         for name in (*FEATURES, "segment", *OUTCOMES)
     }
     for name in (*NUMBERS, *FLAGS):
@@ -131,7 +130,3 @@ def read(made: Hillstrom) -> Table:
     y = np.stack([columns.pop(name) for name in OUTCOMES], axis=1)
     arm = columns.pop("segment").astype(np.int32)
     return Table(columns, arm, y.astype(np.float32))
-
-
-def _plain(x: Any) -> Any:
-    return x.decode("utf-8") if isinstance(x, bytes) else x

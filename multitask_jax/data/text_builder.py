@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from multitask_jax.data import text_tasks
+from multitask_jax.data import records, text_tasks
 from multitask_jax.data.text_tasks import PARTS, Rows, Task
 
 # Sentences of a row, by their names in tensorflow-datasets.
@@ -34,7 +34,6 @@ GLUE = {
     "wnli": ("sentence1", "sentence2"),
 }
 _COLUMNS = {1: ("sentence",), 2: ("sentence1", "sentence2")}
-_FORMAT = "array_record"
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -93,7 +92,7 @@ def builder(
     )
     made = TextTask(
         config=config,
-        file_format=_FORMAT,
+        file_format=records.FORMAT,
         data_dir=None if data_dir is None else os.fspath(data_dir),
     )
     made.download_and_prepare()
@@ -115,7 +114,7 @@ def rows(source: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> Rows:
     for i in range(len(source)):
         record = source[i]
         labels.append(record["label"])
-        sentences.append(tuple(_text(record[name]) for name in columns))
+        sentences.append(tuple(records.plain(record[name]) for name in columns))
     return Rows(np.array(labels, np.int32), sentences)
 
 
@@ -144,7 +143,7 @@ def glue(
         raise ValueError(f"got validation={validation}, expected a share in (0, 1)")
     made = tfds.builder(
         f"glue/{name}",
-        file_format=_FORMAT,
+        file_format=records.FORMAT,
         data_dir=None if data_dir is None else os.fspath(data_dir),
     )
     try:
@@ -186,7 +185,3 @@ def write(folder: str | os.PathLike[str], task: Task) -> None:
             )
         text = "".join("\t".join(line) + "\n" for line in lines)
         (folder / f"{part}.tsv").write_text(text, encoding="utf-8")
-
-
-def _text(x: bytes | str) -> str:
-    return x.decode("utf-8") if isinstance(x, bytes) else x
