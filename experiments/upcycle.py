@@ -150,8 +150,13 @@ def to_dense(config: Config, models: Sequence[str]) -> Result:
     with _opened(models[0]) as moe:
         layout = _layout(config, moe, models[0], dense=False)[1]
         views, gates = files.views(moe, layout)
+        method = merging.METHODS[config.method]()
+        about = _config_json(models[0])
+        if config.base is None and about is not None:
+            # The merge copies the mixture's companions, config.json with them.
+            method = _with_config(method, files.config_of_dense(about))
         merging.merge_checkpoints(
-            merging.METHODS[config.method](),
+            method,
             config.base,
             views,
             config.output,
@@ -162,14 +167,23 @@ def to_dense(config: Config, models: Sequence[str]) -> Result:
             overwrite=config.overwrite,
             progress=config.progress,
         )
-    output = Path(config.output)
-    about = _config_json(models[0])
-    if config.base is None and about is not None:
-        # The merge has copied the mixture's companions, this one with them.
-        text = json.dumps(files.config_of_dense(about), indent=2) + "\n"
-        (output / "config.json").write_text(text)
     left = f"left out {len(gates)} tensors of gates: {', '.join(gates[:3])}, ..."
-    return Result(output, len(views), (f"merged by {config.method}", left))
+    return Result(Path(config.output), len(views), (f"merged by {config.method}", left))
+
+
+def _with_config(method: merging.Method, about: Mapping[str, Any]) -> merging.Method:
+    """The method, whose merge writes this config.json before its output appears."""
+
+    def aside(directory: Path, *of: Any) -> list[str]:
+        _write_config(directory, about)
+        return method.aside(directory, *of) if method.aside else []
+
+    return method._replace(aside=aside)
+
+
+def _write_config(directory: Path, about: Mapping[str, Any]) -> None:
+    text = json.dumps(about, indent=2) + "\n"
+    (directory / "config.json").write_text(text)
 
 
 def _copies(config: Config, models: Sequence[str]) -> int:
@@ -270,8 +284,7 @@ def _write(
         writer.complete()
         checkpoints.copy_companions(Path(models[0]), writer.directory)
         if about is not None:
-            text = json.dumps(about, indent=2) + "\n"
-            (writer.directory / "config.json").write_text(text)
+            _write_config(writer.directory, about)
 
 
 def _opened(path: str) -> contextlib.closing[Reader]:

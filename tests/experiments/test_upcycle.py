@@ -101,6 +101,38 @@ def test_copies_and_back_give_the_same_bytes(tmp_path, three, layout, capsys):
     assert "num_experts_per_tok" not in about
 
 
+def test_a_dense_model_appears_with_its_config_or_not_at_all(
+    tmp_path, three, monkeypatch
+):
+    upcycle.run(
+        upcycle.Config(
+            models=str(tmp_path / "a"),
+            experts=2,
+            output=str(tmp_path / "moe"),
+            progress=False,
+        )
+    )
+    there = []
+
+    def full(directory, about):
+        there.append((directory / "model.safetensors").exists())
+        raise OSError("disk full")
+
+    monkeypatch.setattr(upcycle, "_write_config", full)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(OSError, match="disk full"):
+        upcycle.run(
+            upcycle.Config(
+                to_dense=True,
+                models=str(tmp_path / "moe"),
+                output=str(tmp_path / "dense"),
+                progress=False,
+            )
+        )
+    assert there == [True]  # the weights are written, the config is not
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_to_dense_merges_experts_by_any_method(tmp_path, three):
     base = llama(tmp_path / "base", 9)
     models = ",".join(str(tmp_path / n) for n in "abc")
