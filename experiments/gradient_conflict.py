@@ -14,8 +14,9 @@ gradients at the trunk (Yu et al. 2020, arXiv 2001.06782), the share of dormant 
 
     python -m experiments.gradient_conflict
 
-About 2 minutes on 2 cores. Writes config.json, metrics.jsonl, report.md and
-gradient_conflict.png to --workdir.
+About 2 minutes on 2 cores. Writes config.json, metrics.jsonl (a line a structure, angle
+and seed), report.md and gradient_conflict.png to --workdir. What is there is not done
+again: a killed run goes on, more angles or seeds are added.
 
 Legend: B inputs of a batch, I width of an input, H active hidden units, F features,
 T = 2 tasks, R runs (angles x seeds), E experts.
@@ -23,8 +24,7 @@ T = 2 tasks, R runs (angles x seeds), E experts.
 
 import dataclasses
 import functools
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,17 +36,18 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from experiments import flags
+from experiments import flags, study_store
 from experiments.flags import flag
 from experiments.parsing import numbers
 from multitask_jax import moe
 from multitask_jax.merging.report import table
-from multitask_jax.training import gradients, writers
+from multitask_jax.training import gradients
 
 TASKS = 2
 WAVES = 4  # terms of the sum of sines
 DORMANT = 0.025  # of the mean activation of the units: Sokar et al., their tau
 STRETCHES = 20  # the run is measured after each of them
+FREE = ("workdir", "angles", "seeds")  # may differ from an earlier run in the folder
 
 
 class Variant(NamedTuple):
@@ -238,11 +239,47 @@ def active(variant: Variant, config: Config) -> int:
     return each * (used + r.get("shared", 0))
 
 
+def train(
+    variant: Variant,
+    config: Config,
+    runs: Sequence[tuple[float, int]],
+    advance: Callable[[], Any],
+) -> list[dict[str, list[float]]]:
+    """Trains a variant at R (angle, seed), all at once.
+
+    Args:
+      variant: the structure.
+      config: sizes and steps.
+      runs: degrees and seed of each.
+      advance: called after each stretch.
+
+    Returns:
+      What was measured in each run, a value a stretch.
+    """
+    angles, seeds = map(jnp.array, zip(*runs, strict=True))
+    keys = jax.vmap(jax.random.key)(seeds)
+    worlds = jax.vmap(functools.partial(make_world, width=config.inputs))(
+        keys, jnp.deg2rad(angles)
+    )
+    start, stretch = make_stretch(variant, config, config.steps // STRETCHES)
+    state = start(jax.vmap(lambda k: jax.random.fold_in(k, 1))(keys))
+    history = []
+    for i in range(STRETCHES):
+        fresh = jax.vmap(lambda k, i=i: jax.random.fold_in(k, 2 + i))(keys)
+        state, measured = stretch(state, worlds, fresh)
+        history.append(jax.device_get(measured))
+        advance()
+    return [
+        {k: [float(h[k][r]) for h in history] for k in history[0]}
+        for r in range(len(runs))
+    ]
+
+
 def run(config: Config) -> Result:
     """Trains all variants at all angles; writes the report and the figure.
 
     Raises:
-      ValueError: a flag is out of range.
+      ValueError: a flag is out of range, or the folder has results of other settings.
     """
     angles = numbers("angles", config.angles)
     if config.hidden % 4 or config.hidden < 4 or config.steps < STRETCHES:
@@ -251,42 +288,36 @@ def run(config: Config) -> Result:
             f" of 4, and at least {STRETCHES} steps"
         )
     workdir = Path(config.workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    about = dataclasses.asdict(config)
-    (workdir / "config.json").write_text(json.dumps(about, indent=2) + "\n")
-    (workdir / "metrics.jsonl").unlink(missing_ok=True)
+    study_store.remember(config, workdir, FREE)
+    store = study_store.Store(workdir)
     grid = [(a, s) for a in angles for s in range(config.seeds)]
-    seeds = jnp.array([s for _, s in grid])
-    keys = jax.vmap(jax.random.key)(seeds)
-    worlds = jax.vmap(functools.partial(make_world, width=config.inputs))(
-        keys, jnp.deg2rad(jnp.array([a for a, _ in grid]))
-    )
-    found: dict[str, dict[str, np.ndarray]] = {}  # [stretches, angles, seeds]
-    steps = config.steps // STRETCHES
-    with tqdm(total=len(VARIANTS) * STRETCHES, unit="stretch", disable=None) as bar:
-        for name, variant in VARIANTS.items():
+    left = {
+        name: [(a, s) for a, s in grid if (name, str(a), s) not in store.records]
+        for name in VARIANTS
+    }
+    total = STRETCHES * sum(map(bool, left.values()))
+    with tqdm(total=total, unit="stretch", disable=None) as bar:
+        for name, runs in left.items():
+            if not runs:
+                continue
             bar.set_description(name)
-            start, stretch = make_stretch(variant, config, steps)
-            state = start(jax.vmap(lambda k: jax.random.fold_in(k, 1))(keys))
-            history = []
-            for i in range(STRETCHES):
-                fresh = jax.vmap(lambda k, i=i: jax.random.fold_in(k, 2 + i))(keys)
-                state, measured = stretch(state, worlds, fresh)
-                history.append(jax.device_get(measured))
-                bar.update()
-            found[name] = {
-                k: np.stack([h[k] for h in history]).reshape(
-                    STRETCHES, len(angles), config.seeds
-                )
-                for k in history[0]
-            }
-            _write(workdir, name, found[name], angles, steps)
-    last = {name: {k: x[-1] for k, x in f.items()} for name, f in found.items()}
-    means = {n: f["cosine"].mean(axis=0) for n, f in found.items()}
+            found = train(VARIANTS[name], config, runs, bar.update)
+            for (angle, seed), made in zip(runs, found, strict=True):
+                store.add(name, str(angle), seed, made)
+
+    def measured(what: str) -> dict[str, np.ndarray]:  # [angles, seeds, stretches]
+        shape = len(angles), config.seeds, STRETCHES
+        return {
+            name: np.reshape(
+                [store.records[name, str(a), s][what] for a, s in grid], shape
+            )
+            for name in VARIANTS
+        }
+
     result = Result(
-        means,
-        {n: f["dormant"] for n, f in last.items()},
-        {n: f["loss"] for n, f in last.items()},
+        {n: x.mean(axis=-1) for n, x in measured("cosine").items()},
+        {n: x[..., -1] for n, x in measured("dormant").items()},
+        {n: x[..., -1] for n, x in measured("loss").items()},
         "",
     )
     result = result._replace(report=report(result, angles, config))
@@ -294,16 +325,6 @@ def run(config: Config) -> Result:
     draw(result, angles).savefig(workdir / "gradient_conflict.png", dpi=120)
     print(result.report)
     return result
-
-
-def _write(
-    workdir: Path, name: str, found: Mapping[str, Any], angles: list[float], steps: int
-) -> None:
-    writer = writers.jsonl(workdir / "metrics.jsonl")
-    for i in range(STRETCHES):
-        for j, angle in enumerate(angles):
-            means = {k: float(x[i, j].mean()) for k, x in found.items()}
-            writer.write((i + 1) * steps, {"variant": name, "angle": angle} | means)
 
 
 def report(result: Result, angles: list[float], config: Config) -> str:

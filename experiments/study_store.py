@@ -11,16 +11,34 @@ from experiments import sweep_log
 
 
 class Store:
-    """Results by (part, row, seed), one JSON a line; what is there is not redone."""
+    """Results by (part, row, seed), one JSON a line; what is there is not redone.
+
+    Raises:
+      ValueError: the folder's metrics.jsonl has other lines.
+    """
 
     def __init__(self, workdir: Path):
         self.workdir = workdir
         self.records: dict[tuple[str, str, int], dict[str, Any]] = {}
         for record in sweep_log.read_lines(workdir):
+            if not {"part", "row", "seed"} <= record.keys():
+                raise ValueError(
+                    f"{workdir / 'metrics.jsonl'}: got a line of {list(record)},"
+                    " expected part, row and seed; pass another --workdir or remove it"
+                )
             self._keep(record)
 
     def _keep(self, record: dict[str, Any]) -> None:
         self.records[(record["part"], record["row"], record["seed"])] = record
+
+    def add(
+        self, part: str, row: str, seed: int, made: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Writes a record of that name and returns it."""
+        record = {"part": part, "row": row, "seed": seed, **made}
+        sweep_log.append(self.workdir, record)
+        self._keep(record)
+        return record
 
     def once(
         self, part: str, row: str, seed: int, make: Callable[[], Mapping[str, Any]]
@@ -30,9 +48,7 @@ class Store:
             start = time.perf_counter()
             made = dict(make())
             spent = round(time.perf_counter() - start, 2)
-            record = {"part": part, "row": row, "seed": seed, **made, "spent": spent}
-            sweep_log.append(self.workdir, record)
-            self._keep(record)
+            self.add(part, row, seed, {**made, "spent": spent})
         return self.records[(part, row, seed)]
 
 

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,6 +38,45 @@ def test_everything_is_written(result):
     for name in ("shared bottom", "expert a task"):
         assert f"| {name} |" in found.report
         assert np.isfinite(found.loss[name]).all()
+
+
+def test_what_is_there_is_not_done_again(tmp_path, monkeypatch):
+    """Killed in the second structure; then with a seed more, and other settings."""
+    done = []
+
+    def train(variant, config, runs, advance):
+        if len(done) == kill_at:
+            raise KeyboardInterrupt
+        done.append(runs)
+        quantities = ("cosine", "dormant", "loss")
+        return [
+            dict.fromkeys(quantities, [a + s] * conflict.STRETCHES) for a, s in runs
+        ]
+
+    monkeypatch.setattr(conflict, "train", train)
+    config = conflict.Config(workdir=str(tmp_path), angles="0,180", seeds=1)
+    kill_at = 1
+    with pytest.raises(KeyboardInterrupt):
+        conflict.run(config)
+    kill_at = None
+    conflict.run(config)
+    count = len(conflict.VARIANTS)
+    assert done == [[(0, 0), (180, 0)]] * count
+    result = conflict.run(dataclasses.replace(config, seeds=2))
+    assert done[count:] == [[(0, 1), (180, 1)]] * count
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 4 * count
+    for by_variant in result[:3]:
+        for x in by_variant.values():
+            np.testing.assert_array_equal(x, [[0, 1], [180, 181]])
+    with pytest.raises(ValueError, match=r"another run .*'hidden': \(16, 8\)"):
+        conflict.run(dataclasses.replace(config, hidden=8))
+
+
+def test_a_folder_with_other_lines_is_refused(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
+    with pytest.raises(ValueError, match=r"got a line of \['step', 'loss'\], expected"):
+        conflict.run(conflict.Config(workdir=str(tmp_path)))
 
 
 def test_active_parameters_are_equal_but_for_biases():
