@@ -6,11 +6,13 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import jax
 import pytest
 from absl import flags
+from jax._src import compiler
 
 from multitask_jax.merging import report
 
@@ -38,18 +40,55 @@ hypothesis.settings.load_profile("repeatable")
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+@pytest.fixture(scope="session")
+def older_emitters() -> dict[str, bool]:
+    """XLA's older way from fusions to LLVM, which takes half the newer one's time.
+
+    Nothing where XLA no longer knows the option: it would refuse all programs.
+    """
+    options = {"xla_cpu_use_fusion_emitters": False}
+    try:
+        jax.jit(lambda x: x + 1, compiler_options=options)(0)
+    except jax.errors.JaxRuntimeError:
+        return {}
+    return options
+
+
 @pytest.fixture(scope="module", autouse=True)
-def compile_briefly(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Programs are not optimised, here or in scripts: they compile in half the time.
+def compile_briefly(
+    request: pytest.FixtureRequest, older_emitters: dict[str, bool]
+) -> Iterator[None]:
+    """Programs are not optimised, here or in scripts: they compile in a quarter of it.
 
     Those of a module marked `optimised` are, as outside of tests: bits depend on it.
     """
     brief = request.node.get_closest_marker("optimised") is None
+    if not brief:
+        jax.clear_caches()  # of what other modules compiled briefly
     with pytest.MonkeyPatch.context() as m:
         m.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int(brief)))
         jax.config.update("jax_disable_most_optimizations", brief)
+        if brief and older_emitters:
+            m.setattr(*_with_options(older_emitters))
+            given = [f"--{k}={str(v).lower()}" for k, v in older_emitters.items()]
+            m.setenv("XLA_FLAGS", " ".join([os.environ.get("XLA_FLAGS", ""), *given]))
         yield
         jax.config.update("jax_disable_most_optimizations", False)
+    if not brief:
+        jax.clear_caches()
+
+
+def _with_options(options: dict[str, bool]) -> tuple[Any, str, Callable[..., Any]]:
+    """What to set so that all programs are compiled with these options of XLA's.
+
+    XLA reads XLA_FLAGS once a process, and JAX has no setting for a part of one.
+    """
+    inner, key = compiler.get_compile_options, "env_options_overrides"
+
+    def get_compile_options(*args: Any, **kwargs: Any) -> Any:
+        return inner(*args, **kwargs | {key: options | (kwargs.get(key) or {})})
+
+    return compiler, "get_compile_options", get_compile_options
 
 
 @pytest.fixture(scope="session", autouse=True)
