@@ -15,7 +15,14 @@ from multitask_jax.checkpoints import CheckpointError
 from multitask_jax.merging import streaming
 from multitask_jax.merging.census import Census
 from multitask_jax.merging.plan import plan_merge
-from tests.merging.common import assert_same_bits, load, make_models, save, stream
+from tests.merging.common import (
+    assert_same_bits,
+    load,
+    make_models,
+    merged,
+    save,
+    stream,
+)
 
 
 def test_model_stock_stays_between_base_and_average():
@@ -25,7 +32,7 @@ def test_model_stock_stays_between_base_and_average():
         models = [{"gate": base["gate"] + np.float32(d)} for d in deltas]
         for rows in (False, True):
             method = merging.model_stock(filter_wise=rows)
-            out = float(merging.merge(method, base, models)["gate"][0])
+            out = float(merged(method, base, models)["gate"][0])
             average = 0.1 + np.mean(deltas)
             assert min(0.1, average) - 1e-6 <= out <= max(0.1, average) + 1e-6
 
@@ -34,12 +41,12 @@ def test_slerp_of_opposite_tensors_is_not_zero():
     a = {"w": np.array([3.0, 4.0], np.float32)}
     b = {"w": np.array([-6.0, -8.0], np.float32)}
     for t, direction in ((0.25, 1), (0.75, -1)):
-        out = np.asarray(merging.merge(merging.slerp(t=t), a, [a, b])["w"])
+        out = np.asarray(merged(merging.slerp(t=t), a, [a, b])["w"])
         np.testing.assert_allclose(
             out, direction * (5 + 5 * t) * np.array([0.6, 0.8]), rtol=1e-6
         )
     np.testing.assert_allclose(
-        merging.merge(merging.slerp(t=1 / 3, antiparallel="lerp"), a, [a, b])["w"],
+        merged(merging.slerp(t=1 / 3, antiparallel="lerp"), a, [a, b])["w"],
         [0, 0],
         atol=1e-6,
     )
@@ -49,7 +56,7 @@ def test_weights_are_refused_where_they_do_not_count():
     base, models = make_models(2)
     for method in (merging.slerp(), merging.model_stock()):
         with pytest.raises(ValueError, match="this method takes none"):
-            merging.merge(method, base, models, weights=[5, 1])
+            merged(method, base, models, weights=[5, 1])
 
 
 @pytest.mark.parametrize("weights", [[np.nan, 1.0], [np.inf, 1.0], [1.0, -1.0]])
@@ -62,10 +69,8 @@ def test_weights_without_meaning(tmp_path, weights):
 def test_transforms_after_parameters_work_on_the_task_vector():
     base, models = make_models(2)
     lines = merging.scale_by_depth(alpha=0.2, beta=0.5)
-    a = merging.merge(merging.chain(merging.linear(), lines), base, models)
-    b = merging.merge(
-        merging.with_lines(merging.linear(), alpha=0.2, beta=0.5), base, models
-    )
+    a = merged(merging.chain(merging.linear(), lines), base, models)
+    b = merged(merging.with_lines(merging.linear(), alpha=0.2, beta=0.5), base, models)
     assert_same_bits(a, b)
     with pytest.raises(ValueError, match="a whole method can only come first"):
         merging.chain(lines, merging.linear())
@@ -253,7 +258,7 @@ def test_rows_of_a_last_chunk_that_is_not_full(tmp_path, monkeypatch):
     for rescale in ("l1", "probability"):
         method = merging.della(density=0.5, epsilon=0.2, rescale=rescale)
         out = stream(tmp_path / rescale, method, base, models)
-        want = merging.merge(method, base, models)
+        want = merged(method, base, models)
         # The L1 norms are sums of floats in another order.
         np.testing.assert_allclose(out["w"], want["w"], rtol=1e-6, atol=1e-6)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from multitask_jax import merging
-from tests.merging.common import stream
+from tests.merging.common import merged, stream
 from tests.merging.test_golden import cases, check
 
 RNG = np.random.default_rng(0)
@@ -109,7 +109,7 @@ def test_exact_for_quadratics_with_diagonal_hessians():
     models = RNG.standard_normal((3, 40)).astype(np.float32)
     hessians = RNG.random((3, 40)).astype(np.float32) + 0.1
     method = merging.fisher(normalise=False, fisher_floor=0.0)
-    got = merging.merge(method, models[0], list(models), statistics=list(hessians))
+    got = merged(method, models[0], list(models), statistics=list(hessians))
 
     def loss(theta):
         return jnp.sum(hessians * (theta[None] - models) ** 2)
@@ -126,7 +126,7 @@ def test_a_task_keeps_the_parameters_that_only_it_uses():
         merging.fisher_diagonal(lambda p, x: x @ p["w"], m, b)
         for m, b in zip(models, batches, strict=True)
     ]
-    got = merging.merge(merging.fisher(fisher_floor=0), models[0], models, statistics=f)
+    got = merged(merging.fisher(fisher_floor=0), models[0], models, statistics=f)
     np.testing.assert_allclose(got["w"][:2], models[0]["w"][:2], rtol=1e-6)
     np.testing.assert_allclose(got["w"][2:], models[1]["w"][2:], rtol=1e-6)
 
@@ -134,13 +134,9 @@ def test_a_task_keeps_the_parameters_that_only_it_uses():
 def test_a_model_without_any_information_does_not_count():
     models = [jnp.ones(3), 3 * jnp.ones(3)]
     method = merging.fisher(fisher_floor=0.0)
-    some = merging.merge(
-        method, models[0], models, statistics=[jnp.zeros(3), jnp.ones(3)]
-    )
+    some = merged(method, models[0], models, statistics=[jnp.zeros(3), jnp.ones(3)])
     np.testing.assert_allclose(some, models[1])
-    none = merging.merge(
-        merging.fisher(), models[0], models, statistics=[jnp.zeros(3)] * 2
-    )
+    none = merged(merging.fisher(), models[0], models, statistics=[jnp.zeros(3)] * 2)
     np.testing.assert_allclose(none, [2, 2, 2])
 
 
@@ -165,11 +161,11 @@ def test_the_first_where_weights_add_up_to_nothing():
     models = [jnp.ones(3), 3 * jnp.ones(3)]
     method = merging.fisher(normalise=False)
     f = [jnp.float32([1, 1, 2])] * 2
-    got = merging.merge(method, models[0], models, weights=(1, -1), statistics=f)
+    got = merged(method, models[0], models, weights=(1, -1), statistics=f)
     np.testing.assert_array_equal(got, models[0])
     nothing = merging.fisher(normalise=False, fisher_floor=0)
     zeros = [jnp.float32([0, 0, 1]), jnp.float32([0, 0, 3])]
-    got = merging.merge(nothing, models[0], models, statistics=zeros)
+    got = merged(nothing, models[0], models, statistics=zeros)
     np.testing.assert_allclose(got, [1, 1, 2.5])
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from multitask_jax import merging
 from multitask_jax.merging import lines_selection
-from tests.merging.common import save, stream
+from tests.merging.common import merged, save, stream
 from tests.merging.test_golden import cases
 
 GOLDEN = {
@@ -61,15 +61,13 @@ def test_norm_rule_by_hand():
         (merging.task_arithmetic(), 0.5, 1.0),
         (merging.task_arithmetic(scale=2.0), 0.5, 2.0),
     ):
-        out = merging.merge(
-            merging.with_lines(method, alpha="norm", beta=0.4), base, models
-        )
+        out = merged(merging.with_lines(method, alpha="norm", beta=0.4), base, models)
         for i, tau in enumerate((1.0, 4.0, 2.0)):
             want = 1 + (alpha + 0.4 * i / 2) * factor * tau
             np.testing.assert_allclose(out[f"layers_{i}"]["w"], want, rtol=1e-6)
         np.testing.assert_allclose(out["embed"], 1 + alpha * factor, rtol=1e-6)
     # Weights choose between models; the rule's sum does not know them.
-    out = merging.merge(
+    out = merged(
         merging.with_lines(merging.task_arithmetic(), alpha="norm", beta=0.0),
         base,
         models,
@@ -81,7 +79,7 @@ def test_norm_rule_by_hand():
 def test_norm_rule_where_nothing_changed():
     base = blocks(1.0, 2.0)
     method = merging.with_lines(merging.ties(), alpha="norm", beta=1.0)
-    out = merging.merge(method, base, [base, base])
+    out = merged(method, base, [base, base])
     assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), out, base))
 
 
@@ -95,7 +93,7 @@ def test_norm_rule_of_whole_tensor_methods(tmp_path):
     inner = merging.nuslerp(flatten=False, row_wise=True)
     method = merging.with_lines(inner, alpha="norm", beta=0.3)
     assert method.transforms[0].needs == "tensor"
-    want = merging.merge(method, base, models)
+    want = merged(method, base, models)
     got = stream(tmp_path, method, base, models)
     for k, v in want.items():
         np.testing.assert_allclose(got[k], v, atol=1e-6)
@@ -132,7 +130,7 @@ def test_encoder_and_decoder_have_a_depth_each():
     model = {p: np.ones(2, np.float32) for p in paths}
     for alpha in (0.2, "norm"):  # of one model the norm rule gives 1
         method = merging.with_lines(merging.task_arithmetic(), alpha=alpha, beta=0.6)
-        out = merging.merge(method, base, [model])
+        out = merged(method, base, [model])
         first = 1.0 if alpha == "norm" else alpha
         factors = [float(out[p][0]) for p in paths]
         want = [0, 0, 0.6, 0, 0.3, 0.6]
@@ -224,7 +222,7 @@ def test_rewarded_soup():
         np.testing.assert_allclose(plain["layers_0"]["w"][n], first, atol=1e-6)
         np.testing.assert_allclose(scaled["layers_0"]["w"][n], first / 2, atol=1e-6)
         np.testing.assert_allclose(scaled["layers_1"]["w"][n], last, rtol=1e-6)
-        one = merging.merge(
+        one = merged(
             merging.with_lines(merging.task_arithmetic(), alpha="norm", beta=0.5),
             base,
             models,

@@ -6,6 +6,7 @@ import pytest
 
 from multitask_jax import merging
 from multitask_jax.merging.fitted import regmean
+from tests.merging.common import merged
 from tests.merging.test_golden import cases
 
 RNG = np.random.default_rng(0)
@@ -31,9 +32,7 @@ def test_linear_models_are_merged_exactly(torch):
         merging.gram_matrices(apply, m, [x[:16], x[16:]])
         for m, x in zip(models, inputs, strict=True)
     ]
-    got = merging.merge(
-        merging.regmean(off_diagonal=1.0), models[0], models, statistics=grams
-    )
+    got = merged(merging.regmean(off_diagonal=1.0), models[0], models, statistics=grams)
     joint = np.linalg.lstsq(np.concatenate(inputs), np.concatenate(targets), rcond=None)
     np.testing.assert_allclose(turn(got["w"]), joint[0], rtol=1e-4, atol=1e-5)
     average = np.mean([turn(m["w"]) for m in models], axis=0)
@@ -47,7 +46,7 @@ def test_directions_that_no_input_has_are_averaged():
         merging.gram_matrices(lambda p, x: x @ p["w"], m, [x.astype(np.float32)])
         for m, x in zip(models, inputs, strict=True)
     ]
-    got = merging.merge(
+    got = merged(
         merging.regmean(off_diagonal=1.0), models[0], models, statistics=grams
     )["w"]
     got = np.asarray(got)
@@ -76,7 +75,7 @@ def test_two_contracted_axes_and_weights():
     grams = [
         merging.gram_matrices(apply, m, [x]) for m, x in zip(models, xs, strict=True)
     ]
-    got = merging.merge(
+    got = merged(
         merging.regmean(), models[0], models, weights=(1.0, 0.5), statistics=grams
     )["o"]
 
@@ -94,7 +93,7 @@ def test_the_first_where_weights_add_up_to_nothing():
     models = [{"w": normal(4, 3), "b": normal(3)} for _ in range(2)]
     x = normal(9, 4)
     grams = [{"w": merging.Gram(x.T @ x, (0,))}] * 2
-    got = merging.merge(
+    got = merged(
         merging.regmean(), models[0], models, weights=(1, -1), statistics=grams
     )
     np.testing.assert_array_equal(got["b"], models[0]["b"])
@@ -107,7 +106,7 @@ def test_golden(shared):
         axis = 1 if p["weight_layout"] == "[out, in]" else 0
         models = [{k: v[t] for k, v in f["models"].items()} for t in range(3)]
         grams = [{"fc.weight": merging.Gram(g, (axis,))} for g in f["gram"]]
-        got = merging.merge(
+        got = merged(
             merging.regmean(off_diagonal=p["off_diagonal_ratio"]),
             models[0],
             models,

@@ -7,12 +7,13 @@ import pytest
 
 from multitask_jax import merging
 from multitask_jax.merging import subspace
+from tests.merging.common import merged
 
 
 def deltas(method, taus):
     """The merged task vector of matrices."""
     base = np.zeros_like(taus[0])
-    return np.asarray(merging.merge(method, {"w": base}, [{"w": t} for t in taus])["w"])
+    return np.asarray(merged(method, {"w": base}, [{"w": t} for t in taus])["w"])
 
 
 def matrices(count, shape, seed=0):
@@ -92,11 +93,11 @@ def test_knots_by_dare_ties_drops_in_the_shared_basis():
     base = {p: np.zeros_like(taus[0]) for p in paths}
     models = [dict.fromkeys(paths, t) for t in taus]
     method = merging.knots(combine_by="dare_ties", density=0.5, seed=3)
-    out = merging.merge(method, base, models)
+    out = merged(method, base, models)
     u, s, vt = np.linalg.svd(np.concatenate(taus, axis=1), full_matrices=False)
     shared = [dict.fromkeys(paths, v) for v in np.split(vt, 2, axis=1)]
     inner = merging.dare_ties(density=0.5, seed=3)
-    by_path = merging.merge(inner, {p: np.zeros((6, 4), "f") for p in paths}, shared)
+    by_path = merged(inner, {p: np.zeros((6, 4), "f") for p in paths}, shared)
     for p in paths:
         np.testing.assert_allclose(out[p], (u * s) @ by_path[p], atol=1e-5)
     assert not np.allclose(out["w"], out["x"], atol=0.1)  # each leaf has its own masks
@@ -130,7 +131,7 @@ def test_other_tensors_are_averaged(name):
     shapes = {"scalar": (), "vector": (5,), "conv": (2, 3, 4), "one": (1, 1)}
     base = {k: np.zeros(s, np.float32) for k, s in shapes.items()}
     models = [{k: x + 1 + t for k, x in base.items()} for t in range(3)]
-    out = merging.merge(merging.METHODS[name](), base, models)
+    out = merged(merging.METHODS[name](), base, models)
     for k in ("scalar", "vector", "conv"):
         np.testing.assert_allclose(out[k], base[k] + 2, rtol=1e-6)
     assert np.isfinite(out["one"]).all()
