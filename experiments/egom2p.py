@@ -59,20 +59,28 @@ class Config:
     )
     seed: int = flag("Of recording, training and generation.", 0)
     clips: int = flag("Clips to record, of about 2 s.", 2000)
-    video_steps: int = flag("Steps of training, tokenizers of RGB and of depth.", 4000)
+    video_steps: int = flag("Steps of training, tokenizers of RGB and of depth.", 2500)
     trajectory_steps: int = flag("The same, of camera and gaze.", 1500)
     tokenizer_batch: int = flag("Videos a step (eight times as many trajectories).", 4)
+    mirror: bool = flag("Learn from mirror images of training clips too.", True)
     size: Literal["tiny", "small", "base"] = flag("Of the transformer.", "tiny")
-    steps: int = flag("Steps of pretraining.", 1200)
+    steps: int = flag("Steps of pretraining.", 800)
     batch: int = flag("Clips a step.", 16)
-    rate: float = flag("Peak learning rate.", 1e-3)
-    inputs: int = flag("Tokens shown of a clip, at most.", 192)
-    targets_budget: int = flag("Tokens asked of a clip, at most.", 96)
+    rate: float = flag("Peak learning rate.", 2e-3)
+    inputs: int = flag("Tokens shown of a clip, at most.", 128)
+    targets_budget: int = flag("Tokens asked of a clip, at most.", 64)
     masking: Literal["dirichlet", "uniform"] = flag(
         "How tokens are chosen.", "dirichlet"
     )
+    focus: float = flag(
+        "Share of Dirichlet masks that show one modality and ask for others.", 0.75
+    )
     evaluate_every: int = flag("Steps between validations and checkpoints.", 200)
     test_clips: int = flag("Held-out clips to evaluate, at most.", 128)
+    mean: bool = flag(
+        "generate: the mean of what could be, as evaluate has too, not one sample.",
+        False,
+    )
     temperature: float = flag("Of sampling.", 0.01)
     top_p: float = flag("Of sampling.", 0.8)
     guidance: float = flag("Of classifier-free guidance; 1 is without.", 1.0)
@@ -87,10 +95,10 @@ class Config:
 # What each stage adds to what its results depend on.
 _DEPENDS = {
     "record": ("seed", "clips"),
-    "tokenize": ("video_steps", "trajectory_steps", "tokenizer_batch"),
+    "tokenize": ("video_steps", "trajectory_steps", "tokenizer_batch", "mirror"),
     "pretrain": (
         "size", "steps", "batch", "rate", "inputs", "targets_budget", "masking",
-        "evaluate_every",
+        "focus", "evaluate_every",
     ),
 }  # fmt: skip
 
@@ -142,6 +150,8 @@ def tokenize(config: Config, workdir: Path) -> None:
         split: tokens_of.read_clips(workdir / "clips" / split)
         for split in tokens_of.SPLITS
     }
+    if config.mirror:
+        clips["train"] = tokens_of.with_mirrored(clips["train"])
     tokens_of.train(
         clips["train"],
         clips["validation"],
@@ -204,6 +214,7 @@ def settings_of(config: Config) -> training.Settings:
         inputs=config.inputs,
         targets=config.targets_budget,
         masking=config.masking,
+        focus=config.focus,
         evaluate_every=config.evaluate_every,
         seed=config.seed,
     )
@@ -234,28 +245,17 @@ def evaluate(config: Config, workdir: Path) -> dict[str, Any]:
         rows = test.present[task.given] & test.present[task.wanted]
         truth = test.arrays[task.wanted][rows]
         own = tokens.at(rows)
-        codes = measures.predict(
-            model,
-            own,
-            (task.given,),
-            {task.wanted: task.steps},
-            seed=config.seed + i,
-            **_sampling(config),
-        )
         known = mods.unflatten(model.modalities, own.ids)[task.wanted]
         tokenizer = model.tokenizers[task.wanted]
-        estimates = {
-            "EgoM2P": tokenizers.decode(tokenizer, codes[task.wanted]),
-            "constant": measures.constant(task.wanted, train, len(truth)),
-            "first held": measures.copy_first(task.wanted, truth),
-            "its own tokens": tokenizers.decode(tokenizer, known),
-        }
+        estimates = measures.of_model(
+            model, task, own, seed=config.seed + i, **_sampling(config)
+        ) | measures.baselines(task, tokenizer, train, truth, known)
         found[task.name] = {
             name: measures.score(task.wanted, x, truth) for name, x in estimates.items()
         }
         # Of all clips, so that the picture may choose; others are never drawn.
         made[task.wanted] = np.zeros_like(test.arrays[task.wanted])
-        made[task.wanted][rows] = estimates["EgoM2P"]
+        made[task.wanted][rows] = estimates["EgoM2P, mean"]
         if task.wanted == "rgb":
             real = measures.features(model, known)
             for name, x in estimates.items():
@@ -334,15 +334,19 @@ def generate(config: Config) -> dict[str, Any]:
         clips.names[row],
         clips.group[row],
     )
-    codes = measures.predict(
-        model,
-        tokens_of.tokenize(model.tokenizers, some),
-        tuple(given),
-        {name: _STEPS[name] for name in targets},
-        seed=config.seed,
-        **_sampling(config),
-    )
-    made = {k: x[0] for k, x in measures.decoded(model.tokenizers, codes).items()}
+    tokens = tokens_of.tokenize(model.tokenizers, some)
+    if config.mean:
+        made = {k: measures.means(model, tokens, tuple(given), k)[0] for k in targets}
+    else:
+        codes = measures.predict(
+            model,
+            tokens,
+            tuple(given),
+            {name: _STEPS[name] for name in targets},
+            seed=config.seed,
+            **_sampling(config),
+        )
+        made = {k: x[0] for k, x in measures.decoded(model.tokenizers, codes).items()}
     folder = Path(config.output or workdir / "generated")
     alone = {k: x[0] for k, x in arrays.items()}
     for path in pictures.write_made(folder, made, alone):

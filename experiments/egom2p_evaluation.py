@@ -157,6 +157,63 @@ def predict(
     return {name: np.concatenate([f[name] for f in found])[:count] for name in targets}
 
 
+def means(
+    model: Model, tokens: Tokens, given: tuple[str, ...], wanted: str, batch: int = 16
+) -> np.ndarray:
+    """The mean of what the model believes of a modality, in the data's units [N, ...].
+
+    One pass: each token by itself, given some of the clips' tokens; see
+    `tokenizers.decode_mean`.
+    """
+    codes = mods.unflatten(model.modalities, tokens.ids)
+    count, found = len(tokens.ids), []
+    for start in range(0, count, batch):
+        rows = np.minimum(np.arange(start, start + min(batch, count)), count - 1)
+        p = egom2p.probabilities(
+            model.params,
+            {name: codes[name][rows] for name in given},
+            [wanted],
+            modalities=model.modalities,
+            shape=model.shape,
+        )
+        found.append(tokenizers.decode_mean(model.tokenizers[wanted], p[wanted]))
+    return np.concatenate(found)[:count]
+
+
+def of_model(
+    model: Model, task: Task, tokens: Tokens, *, seed: int, **sampling: float
+) -> dict[str, np.ndarray]:
+    """What the model makes of clips, by method, in the data's units [N, ...].
+
+    "sample" is one clip that could be, decoded in the task's steps; "mean" of `means`.
+    """
+    codes = predict(
+        model,
+        tokens,
+        (task.given,),
+        {task.wanted: task.steps},
+        seed=seed,
+        **sampling,
+    )
+    return {
+        "EgoM2P, mean": means(model, tokens, (task.given,), task.wanted),
+        "EgoM2P, sample": tokenizers.decode(
+            model.tokenizers[task.wanted], codes[task.wanted]
+        ),
+    }
+
+
+def baselines(
+    task: Task, tokenizer: Tokenizer, train: Clips, truth: np.ndarray, codes: np.ndarray
+) -> dict[str, np.ndarray]:
+    """What needs no model, by method [N, ...]; `codes` are the truth's."""
+    return {
+        "constant": constant(task.wanted, train, len(truth)),
+        "first held": copy_first(task.wanted, truth),
+        "its own tokens": tokenizers.decode(tokenizer, codes),
+    }
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _encoded(
     modalities: Modalities, shape: Shape, params: Any, ids: Any, position: Any

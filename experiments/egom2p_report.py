@@ -13,13 +13,16 @@ from multitask_jax.data.egocentric import Clips
 from multitask_jax.merging.report import table
 
 _NOTES = """\
-Each number is a mean over clips with its 95 % bootstrap interval. *constant*: the mean
-of the training clips. *first held*: the *true* first value of the target, held for the
-whole clip; the model is given no true value of its target. *its own tokens*: the truth
-through the tokenizer, the best that a model of tokens can do. Gaze is a *proxy*: the
-lagged bearing to the nearest labelled object. Poses are compared as they are, without
-alignment: they begin at the same one. Frechet distances are on features of our own (the
-model's encoder), of that many clips only, and compare rows of this table alone.
+Each number is a mean over clips with its 95 % bootstrap interval. *mean*: what the
+model expects of each token by itself (the decoder gets the mean of the codes' vectors),
+which is of least error; *sample*: a clip that could be, its tokens drawn together.
+*constant*: the mean of the training clips. *first held*: the *true* first value of the
+target, held for the whole clip; the model is given no true value of its target. *its
+own tokens*: the truth through the tokenizer, the best that a model of tokens can do.
+Gaze is a *proxy*: the lagged bearing to the nearest labelled object. Poses are compared
+as they are, without alignment: they begin at the same one. Frechet distances are on
+features of our own (the model's encoder), of that many clips only, and compare rows of
+this table alone.
 """
 
 

@@ -109,6 +109,11 @@ def tokenize(tokenizer_of: Mapping[str, Tokenizer], clips: Clips) -> Tokens:
     return Tokens(ids, np.stack([clips.present[m.name] for m in layout], axis=1))
 
 
+def with_mirrored(clips: Clips) -> Clips:
+    """Clips and their mirror images: twice as much to learn from."""
+    return egocentric.joined(clips, egocentric.mirrored(clips))
+
+
 def save(tokens: Tokens, path: Path) -> None:
     """Writes a split's tokens, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments.egom2p_tokens import Tokens
 from multitask_jax import training
-from multitask_jax.masked.masks import Masks, dirichlet_masks, uniform_masks
+from multitask_jax.masked import modalities as mods
+from multitask_jax.masked.budgets import Budgets
+from multitask_jax.masked.masks import (
+    Masks,
+    dirichlet_masks,
+    masks_of,
+    uniform_masks,
+)
 from multitask_jax.masked.modalities import Modalities
 from multitask_jax.masked.tokenizers import Tokenizer, vocabulary
 from multitask_jax.models import egom2p
@@ -36,6 +43,8 @@ class Settings:
     inputs: int = 192  # slots for what is shown
     targets: int = 96  # slots for what is asked
     masking: Literal["dirichlet", "uniform"] = "dirichlet"
+    focus: float = 0.75  # of Dirichlet masks, see `dirichlet_budgets`
+    task: tuple[str, str] | None = None  # what is shown and asked alone: a specialist's
     evaluate_every: int = 250
     seed: int = 0
 
@@ -44,7 +53,12 @@ def draw_masks(
     key: Array, present: Array, modalities: Modalities, settings: Settings
 ) -> Masks:
     """Masks of a batch, each clip's its own; present: bool [B, M]."""
-    one = {"dirichlet": dirichlet_masks, "uniform": uniform_masks}[settings.masking]
+    if settings.task is not None:
+        return task_masks(key, len(present), modalities, settings)
+    one = {
+        "dirichlet": functools.partial(dirichlet_masks, focus=settings.focus),
+        "uniform": uniform_masks,
+    }[settings.masking]
     one = functools.partial(
         one,
         modalities=modalities,
@@ -52,6 +66,26 @@ def draw_masks(
         targets=settings.targets,
     )
     return jax.vmap(one)(jax.random.split(key, len(present)), present)
+
+
+def task_masks(
+    key: Array, count: int, modalities: Modalities, settings: Settings
+) -> Masks:
+    """Masks of `count` clips that show some of one modality and ask some of another."""
+    given, wanted = mods.indices(modalities, settings.task)
+    each, one = mods.lengths(modalities), np.arange(len(modalities))
+    budgets = Budgets(
+        jnp.asarray(np.where(one == given, np.minimum(each, settings.inputs), 0)),
+        jnp.asarray(np.where(one == wanted, np.minimum(each, settings.targets), 0)),
+    )
+    draw = functools.partial(
+        masks_of,
+        budgets=budgets,
+        modalities=modalities,
+        inputs=settings.inputs,
+        targets=settings.targets,
+    )
+    return jax.vmap(lambda key: draw(key))(jax.random.split(key, count))
 
 
 def loss_fn(

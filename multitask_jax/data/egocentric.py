@@ -36,6 +36,7 @@ SHAPES = {
     "gaze": (SAMPLES, 2),
 }
 DTYPES = {name: np.uint8 if name == "rgb" else np.float32 for name in MODALITIES}
+_ACROSS = np.outer([-1, 1, 1, 1], [-1, 1, 1, 1]).astype(np.float32)  # S T S, S = S^-1
 _EDGE = 0.01  # of the image, that a gaze may lie outside of it before it is an error
 
 
@@ -100,6 +101,32 @@ def load(folder: str | os.PathLike[str], *, limit: int | None = None) -> Clips:
         home = name.parent if alone else name.with_suffix("")
         group += [home.as_posix()] * len(rows)
     return Clips(arrays, present, names, group)
+
+
+def mirrored(clips: Clips) -> Clips:
+    """The clips as a mirror shows them: left is right, in every modality.
+
+    A second sight of the same walks, to learn from. Names end in "/mirrored".
+    """
+    rgb, depth, camera, gaze = (clips.arrays[name] for name in MODALITIES)
+    arrays = {
+        "rgb": rgb[..., ::-1, :],
+        "depth": depth[..., ::-1],
+        "camera": camera * _ACROSS,
+        "gaze": np.stack([1 - gaze[..., 0], gaze[..., 1]], axis=-1),
+    }
+    names = [f"{name}/mirrored" for name in clips.names]
+    return Clips(arrays, dict(clips.present), names, list(clips.group))
+
+
+def joined(first: Clips, second: Clips) -> Clips:
+    """The clips of both, behind each other."""
+    return Clips(
+        {k: np.concatenate([x, second.arrays[k]]) for k, x in first.arrays.items()},
+        {k: np.concatenate([x, second.present[k]]) for k, x in first.present.items()},
+        [*first.names, *second.names],
+        [*first.group, *second.group],
+    )
 
 
 def save_shard(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) -> None:

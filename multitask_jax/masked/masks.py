@@ -60,6 +60,7 @@ def dirichlet_masks(
     inputs: int,
     targets: int,
     alphas: tuple[float, ...] = ALPHAS,
+    focus: float = 0.0,
 ) -> Masks:
     """Budgets by `dirichlet_budgets`, then `masks_of` them; present: bool [M]."""
     key_budget, key_mask = jax.random.split(key)
@@ -70,6 +71,7 @@ def dirichlet_masks(
         inputs=inputs,
         targets=targets,
         alphas=alphas,
+        focus=focus,
     )
     return masks_of(key_mask, budgets, modalities, inputs=inputs, targets=targets)
 

@@ -10,7 +10,7 @@ H heads, F hidden width.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -23,9 +23,13 @@ from multitask_jax.masked import decoding
 from multitask_jax.masked.masks import Masks, Slots
 from multitask_jax.masked.modalities import (
     Modalities,
+    first_ids,
     flatten,
+    indices,
+    lengths,
     modality_of,
     position_table,
+    starts,
     unflatten,
 )
 from multitask_jax.masked.objective import cross_entropy, modality_mean
@@ -358,6 +362,87 @@ def generate(
     )  # fmt: skip
     found = unflatten(modalities, np.asarray(out))
     return {name: found[name] for name in targets}
+
+
+@functools.partial(
+    jax.jit, static_argnames=("modalities", "shape", "inputs", "targets")
+)
+def _probabilities(
+    params: Params,
+    ids: Array,
+    present: Array,
+    *,
+    modalities: Modalities,
+    shape: Shape,
+    inputs: tuple[str, ...],
+    targets: tuple[str, ...],
+) -> dict[str, Array]:
+    first, first_id = starts(modalities), first_ids(modalities)
+
+    def positions(names: tuple[str, ...]) -> np.ndarray:
+        return np.concatenate(
+            [first[i] + np.arange(modalities[i].length) for i in of(names)]
+        )
+
+    def of(names: tuple[str, ...]) -> list[int]:
+        return indices(modalities, names)
+
+    given, asked = (
+        jnp.tile(positions(names), (len(ids), 1)) for names in (inputs, targets)
+    )
+    shown = jnp.repeat(present, lengths(modalities), axis=1)
+    every = logits(
+        params,
+        jnp.take_along_axis(ids, given, axis=1),
+        given,
+        jnp.take_along_axis(shown, given, axis=1),
+        asked,
+        jnp.ones(asked.shape, bool),
+        modalities=modalities,
+        shape=shape,
+    )
+    found, at = {}, 0
+    for i in of(targets):
+        m = modalities[i]
+        own = every[:, at : at + m.length, first_id[i] : first_id[i] + m.vocabulary]
+        p = jax.nn.softmax(own, axis=-1)
+        found[m.name] = p.reshape(len(p), *m.grid, m.vocabulary)
+        at += m.length
+    return found
+
+
+def probabilities(
+    params: Params,
+    inputs: Mapping[str, np.ndarray],
+    targets: Sequence[str],
+    *,
+    modalities: Modalities,
+    shape: Shape,
+) -> dict[str, np.ndarray]:
+    """What the model believes of each token of the targets, given the inputs alone.
+
+    In one pass, where `generate` draws tokens that fit each other in several. For
+    `tokenizers.decode_mean`.
+
+    Args:
+      params: of the model.
+      inputs: codes of what is given by name, int32 [B, *grid].
+      targets: names.
+      modalities, shape: of the model.
+
+    Returns:
+      Probabilities of codes by name, float32 [B, *grid, vocabulary].
+
+    Raises:
+      ValueError: names or codes that the model does not have, or one that is both.
+    """
+    indices(modalities, [*inputs, *targets])
+    ids, present = flatten(modalities, inputs)
+    found = _probabilities(
+        params, ids, present, modalities=modalities, shape=shape,
+        inputs=tuple(inputs), targets=tuple(targets),
+    )  # fmt: skip
+    return {name: np.asarray(p) for name, p in found.items()}
 
 
 def sharding_rules(fsdp: str | None = "fsdp", tensor: str | None = "tensor") -> Rules:

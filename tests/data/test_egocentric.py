@@ -219,3 +219,37 @@ def test_the_same_clips_are_the_same_bytes(tmp_path):
     assert Path(tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
     with pytest.raises(ValueError, match=r"expected a name in \.npz"):
         egocentric.save_shard(tmp_path / "c.zip", shard(1))
+
+
+def test_a_mirror_keeps_geometry_and_is_its_own_inverse():
+    rng = np.random.default_rng(0)
+    turn = np.linalg.qr(rng.normal(size=(2, 64, 3, 3)))[0]
+    turn *= np.linalg.det(turn)[..., None, None]
+    camera = np.zeros((2, 64, 4, 4), np.float32)
+    camera[..., :3, :3], camera[..., 3, 3] = turn, 1
+    camera[..., :3, 3] = rng.normal(size=(2, 64, 3))
+    arrays = {
+        "rgb": rng.integers(0, 256, (2, *egocentric.SHAPES["rgb"]), np.uint8),
+        "depth": rng.uniform(1, 9, (2, 16, 64, 64)).astype(np.float32),
+        "camera": camera,
+        "gaze": rng.random((2, 64, 2), np.float32),
+    }
+    present = {k: np.array([True, k == "rgb"]) for k in arrays}
+    clips = egocentric.Clips(arrays, present, ["a", "b"], ["x", "y"])
+    once = egocentric.mirrored(clips)
+    poses.check(once.arrays["camera"], "mirrored")
+    # A point to the right of the first camera is seen where its mirror image is.
+    point = np.array([0.7, -0.2, 3.0, 1.0])
+    seen = np.linalg.inv(camera) @ point
+    again = np.linalg.inv(once.arrays["camera"]) @ (point * [-1, 1, 1, 1])
+    np.testing.assert_allclose(again, seen * [-1, 1, 1, 1], atol=1e-4)
+    np.testing.assert_array_equal(
+        once.arrays["rgb"][0, 3, 10, 5], arrays["rgb"][0, 3, 10, -6]
+    )
+    twice = egocentric.mirrored(once)
+    for name, x in arrays.items():
+        np.testing.assert_allclose(twice.arrays[name], x, atol=1e-6)
+    whole = egocentric.joined(clips, once)
+    assert whole.names == ["a", "b", "a/mirrored", "b/mirrored"]
+    assert whole.present["gaze"].tolist() == [True, False, True, False]
+    np.testing.assert_array_equal(whole.arrays["depth"][2:], once.arrays["depth"])

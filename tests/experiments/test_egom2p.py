@@ -15,14 +15,20 @@ from experiments import (
     egom2p,
     egom2p_evaluation,
     egom2p_plan,
+    egom2p_regressor,
+    egom2p_study,
+    egom2p_study_report,
 )
 from experiments import egom2p_training as training
+from experiments.egom2p_evaluation import MEASURES, TASKS
+from experiments.egom2p_study_runs import Study
 from experiments.egom2p_tokens import Tokens
 from multitask_jax import sharding
 from multitask_jax.data import egocentric, poses
 from multitask_jax.data.egocentric import Clips
 from multitask_jax.masked import tokenizers
-from multitask_jax.masked.modalities import flatten
+from multitask_jax.masked.modalities import flatten, modality_of
+from multitask_jax.masked.tokenizers import types
 from multitask_jax.models.egom2p import Shape
 from tests.experiments.common import from_flagfile
 from tests.masked.common import MODALITIES
@@ -55,7 +61,9 @@ def test_everything_is_written(found, config):
     for task in egom2p_evaluation.TASKS:
         assert task.name in report
         methods = found[task.name]
-        assert set(methods) == {"EgoM2P", "constant", "first held", "its own tokens"}
+        assert set(methods) == {
+            "EgoM2P, mean", "EgoM2P, sample", "constant", "first held", "its own tokens"
+        }  # fmt: skip
         for measures in methods.values():
             for name, values in measures.items():
                 assert values.shape == (2,), name  # 12 clips, 6 data sets
@@ -69,8 +77,9 @@ def test_a_second_run_does_nothing_anew_and_another_one_is_refused(found, config
     again = egom2p.run(config)
     assert (workdir / "model" / "params").stat().st_mtime_ns == before
     for task, methods in found.items():
-        for name, values in methods["EgoM2P"].items():
-            np.testing.assert_array_equal(again[task]["EgoM2P"][name], values)
+        for method in ("EgoM2P, mean", "EgoM2P, sample"):
+            for name, values in methods[method].items():
+                np.testing.assert_array_equal(again[task][method][name], values)
     other = dataclasses.replace(config, steps=11, stage="pretrain")
     with pytest.raises(ValueError, match=r"other settings.*'steps': \(10, 11\)"):
         egom2p.run(other)
@@ -84,6 +93,11 @@ def test_a_clip_is_made_of_another_modality(found, config, tmp_path):
     made = egom2p.run(dataclasses.replace(make, given="rgb", targets="depth,camera"))
     assert made["depth"].shape == (16, 64, 64)
     poses.check(made["camera"])
+    mean = egom2p.run(
+        dataclasses.replace(make, given="rgb", targets="depth", mean=True)
+    )
+    assert mean["depth"].shape == (16, 64, 64)
+    assert (mean["depth"] != made["depth"]).any()
     files = {p.name for p in (tmp_path / "made").iterdir()}
     assert files == {"made.npz", "depth.gif", "depth.png", "camera.png"}
     for changes, message in (
@@ -291,3 +305,149 @@ def test_embeddings_and_head_begin_as_the_codes_geometry():
     for x in (made["token_embedding"], made["head"].T):
         x = x / np.linalg.norm(x, axis=1, keepdims=True)
         np.testing.assert_allclose(x @ x.T, codes @ codes.T, atol=0.1)
+
+
+@pytest.fixture(scope="module")
+def study(found, config, tmp_path_factory):
+    # Token by token and tokens of single frames take minutes: see below.
+    return from_flagfile(
+        egom2p_study.Config,
+        "egom2p/study_smoke",
+        base=config.workdir,
+        workdir=str(tmp_path_factory.mktemp("study")),
+        parts="coverage,specialists,merging",
+        progress=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def results(study):
+    return egom2p_study.run(study)
+
+
+def test_parts_are_measured_and_told(results, study):
+    assert set(results) == {"coverage", "specialists", "merging"}
+    report = (Path(study.workdir) / "report.md").read_text()
+    for text in ("(a) ", "(c) ", "specialist regressor", "merged: TIES", "proxy"):
+        assert text in report, text
+    for name in ("curves", "regressors"):
+        assert (Path(study.workdir) / f"{name}.png").stat().st_size
+    special = results["specialists"]
+    for task in TASKS:
+        for method, measures in special[task.name].items():
+            for name, values in measures.items():
+                assert np.isfinite(values).any(), (task, method, name)
+
+
+def test_decoding_in_one_step_in_few_and_token_by_token(results, study, tmp_path):
+    runs = Study(study)
+    model = runs.train("all-0", runs.settings())  # is there
+    tasks = TASKS[:2]  # of eight tokens each
+    measured, seconds = egom2p_study.decoded(runs, model, 0, tasks)
+    assert set(measured) == set(seconds) == {task.name for task in tasks}
+    for by_steps in seconds.values():
+        assert list(by_steps) == ["1 step", "few steps", "token by token"]
+        assert all(s > 0 for s in by_steps.values())
+    one = results["coverage"]["all"][0]
+    quality = {"rgb": {"psnr": 20.0}, "depth": {"abs_rel": 0.1}}
+    told = {
+        "decoding": {"measured": [measured] * 2, "seconds": [seconds] * 2},
+        "masking": {"one": one, "another": one},
+        "frames": {"measured": {"4": one, "1": one}, "quality": {"4": quality}},
+    }
+    said = egom2p_study_report.write(tmp_path, told, [])
+    assert "measures" in said["decoding"]
+    assert "better in 0, worse in 0" in said["masking"]
+    report = (tmp_path / "report.md").read_text()
+    for text in ("(b) ", "token by token / few", "(d) ", "(e) "):
+        assert text in report
+
+
+def test_a_second_run_trains_and_measures_nothing(results, study, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(training, "pretrain", refuse)
+    monkeypatch.setattr(egom2p_regressor, "fit", refuse)
+    again = egom2p_study.run(study)
+    for task, methods in results["merging"]["measured"].items():
+        for method, measures in methods.items():
+            for name, values in measures.items():
+                np.testing.assert_array_equal(
+                    again["merging"]["measured"][task][method][name], values
+                )
+    with pytest.raises(ValueError, match="steps"):
+        egom2p_study.run(dataclasses.replace(study, steps=3))
+    with pytest.raises(ValueError, match="parts: got 'all'"):
+        egom2p_study.run(dataclasses.replace(study, parts="all"))
+
+
+def test_without_a_base_the_command_is_told(tmp_path):
+    bare = egom2p_study.Config(base=str(tmp_path), workdir=str(tmp_path / "study"))
+    with pytest.raises(FileNotFoundError, match=r"experiments\.egom2p --workdir"):
+        egom2p_study.run(bare)
+    assert not (tmp_path / "study").exists()
+
+
+def test_the_studys_flagfile_is_the_default():
+    assert from_flagfile(egom2p_study.Config, "egom2p/study") == egom2p_study.Config()
+
+
+def test_the_base_is_the_first_run():
+    """So that the small run's model is not trained a second time."""
+    base, own = egom2p.Config(), egom2p_study.Config()
+    for mine, its in (("targets", "targets_budget"), *((n, n) for n in (
+        "steps", "batch", "rate", "inputs", "focus", "evaluate_every",
+    ))):  # fmt: skip
+        assert getattr(own, mine) == getattr(base, its), mine
+
+
+@pytest.mark.parametrize("kind", ["depth", "gaze"])
+def test_patches_come_back(kind):
+    sizes = {"width": 8, "frames": 8, "size": 16, "samples": 16}
+    made = tokenizers.Config(kind, **sizes)
+    shape = (8, 16, 16, 1) if kind == "depth" else (16, 2)
+    x = jax.random.normal(jax.random.key(0), (3, *shape))
+    cut = egom2p_regressor.patches(made, x)
+    assert cut.shape[1] == np.prod(types.grid(made))
+    np.testing.assert_array_equal(egom2p_regressor.signal_of(made, cut), x)
+
+
+def test_a_specialists_masks_show_one_modality_and_ask_for_another():
+    names = [m.name for m in MODALITIES]
+    settings = training.Settings(inputs=6, targets=5, task=(names[0], names[2]))
+    masks = training.task_masks(jax.random.key(0), 7, MODALITIES, settings)
+    of = modality_of(MODALITIES)
+    for slots, wanted, room in ((masks.inputs, 0, 6), (masks.targets, 2, 5)):
+        position, valid = map(np.asarray, slots)
+        count = min(MODALITIES[wanted].length, room)
+        np.testing.assert_array_equal(valid.sum(axis=1), count)
+        assert (of[position[valid]] == wanted).all()
+
+
+def test_verdicts_follow_the_interval_of_paired_differences():
+    rng = np.random.default_rng(0)
+    base = rng.normal(size=(2, 60)) * 10
+
+    def run(shift, seed):
+        return {
+            task.name: {
+                "": {
+                    name: base[seed] + (shift if more else -shift)
+                    for name, (_, more) in MEASURES[task.wanted].items()
+                }
+            }
+            for task in TASKS
+        }
+
+    first, second = ([run(s, i) for i in range(2)] for s in (1.0, 0.0))
+    total = sum(len(MEASURES[task.wanted]) for task in TASKS)
+    for a, b, said in ((first, second, "better"), (second, first, "worse")):
+        text, count = egom2p_study_report.compared(a, b, ("a", "b"))
+        assert count[said] == total
+        assert "+- " in text
+    noise = [
+        jax.tree.map(lambda x: np.asarray(x + rng.normal(size=60)), m) for m in first
+    ]
+    _, count = egom2p_study_report.compared(noise, first, ("a", "b"))
+    assert count["undecided"] >= total - 2

@@ -143,3 +143,60 @@ def test_uniform_masks_take_all_of_the_budget():
     few = sampler("uniform")(jax.random.key(0), jnp.array([False, True, True, False]))
     np.testing.assert_array_equal(few.inputs.valid.sum(axis=1), 18)  # 12 + 6
     assert not few.targets.valid.any()
+
+
+@functools.cache
+def focused_sampler(focus):
+    @jax.jit
+    def run(key, present):
+        one = functools.partial(
+            dirichlet_budgets,
+            lengths=jnp.array(LENGTHS),
+            present=present,
+            inputs=INPUTS,
+            targets=TARGETS,
+            focus=focus,
+        )
+        return jax.vmap(one)(jax.random.split(key, SAMPLES))
+
+    return run
+
+
+@given(seed=SEEDS, present=PRESENT)
+def test_focused_samples_show_one_modality_and_ask_for_others(seed, present):
+    there = np.array(present)
+    budgets = focused_sampler(1.0)(jax.random.key(seed), there)
+    shown, asked = map(np.asarray, budgets)
+    assert not shown[:, ~there].any()
+    assert not asked[:, ~there].any()
+    if there.sum() > 1:
+        assert ((shown > 0).sum(axis=1) == 1).all()
+        assert not (asked * (shown > 0)).any()
+        assert (asked.sum(axis=1) > 0).all()
+    else:  # nothing else to ask for: as without focus
+        assert ((shown > 0) == there).all()
+
+
+def test_focus_is_a_share_of_samples_and_the_shown_are_drawn_by_length():
+    every = jnp.ones(4, bool)
+    shown = np.concatenate(
+        [focused_sampler(1.0)(jax.random.key(i), every).inputs for i in range(60)]
+    )
+    share = (shown > 0).mean(axis=0)
+    n = len(shown)
+    expected = np.array(LENGTHS) / sum(LENGTHS)
+    error = 4 * np.sqrt(expected * (1 - expected) / n)
+    assert (abs(share - expected) < error).all()
+    # Half of the samples, and those of the other half whose Dirichlet is as narrow.
+    few, none = (
+        np.concatenate(
+            [
+                np.asarray((b.targets > 0) & (b.inputs > 0)).any(axis=1)
+                for b in (
+                    focused_sampler(f)(jax.random.key(i), every) for i in range(60)
+                )
+            ]
+        ).mean()
+        for f in (0.5, 0.0)
+    )
+    assert few == pytest.approx(none / 2, abs=4 * np.sqrt(none / n))

@@ -237,3 +237,29 @@ def test_sizes():
     )
     count = sum(x.size for x in jax.tree.leaves(abstract))
     assert 350e6 < count < 450e6  # "about 400 M with embeddings"
+
+
+def test_probabilities_are_those_that_one_step_of_generation_has():
+    """Sampled in one step at a high temperature or read off: the same likeliest ids."""
+    codes = random_tokens(np.random.default_rng(2), 3)
+    given = {"rgb": codes["rgb"], "gaze": codes["gaze"]}
+    tell = functools.partial(
+        egom2p.probabilities, params(), modalities=MODALITIES, shape=SHAPE
+    )
+    found = tell(given, ["camera", "depth"])
+    sizes = {m.name: (m.grid, m.vocabulary) for m in MODALITIES}
+    assert set(found) == {"camera", "depth"}
+    for name, p in found.items():
+        grid, vocabulary = sizes[name]
+        assert p.shape == (3, *grid, vocabulary)
+        np.testing.assert_allclose(p.sum(axis=-1), 1, rtol=1e-5)
+        made = egom2p.generate(
+            params(), given, {name: 1}, modalities=MODALITIES, shape=SHAPE,
+            key=jax.random.key(0), temperature=0,
+        )  # fmt: skip
+        np.testing.assert_array_equal(made[name], p.argmax(axis=-1))
+    # Targets are asked for in no order, and do not tell each other.
+    alone = tell(given, ["depth"])
+    np.testing.assert_allclose(alone["depth"], found["depth"], atol=1e-6)
+    with pytest.raises(ValueError, match="each once"):
+        tell(given, ["rgb"])

@@ -10,6 +10,7 @@ tokenizers.save(tokenizer, "tokenizers/depth")
 from multitask_jax.masked.tokenizers import quantizers
 from multitask_jax.masked.tokenizers.coding import (
     decode,
+    decode_mean,
     encode,
     reconstruction_report,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "Statistics",
     "Tokenizer",
     "decode",
+    "decode_mean",
     "encode",
     "fit",
     "grid",

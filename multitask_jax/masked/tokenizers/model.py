@@ -22,7 +22,8 @@ def networks(config: Config) -> tuple[nn.Module, nn.Module]:
     if config.is_video:
         module, sizes["temporal"] = video, config.temporal
     else:
-        module, sizes["heads"] = trajectory, config.heads
+        module = trajectory
+        sizes |= {"heads": config.heads, "stride": config.stride}
     return (
         module.Encoder(**sizes, latent=config.encoding_width),
         module.Decoder(**sizes, channels=CHANNELS[config.kind]),

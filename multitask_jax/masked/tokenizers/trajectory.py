@@ -1,8 +1,9 @@
 """The networks of camera paths and gaze: EgoM2P's temporal VQ-VAE.
 
-Two samples make a token. Blocks see the whole path, in both directions.
+Some samples make a token. Blocks see the whole path, in both directions.
 
-Legend: B clips, S samples, L = S / 2 tokens, C channels, W width, D of an encoding.
+Legend: B clips, S samples, R of them a token, L = S / R tokens, C channels, W width, D
+of an encoding.
 """
 
 import flax.linen as nn
@@ -12,7 +13,6 @@ import numpy as np
 
 from multitask_jax.layers.transformer import Block
 from multitask_jax.masked.modalities import sin_cos
-from multitask_jax.masked.tokenizers.types import STRIDE
 
 Array = jax.Array
 
@@ -41,13 +41,15 @@ class Encoder(nn.Module):
     width: int
     blocks: int
     heads: int
+    stride: int
     latent: int
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """Conv1d with kernel = stride = 2, which is a dense layer on pairs; blocks."""
+        """Conv1d with kernel = stride: a dense layer on R samples; blocks."""
         b, s, c = x.shape
-        x = nn.Dense(self.width, name="embed")(x.reshape(b, s // STRIDE, STRIDE * c))
+        x = x.reshape(b, s // self.stride, self.stride * c)
+        x = nn.Dense(self.width, name="embed")(x)
         x = Blocks(self.blocks, self.heads, name="blocks")(x)
         return nn.Dense(self.latent, name="to_latent")(x)
 
@@ -58,13 +60,14 @@ class Decoder(nn.Module):
     width: int
     blocks: int
     heads: int
+    stride: int
     channels: int
 
     @nn.compact
     def __call__(self, z: Array) -> Array:
-        """Blocks, and the transposed convolution, a dense layer to pairs of samples."""
+        """Blocks, and the transposed convolution, a dense layer to R samples."""
         b, l, _ = z.shape
         x = nn.Dense(self.width, name="from_latent")(z)
         x = Blocks(self.blocks, self.heads, name="blocks")(x)
-        x = nn.Dense(STRIDE * self.channels, name="unembed")(x)
-        return x.reshape(b, l * STRIDE, self.channels)
+        x = nn.Dense(self.stride * self.channels, name="unembed")(x)
+        return x.reshape(b, l * self.stride, self.channels)

@@ -15,11 +15,10 @@ Array = jax.Array
 Kind = Literal["rgb", "depth", "camera", "gaze"]
 Quantizer = Literal["vq", "fsq"]
 PATCH = 8  # pixels a token, along each side
-STRIDE = 2  # samples of a trajectory a token
 CHANNELS = {"rgb": 3, "depth": 1, "camera": 9, "gaze": 2}  # of the network's signal
 
-_VIDEO = {"quantizer": "vq", "codes": 1024, "width": 128, "blocks": 1}
-_TRAJECTORY = {"quantizer": "vq", "codes": 256, "width": 128, "blocks": 2}
+_VIDEO = {"quantizer": "vq", "codes": 512, "width": 128, "blocks": 1}
+_TRAJECTORY = {"quantizer": "vq", "codes": 128, "width": 128, "blocks": 2}
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "rgb": _VIDEO,
     "depth": _VIDEO,
@@ -33,7 +32,8 @@ class Config:
     """All that a tokenizer's shapes depend on; a setting left empty is its kind's.
 
     The paper's trajectories: Config("camera", width=768, blocks=12, heads=12,
-    samples=60). The defaults here are for two CPU cores (our choice).
+    samples=60, stride=2, codes=256). The defaults here are for two CPU cores (our
+    choice): few tokens and codes, which few clips can teach.
 
     Raises:
       ValueError: a setting that makes no sense, by name.
@@ -51,6 +51,7 @@ class Config:
     frames: int = 16  # F of a video
     size: int = 64  # pixels, the height and the width of a video
     samples: int = 64  # S of a trajectory
+    stride: int = 8  # samples of it a token
 
     def __post_init__(self) -> None:
         if self.kind not in _DEFAULTS:
@@ -77,7 +78,7 @@ class Config:
         if self.is_video:
             needs = [("frames", self.temporal), ("size", PATCH), ("width", 2)]
         else:
-            needs = [("samples", STRIDE), ("width", 2), ("width", self.heads)]
+            needs = [("samples", self.stride), ("width", 2), ("width", self.heads)]
         for name, by in needs:
             if getattr(self, name) % by:
                 raise ValueError(
@@ -111,11 +112,11 @@ class Tokenizer(NamedTuple):
 
 
 def grid(config: Config) -> tuple[int, ...]:
-    """The shape of one clip's tokens: (4, 8, 8) of a video, (32,) of a trajectory."""
+    """The shape of one clip's tokens: (4, 8, 8) of a video, (8,) of a trajectory."""
     if config.is_video:
         side = config.size // PATCH
         return config.frames // config.temporal, side, side
-    return (config.samples // STRIDE,)
+    return (config.samples // config.stride,)
 
 
 def vocabulary(config: Config) -> int:

@@ -11,7 +11,8 @@ from multitask_jax.masked.tokenizers import Config, coding
 from tests.masked.tokenizers import synthetic
 from tests.merging.common import assert_same_bits
 
-SIZES = {"width": 16, "blocks": 1, "frames": 8, "size": 16, "samples": 16, "codes": 32}
+SIZES = {"width": 16, "blocks": 1, "frames": 8, "size": 16, "samples": 16}
+SIZES |= {"stride": 2, "codes": 32}
 KINDS = ["rgb", "depth", "camera", "gaze"]
 
 
@@ -65,6 +66,28 @@ def test_tokens_are_of_the_grid_and_decode_to_finite_data_units(kind):
         r = y[..., :3, :3]
         eye = np.broadcast_to(np.eye(3), r.shape)
         np.testing.assert_allclose(r @ np.swapaxes(r, -1, -2), eye, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_mean_of_certain_tokens_is_their_clip(kind):
+    tokenizer, _ = _fitted(kind)
+    tokens = tokenizers.encode(tokenizer, _data(kind)[:4])
+    size = tokenizers.vocabulary(tokenizer.config)
+    sure = np.eye(size, dtype=np.float32)[tokens]
+    made, clip = (
+        x.astype(np.float32)
+        for x in (
+            tokenizers.decode_mean(tokenizer, sure),
+            tokenizers.decode(tokenizer, tokens),
+        )
+    )
+    # Bytes may round to the other side.
+    np.testing.assert_allclose(made, clip, rtol=1e-4, atol=1 if kind == "rgb" else 1e-4)
+    even = tokenizers.decode_mean(tokenizer, np.full_like(sure, 1 / size))
+    assert even.dtype == _data(kind).dtype
+    assert np.isfinite(even).all()
+    with pytest.raises(ValueError, match=r"probabilities: got \[4, .*expected \[N, "):
+        tokenizers.decode_mean(tokenizer, sure[..., 1:])
 
 
 @pytest.mark.parametrize("kind", KINDS)

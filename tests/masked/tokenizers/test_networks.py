@@ -32,7 +32,8 @@ def _dependence(temporal):
     def changes(f, x):  # f: [B, T, ...] -> [B, F, ...]; -> [T, F]
         swapped = jnp.eye(x.shape[1], dtype=bool).reshape(-1, x.shape[1], 1, 1, 1)
         y = f(jnp.concatenate([x[:1], jnp.where(swapped, x[1:], x[:1])]))
-        return jnp.max(jnp.abs(y[1:] - y[:1]), axis=(2, 3, 4)) > 0
+        # More than rounding, which may differ from row to row of a batch.
+        return jnp.max(jnp.abs(y[1:] - y[:1]), axis=(2, 3, 4)) > 1e-5
 
     def run(x, z):
         # Blocks begin as the identity; as after some training, they do not stay so.
@@ -134,7 +135,7 @@ def test_the_video_loss_is_the_mean_square():
 @pytest.mark.parametrize("quantizer", ["vq", "fsq"])
 def test_shapes_of_all_kinds(kind, quantizer):
     config = Config(kind, quantizer=quantizer)
-    assert grid(config) == ((4, 8, 8) if config.is_video else (32,))
+    assert grid(config) == ((4, 8, 8) if config.is_video else (8,))
 
     def run(key, signal):
         variables = model.init(config, key)
@@ -151,7 +152,9 @@ def test_shapes_of_all_kinds(kind, quantizer):
 
 
 def test_the_papers_trajectory_tokenizer_can_be_asked_for():
-    config = Config("gaze", width=768, blocks=12, heads=12, samples=60)
+    config = Config(
+        "gaze", width=768, blocks=12, heads=12, samples=60, stride=2, codes=256
+    )
     assert grid(config) == (30,)
     assert vocabulary(config) == 256
     shapes = jax.eval_shape(functools.partial(model.init, config), jax.random.key(0))
@@ -177,7 +180,7 @@ def test_the_vocabulary_of_levels_is_their_product():
         ({"kind": "rgb", "size": 60}, "size: got 60, expected a multiple of 8"),
         ({"kind": "rgb", "frames": 6}, "frames: got 6, expected a multiple of 4"),
         ({"kind": "rgb", "temporal": 2}, "temporal: got 2, expected 4 or 1"),
-        ({"kind": "gaze", "samples": 9}, "samples: got 9, expected a multiple of 2"),
+        ({"kind": "gaze", "samples": 9}, "samples: got 9, expected a multiple of 8"),
         ({"kind": "gaze", "width": 30}, "width: got 30, expected a multiple of 4"),
         ({"kind": "gaze", "codes": -1}, "codes: got -1, expected a positive"),
         ({"kind": "gaze", "quantizer": "pq"}, "quantizer: got 'pq', expected vq or"),

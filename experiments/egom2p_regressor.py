@@ -1,0 +1,229 @@
+"""Specialists to compare EgoM2P with: one regressor a task, of the same size.
+
+The same encoder and decoder read the same tokens of the given modality; instead of
+codes it predicts the target's signal itself (a patch of pixels or some samples of a
+trajectory a place) by least squares, on clips that have both.
+
+Legend: N clips, B batch, Q places of the target, P numbers of a place's signal.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.egom2p_evaluation import Task
+from experiments.egom2p_tokens import Tokens
+from experiments.egom2p_training import Settings, task_masks
+from multitask_jax import training
+from multitask_jax.masked import modalities as mods
+from multitask_jax.masked.masks import Masks, Slots
+from multitask_jax.masked.modalities import Modalities
+from multitask_jax.masked.tokenizers import (
+    Config,
+    Statistics,
+    Tokenizer,
+    signals,
+    video,
+)
+from multitask_jax.masked.tokenizers.types import CHANNELS, PATCH
+from multitask_jax.models.egom2p import EgoM2P, Shape
+from multitask_jax.training import writers
+
+Array = jax.Array
+
+
+class Pairs(NamedTuple):
+    """Clips that have both modalities of a task."""
+
+    ids: np.ndarray  # int32 [N, L]
+    truth: np.ndarray  # [N, ...] of the target, in the data's units
+
+
+class Regressor(nn.Module):
+    """Ids [B, L] and masks -> signals of the places asked for [B, Q, P]."""
+
+    modalities: Modalities
+    shape: Shape
+    numbers: int  # P
+
+    @nn.compact
+    def __call__(self, ids: Array, masks: Masks) -> Array:
+        """Standardised, as `signals.to_network` has them."""
+        hidden = EgoM2P(self.modalities, self.shape, name="trunk")(ids, masks)
+        return nn.Dense(self.numbers, kernel_init=nn.initializers.zeros, name="signal")(
+            hidden
+        )
+
+
+class Trained(NamedTuple):
+    """A regressor and what it needs to predict."""
+
+    params: Any
+    modalities: Modalities
+    shape: Shape
+    task: Task
+    tokenizer: Tokenizer  # of the target: units and the grid of its places
+    history: list[dict[str, float]]
+
+
+def patches(config: Config, signal: Array) -> Array:
+    """Signals [N, ..., C] by place: [N, Q, P]."""
+    if config.is_video:
+        signal = video.to_patches(signal, config.temporal, PATCH)
+        return signal.reshape(len(signal), -1, signal.shape[-1])
+    return signal.reshape(len(signal), -1, config.stride * signal.shape[-1])
+
+
+def signal_of(config: Config, x: Array) -> Array:
+    """The inverse of `patches`."""
+    if config.is_video:
+        side = config.size // PATCH
+        x = x.reshape(len(x), config.frames // config.temporal, side, side, -1)
+        return video.from_patches(x, config.temporal, PATCH)
+    return x.reshape(len(x), config.samples, -1)
+
+
+def loss_fn(
+    net: Regressor, config: Config, statistics: Statistics, settings: Settings
+) -> Callable[[Any, Pairs, Array], tuple[Array, dict[str, Array]]]:
+    """(params, batch, key) -> (mean squared error of standardised signals, {})."""
+
+    def loss(params: Any, batch: Pairs, key: Array) -> tuple[Array, dict[str, Array]]:
+        masks = task_masks(key, len(batch.ids), net.modalities, settings)
+        signal, known = signals.to_network(config, statistics, batch.truth)
+        known = jnp.broadcast_to(known, signal.shape)
+        wanted = mods.indices(net.modalities, settings.task)[1]
+        place = masks.targets.position - int(mods.starts(net.modalities)[wanted])
+        place = jnp.maximum(place, 0)  # of empty slots, which have no weight
+        truth, weight = (
+            jnp.take_along_axis(patches(config, x), place[..., None], axis=1)
+            for x in (signal, known)
+        )
+        weight = weight * masks.targets.valid[..., None]
+        y = net.apply({"params": params}, batch.ids, masks)
+        error = jnp.sum(jnp.square(y - truth) * weight)
+        return error / jnp.maximum(jnp.sum(weight), 1), {}
+
+    return loss
+
+
+def fit(
+    train: Pairs,
+    validation: Pairs,
+    task: Task,
+    modalities: Modalities,
+    tokenizer: Tokenizer,
+    shape: Shape,
+    settings: Settings,
+    *,
+    start: Callable[[Any], Any],
+    workdir: Path,
+    progress: bool = True,
+) -> Trained:
+    """Trains a regressor, as `egom2p_training.pretrain` does; the best on validation.
+
+    Args:
+      train, validation: clips.
+      task: what from what.
+      modalities: of the tokens.
+      tokenizer: of the target.
+      shape, settings: of the run; its task is set here.
+      start: what is made of the trunk's random parameters first.
+      workdir: of checkpoints.
+      progress: a bar.
+    """
+    settings = dataclasses.replace(settings, task=(task.given, task.wanted))
+    config = tokenizer.config
+    net = Regressor(modalities, shape, _numbers(config))
+    one = Slots(jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool))
+    key = jax.random.key(settings.seed)
+    params = jax.jit(net.init)(key, train.ids[:1], Masks(one, one))["params"]
+    params = {**params, "trunk": start(params["trunk"])}
+    optimizer = training.adamw(
+        settings.rate, steps=settings.steps, weight_decay=0.05, clip=1.0, b2=0.95
+    )
+    loss = loss_fn(net, config, tokenizer.statistics, settings)
+    judge = jax.jit(loss)
+    some = Pairs(*(x[:64] for x in validation))
+
+    def evaluate(params: Any) -> dict[str, Array]:
+        value, _ = judge(params, some, jax.random.key(0))
+        return {"score": -value, "loss": value}
+
+    found = training.fit(
+        training.make_step(loss, optimizer),
+        training.init_state(params, optimizer, key),
+        _batches(train, settings),
+        steps=settings.steps,
+        workdir=workdir,
+        config={**dataclasses.asdict(settings), **shape._asdict()},
+        eval_fn=evaluate,
+        eval_every=settings.evaluate_every,
+        best_by="score",
+        checkpoint_every=settings.evaluate_every,
+        log_every=min(50, settings.evaluate_every),
+        writer=writers.jsonl(workdir / "metrics.jsonl"),
+        progress=progress,
+    )
+    if found.best is None:
+        raise FloatingPointError("no validation loss was finite; lower --rate")
+    params = found.best.params
+    return Trained(params, modalities, shape, task, tokenizer, found.history)
+
+
+def predict(model: Trained, tokens: Tokens, batch: int = 16) -> np.ndarray:
+    """The target of clips from all tokens of what is given, in the data's units."""
+    count, out = len(tokens.ids), []
+    for first in range(0, count, batch):
+        rows = np.minimum(np.arange(first, first + min(batch, count)), count - 1)
+        made = _predict(
+            model.modalities, model.shape, model.task, model.tokenizer.config,
+            model.params, model.tokenizer.statistics, tokens.ids[rows],
+        )  # fmt: skip
+        out.append(np.asarray(made))
+    return np.concatenate(out)[:count]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _predict(
+    modalities: Modalities,
+    shape: Shape,
+    task: Task,
+    config: Config,
+    params: Any,
+    statistics: Statistics,
+    ids: Array,
+) -> Array:
+    slots = []
+    for i in mods.indices(modalities, (task.given, task.wanted)):
+        every = mods.starts(modalities)[i] + np.arange(modalities[i].length)
+        position = jnp.tile(every, (len(ids), 1))
+        slots.append(Slots(position, jnp.ones(position.shape, bool)))
+    net = Regressor(modalities, shape, _numbers(config))
+    y = net.apply({"params": params}, ids, Masks(*slots))
+    return signals.from_network(config, statistics, signal_of(config, y))
+
+
+def _numbers(config: Config) -> int:
+    """P."""
+    place = config.temporal * PATCH**2 if config.is_video else config.stride
+    return CHANNELS[config.kind] * place
+
+
+def _batches(pairs: Pairs, settings: Settings) -> Callable[[int], Pairs]:
+    """Step -> batch, drawn without replacement."""
+    size = min(settings.batch, len(pairs.ids))
+
+    def at(step: int) -> Pairs:
+        rng = np.random.default_rng((settings.seed, step))
+        rows = rng.choice(len(pairs.ids), size, replace=False)
+        return Pairs(*(x[rows] for x in pairs))
+
+    return at

@@ -1,0 +1,214 @@
+"""Runs of the study of EgoM2P's claims: each trains once, is measured once.
+
+Legend: N clips, L tokens of a clip.
+"""
+
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from experiments import egom2p_evaluation as measures
+from experiments import egom2p_tokens as tokens_of
+from experiments import egom2p_training as training
+from experiments import study_store
+from experiments.egom2p import save_params
+from experiments.egom2p_evaluation import TASKS, Model, Task
+from experiments.egom2p_tokens import Tokens
+from experiments.egom2p_training import Settings
+from multitask_jax import checkpoints
+from multitask_jax import tree as trees
+from multitask_jax.masked import modalities as mods
+from multitask_jax.masked.tokenizers import Tokenizer
+from multitask_jax.models.egom2p import SHAPES
+
+if TYPE_CHECKING:
+    from experiments.egom2p_study import Config
+
+Measured = dict[str, dict[str, dict[str, np.ndarray]]]  # task, method, measure: [N]
+
+
+class Study:
+    """The data, the folders and the runs that parts share."""
+
+    def __init__(self, config: "Config"):
+        base = Path(config.base)
+        self.config, self.workdir = config, Path(config.workdir)
+        self.tokenizers = tokens_of.load(base / "tokenizers")
+        splits = {}
+        for split in tokens_of.SPLITS:
+            path = base / "tokens" / f"{split}.npz"
+            if not path.exists():
+                raise FileNotFoundError(
+                    f"no {path}; run `python -m experiments.egom2p --workdir={base}`,"
+                    " or its --stage=tokenize"
+                )
+            splits[split] = tokens_of.read(path)
+        self.tokens = splits
+        self.clips = {
+            "train": tokens_of.read_clips(base / "clips" / "train"),
+            "validation": tokens_of.read_clips(base / "clips" / "validation"),
+            "test": tokens_of.read_clips(base / "clips" / "test", config.test_clips),
+        }
+        # Tokens of training clips are followed by those of their mirror images.
+        if len(splits["train"].ids) == 2 * len(self.clips["train"].names):
+            self.clips["train"] = tokens_of.with_mirrored(self.clips["train"])
+        self.tokens["test"] = tokens_of.tokenize(self.tokenizers, self.clips["test"])
+
+    def settings(self, seed: int = 0, **changes: Any) -> Settings:
+        """Of a run."""
+        c = self.config
+        own = Settings(
+            steps=c.steps,
+            batch=c.batch,
+            rate=c.rate,
+            inputs=c.inputs,
+            targets=c.targets,
+            focus=c.focus,
+            evaluate_every=c.evaluate_every,
+            seed=seed,
+        )
+        return dataclasses.replace(own, **changes)
+
+    def train(
+        self,
+        name: str,
+        settings: Settings,
+        *,
+        rows: np.ndarray | None = None,
+        frozen: dict[str, Tokenizer] | None = None,
+        tokens: dict[str, Tokens] | None = None,
+        start: Any = None,
+    ) -> Model:
+        """A run of pretraining, trained unless runs/NAME has its parameters.
+
+        Args:
+          name: of the run.
+          settings: of it.
+          rows: of training clips to use; all if not given.
+          frozen, tokens: tokenizers and their tokens; the study's own if not given.
+          start: parameters to go on from; random ones with the codebooks if not given.
+        """
+        frozen, tokens = frozen or self.tokenizers, tokens or self.tokens
+        layout, shape = tokens_of.modalities_of(frozen), SHAPES["tiny"]
+        folder = self.workdir / "runs" / name
+        if name == "all-0":
+            self.share(folder, settings)
+        if not (folder / "params").exists():
+            train, validation = tokens["train"], tokens["validation"]
+            if rows is not None:
+                train = train.at(rows)
+            if settings.task is not None:
+                validation = validation.at(both(validation, layout, *settings.task))
+            begin = functools.partial(
+                training.with_codebooks,
+                tokenizer_of=frozen,
+                key=jax.random.key(settings.seed),
+            )
+            spent = time.perf_counter()
+            found = training.pretrain(
+                train,
+                validation,
+                layout,
+                shape,
+                settings,
+                start=begin if start is None else lambda _: start,
+                workdir=folder,
+                progress=self.config.progress,
+            )
+            self.keep(folder, found.history, time.perf_counter() - spent)
+            save_params(folder / "params", found.params)
+        params = trees.nest(checkpoints.read_tensors(folder / "params"))
+        return Model(params, layout, shape, frozen)
+
+    def share(self, folder: Path, settings: Settings) -> None:
+        """Links the base's model into `folder` if it was trained with the settings."""
+        model = Path(self.config.base).absolute() / "model"
+        about = model / "settings.json"
+        if folder.exists() or not (model / "history.json").exists():
+            return
+        told = dataclasses.asdict(settings) | {"size": "tiny"}
+        told["targets_budget"] = told.pop("targets")
+        del told["task"]
+        if study_store.changed(about, told):
+            return
+        folder.mkdir(parents=True)
+        history = json.loads((model / "history.json").read_text())
+        (folder / "run.json").write_text(json.dumps({"history": history}))
+        (folder / "params").symlink_to(model / "params", target_is_directory=True)
+
+    def keep(self, folder: Path, history: list[dict[str, float]], spent: float) -> None:
+        """Writes a run's learning curve and its seconds; prints the latter."""
+        made = {"seconds": round(spent, 1), "history": history}
+        (folder / "run.json").write_text(json.dumps(made))
+        if self.config.progress:
+            print(f"{folder.name}: {spent:.0f} s", flush=True)
+
+    def once(self, name: str, make: Callable[[], Measured]) -> Measured:
+        """What measures/NAME.npz has, made and written unless it is there."""
+        path = self.workdir / "measures" / f"{name}.npz"
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            flat = {
+                "|".join((task, method, measure)): x
+                for task, methods in make().items()
+                for method, values in methods.items()
+                for measure, x in values.items()
+            }
+            partial = path.with_suffix(".partial.npz")
+            np.savez(partial, **flat)
+            partial.rename(path)
+        found: Measured = {}
+        with np.load(path, allow_pickle=False) as file:
+            for key in file:
+                task, method, measure = key.split("|")
+                found.setdefault(task, {}).setdefault(method, {})[measure] = file[key]
+        return found
+
+    def pairs(self, task: Task, split: str) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of a split's clips that have both of a task's, and the target [N, ...].
+
+        Raises:
+          ValueError: there is none.
+        """
+        clips = self.clips[split]
+        rows = np.flatnonzero(clips.present[task.given] & clips.present[task.wanted])
+        if not len(rows):
+            raise ValueError(f"no clip of {split} has both of {task.name}")
+        return rows, clips.arrays[task.wanted][rows]
+
+    def judge(
+        self,
+        make: Callable[[Task, Tokens, np.ndarray], dict[str, np.ndarray]],
+        tokens: Tokens | None = None,
+        tasks: tuple[Task, ...] = TASKS,
+    ) -> Measured:
+        """Scores what `make` makes of held-out clips: (task, tokens, truth) -> [N].
+
+        `tokens`: of the test clips, if they are not the study's own.
+        """
+        tokens, found = tokens or self.tokens["test"], {}
+        for task in tasks:
+            rows, truth = self.pairs(task, "test")
+            found[task.name] = {
+                method: measures.score(task.wanted, x, truth)
+                for method, x in make(task, tokens.at(rows), truth).items()
+            }
+        return found
+
+    def of(self, model: Model, name: str = "model") -> Callable[..., Any]:
+        """`judge`'s make for the mean that a model expects."""
+        return lambda task, tokens, truth: {
+            name: measures.means(model, tokens, (task.given,), task.wanted)
+        }
+
+
+def both(tokens: Tokens, layout: mods.Modalities, *names: str) -> np.ndarray:
+    """Rows of clips that have all the named modalities."""
+    return np.flatnonzero(tokens.present[:, mods.indices(layout, names)].all(axis=1))
