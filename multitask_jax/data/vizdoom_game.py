@@ -16,6 +16,7 @@ Legend: T tics (1/35 s), H, W pixels.
 
 import os
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -39,6 +40,8 @@ NAMES = [f"MAP{i:02d}" for i in range(1, 33)]
 STARTS = frozenset(("Ammo", "Armor", "Health", "Weapon"))  # they lie where one can walk
 OBJECTS = STARTS | {"Decoration", "Gibs", "Gore", "Hazard", "Key", "LightSource"}
 OBJECTS |= {"Monster", "Powerup", "Vegetation"}
+# Two games that start at the same moment in one process can crash it.
+_STARTING = threading.Lock()
 
 
 class Tic(NamedTuple):
@@ -130,7 +133,8 @@ def started(name: str, *, seed: int) -> Iterator[Any]:
         )
         game.add_game_args("+sv_cheats 1 -nomusic")
         try:
-            game.init()
+            with _STARTING:
+                game.init()
         except vizdoom.ViZDoomErrorException as e:
             raise RuntimeError(
                 f"ViZDoom did not start in map {name} ({e}); try its own examples"
