@@ -26,7 +26,7 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from experiments import egom2p_tokens as tokens_of
 from experiments import egom2p_training as training
 from experiments import flags, merge, parsing, study_store
 from experiments.egom2p import save_params
-from experiments.egom2p_evaluation import TASKS, Model, Task
+from experiments.egom2p_evaluation import Model, Task
 from experiments.egom2p_regressor import Pairs
 from experiments.egom2p_study_runs import Measured, Study, both
 from experiments.egom2p_tokens import Tokens
@@ -65,6 +65,11 @@ class Config:
     base: str = flag("--workdir of experiments.egom2p, tokenized.", ".cache/egom2p")
     workdir: str = flag("Where everything is written.", ".cache/egom2p_study")
     parts: str = flag(f"Comma list of {', '.join(PARTS)}.", ",".join(PARTS))
+    tasks: str = flag(
+        "Comma list of targets to measure: gaze, camera, depth (all from RGB) and rgb"
+        " (from depth).",
+        "gaze,camera,depth,rgb",
+    )
     seeds: int = flag("Of coverage and decoding; the rest has one.", 3)
     steps: int = flag("Of pretraining, each run.", 800)
     regressor_steps: int = flag("Of each specialist regressor.", 400)
@@ -118,13 +123,13 @@ def decoding(study: Study) -> dict[str, Any]:
 
 
 def decoded(
-    study: Study, model: Model, seed: int, tasks: Sequence[Task] = TASKS
+    study: Study, model: Model, seed: int
 ) -> tuple[Measured, dict[str, dict[str, float]]]:
     """Scores of some clips by steps, and the seconds a clip."""
     found: Measured = {}
     clock: dict[str, dict[str, float]] = {}
     length = {m.name: m.length for m in model.modalities}
-    for task in tasks:
+    for task in study.tasks:
         rows, truth = study.pairs(task, "test")
         n = min(study.config.slow_clips, len(rows))
         some = np.arange(n) * len(rows) // n
@@ -272,7 +277,7 @@ def merging(study: Study) -> dict[str, Any]:
     base = study.train("all-0", study.settings())
     layout, runs = base.modalities, study.workdir / "runs"
     tuned = {}
-    for task in TASKS:
+    for task in study.tasks:
         rows = both(study.tokens["train"], layout, task.given, task.wanted)
         settings = study.settings(
             steps=study.config.tuning_steps,
@@ -309,8 +314,9 @@ def merging(study: Study) -> dict[str, Any]:
             own = study.judge(study.of(model), tasks=(task,))[task.name]["model"]
             found[task.name]["tuned for this task"] = own
         others = {"average": merged("linear", None)}
+        judge = judge_of(study, base)
         for name, method in (("task arithmetic", "task_arithmetic"), ("TIES", "ties")):
-            scores = {s: validation_loss(study, merged(method, s)) for s in SCALES}
+            scores = {s: judge(merged(method, s).params) for s in SCALES}
             chosen[name] = min(scores, key=scores.__getitem__)
             others[name] = merged(method, chosen[name])
         for name, model in others.items():
@@ -325,18 +331,21 @@ def merging(study: Study) -> dict[str, Any]:
     }
 
 
-def validation_loss(study: Study, model: Model) -> float:
-    """The mean over tasks of the cross-entropy on validation clips."""
-    total = 0.0
-    for i, task in enumerate(TASKS):
+def judge_of(study: Study, model: Model) -> Callable[[Any], float]:
+    """Parameters -> mean over tasks of the cross-entropy on validation clips."""
+    tokens, parts = study.tokens["validation"], []
+    for i, task in enumerate(study.tasks):
         settings = study.settings(task=(task.given, task.wanted))
         loss = jax.jit(training.loss_fn(model.modalities, model.shape, settings))
-        tokens = study.tokens["validation"]
         rows = both(tokens, model.modalities, task.given, task.wanted)[:64]
-        # The mean over modalities counts those without targets too.
-        _, each = loss(model.params, tokens.at(rows), jax.random.key(i))
-        total += float(each[task.wanted])
-    return total / len(TASKS)
+        parts.append((loss, tokens.at(rows), jax.random.key(i), task.wanted))
+
+    def judge(params: Any) -> float:
+        # The loss itself is a mean over modalities, those without targets among them.
+        each = [loss(params, x, key)[1][wanted] for loss, x, key, wanted in parts]
+        return float(np.mean(each))
+
+    return judge
 
 
 def run(config: Config) -> dict[str, Any]:

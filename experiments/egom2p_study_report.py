@@ -86,7 +86,7 @@ def compared(
     rows, count = [], {"better": 0, "worse": 0, "undecided": 0}
     for task in TASKS:
         if task.name not in first[0]:
-            continue
+            continue  # not asked for
         for measure, (unit, more) in MEASURES[task.wanted].items():
             values = [
                 np.stack([next(iter(m[task.name].values()))[measure] for m in some])

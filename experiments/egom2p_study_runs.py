@@ -17,7 +17,7 @@ import numpy as np
 from experiments import egom2p_evaluation as measures
 from experiments import egom2p_tokens as tokens_of
 from experiments import egom2p_training as training
-from experiments import study_store
+from experiments import parsing, study_store
 from experiments.egom2p import save_params
 from experiments.egom2p_evaluation import TASKS, Model, Task
 from experiments.egom2p_tokens import Tokens
@@ -40,6 +40,10 @@ class Study:
     def __init__(self, config: "Config"):
         base = Path(config.base)
         self.config, self.workdir = config, Path(config.workdir)
+        wanted = parsing.paths(config.tasks) or []
+        for name in wanted:
+            parsing.one_of("tasks", name, [task.wanted for task in TASKS])
+        self.tasks = tuple(task for task in TASKS if task.wanted in wanted)
         self.tokenizers = tokens_of.load(base / "tokenizers")
         splits = {}
         for split in tokens_of.SPLITS:
@@ -187,14 +191,14 @@ class Study:
         self,
         make: Callable[[Task, Tokens, np.ndarray], dict[str, np.ndarray]],
         tokens: Tokens | None = None,
-        tasks: tuple[Task, ...] = TASKS,
+        tasks: tuple[Task, ...] | None = None,
     ) -> Measured:
         """Scores what `make` makes of held-out clips: (task, tokens, truth) -> [N].
 
         `tokens`: of the test clips, if they are not the study's own.
         """
         tokens, found = tokens or self.tokens["test"], {}
-        for task in tasks:
+        for task in self.tasks if tasks is None else tasks:
             rows, truth = self.pairs(task, "test")
             found[task.name] = {
                 method: measures.score(task.wanted, x, truth)
