@@ -20,14 +20,12 @@ Legend: N clips.
 """
 
 import dataclasses
-import functools
 import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import numpy as np
 
 from experiments import egom2p_evaluation as measures
@@ -186,11 +184,7 @@ def pretrain(config: Config, workdir: Path) -> None:
         tokens_of.modalities_of(frozen),
         SHAPES[config.size],
         settings_of(config),
-        start=functools.partial(
-            training.with_codebooks,
-            tokenizer_of=frozen,
-            key=jax.random.key(config.seed),
-        ),
+        start=training.from_codebooks(frozen, config.seed),
         workdir=folder,
         progress=config.progress,
     )
@@ -203,6 +197,11 @@ def save_params(path: Path, params: Any) -> None:
     from orbax.checkpoint import v1 as ocp
 
     ocp.save(path.absolute(), params)
+
+
+def load_params(path: Path) -> Any:
+    """What `save_params` or a merge wrote."""
+    return trees.nest(checkpoints.read_tensors(path))
 
 
 def settings_of(config: Config) -> training.Settings:
@@ -224,7 +223,7 @@ def load_model(workdir: Path, shape: Shape) -> Model:
     """The model that `pretrain` saved."""
     frozen = _tokenizers(workdir)
     path = _there(workdir / "model" / "params", "pretrain")
-    params = trees.nest(checkpoints.read_tensors(path))
+    params = load_params(path)
     return Model(params, tokens_of.modalities_of(frozen), shape, frozen)
 
 

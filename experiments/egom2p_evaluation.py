@@ -4,7 +4,7 @@ Legend: N clips, S samples of a trajectory, F frames.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -124,6 +124,15 @@ class Model(NamedTuple):
     tokenizers: Mapping[str, Tokenizer]
 
 
+def rows_in_batches(count: int, batch: int) -> Iterator[np.ndarray]:
+    """Rows of `count` clips, so many at a time: one program for all.
+
+    The last batch is filled up by its last clip; [:count] of what is made is right.
+    """
+    for start in range(0, count, batch):
+        yield np.minimum(np.arange(start, start + min(batch, count)), count - 1)
+
+
 def predict(
     model: Model,
     tokens: Tokens,
@@ -140,9 +149,7 @@ def predict(
     """
     codes = mods.unflatten(model.modalities, tokens.ids)
     count, found = len(tokens.ids), []
-    for i, start in enumerate(range(0, count, batch)):
-        # The last batch is filled up by its last clip: one program for all.
-        rows = np.minimum(np.arange(start, start + min(batch, count)), count - 1)
+    for i, rows in enumerate(rows_in_batches(count, batch)):
         found.append(
             egom2p.generate(
                 model.params,
@@ -167,8 +174,7 @@ def means(
     """
     codes = mods.unflatten(model.modalities, tokens.ids)
     count, found = len(tokens.ids), []
-    for start in range(0, count, batch):
-        rows = np.minimum(np.arange(start, start + min(batch, count)), count - 1)
+    for rows in rows_in_batches(count, batch):
         p = egom2p.probabilities(
             model.params,
             {name: codes[name][rows] for name in given},
@@ -227,8 +233,7 @@ def _encoded(
 def features(model: Model, codes: np.ndarray) -> np.ndarray:
     """Features of our own [N, D] of RGB tokens: the mean of the encoder's output."""
     ids, _ = mods.flatten(model.modalities, {"rgb": codes})
-    (rgb,) = mods.indices(model.modalities, ["rgb"])
-    position = mods.starts(model.modalities)[rgb] + np.arange(codes[0].size)
+    position = mods.positions(model.modalities, ["rgb"])
     return np.concatenate(
         [
             np.asarray(

@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.egom2p_evaluation import Task
+from experiments import egom2p_training as training
+from experiments.egom2p_evaluation import Task, rows_in_batches
 from experiments.egom2p_tokens import Tokens
 from experiments.egom2p_training import Settings, task_masks
-from multitask_jax import training
 from multitask_jax.masked import modalities as mods
 from multitask_jax.masked.masks import Masks, Slots
 from multitask_jax.masked.modalities import Modalities
@@ -34,7 +34,6 @@ from multitask_jax.masked.tokenizers import (
 )
 from multitask_jax.masked.tokenizers.types import CHANNELS, PATCH
 from multitask_jax.models.egom2p import EgoM2P, Shape
-from multitask_jax.training import writers
 
 Array = jax.Array
 
@@ -146,9 +145,6 @@ def fit(
     key = jax.random.key(settings.seed)
     params = jax.jit(net.init)(key, train.ids[:1], Masks(one, one))["params"]
     params = {**params, "trunk": start(params["trunk"])}
-    optimizer = training.adamw(
-        settings.rate, steps=settings.steps, weight_decay=0.05, clip=1.0, b2=0.95
-    )
     loss = loss_fn(net, config, tokenizer.statistics, settings)
     judge = jax.jit(loss)
     some = Pairs(*(x[:64] for x in validation))
@@ -158,31 +154,22 @@ def fit(
         return {"score": -value, "loss": value}
 
     found = training.fit(
-        training.make_step(loss, optimizer),
-        training.init_state(params, optimizer, key),
+        loss,
+        params,
         _batches(train, settings),
-        steps=settings.steps,
+        evaluate,
+        settings,
+        about={**dataclasses.asdict(settings), **shape._asdict()},
         workdir=workdir,
-        config={**dataclasses.asdict(settings), **shape._asdict()},
-        eval_fn=evaluate,
-        eval_every=settings.evaluate_every,
-        best_by="score",
-        checkpoint_every=settings.evaluate_every,
-        log_every=min(50, settings.evaluate_every),
-        writer=writers.jsonl(workdir / "metrics.jsonl"),
         progress=progress,
     )
-    if found.best is None:
-        raise FloatingPointError("no validation loss was finite; lower --rate")
-    params = found.best.params
-    return Trained(params, modalities, shape, task, tokenizer, found.history)
+    return Trained(found.params, modalities, shape, task, tokenizer, found.history)
 
 
 def predict(model: Trained, tokens: Tokens, batch: int = 16) -> np.ndarray:
     """The target of clips from all tokens of what is given, in the data's units."""
     count, out = len(tokens.ids), []
-    for first in range(0, count, batch):
-        rows = np.minimum(np.arange(first, first + min(batch, count)), count - 1)
+    for rows in rows_in_batches(count, batch):
         made = _predict(
             model.modalities, model.shape, model.task, model.tokenizer.config,
             model.params, model.tokenizer.statistics, tokens.ids[rows],
@@ -202,9 +189,8 @@ def _predict(
     ids: Array,
 ) -> Array:
     slots = []
-    for i in mods.indices(modalities, (task.given, task.wanted)):
-        every = mods.starts(modalities)[i] + np.arange(modalities[i].length)
-        position = jnp.tile(every, (len(ids), 1))
+    for name in (task.given, task.wanted):
+        position = jnp.tile(mods.positions(modalities, [name]), (len(ids), 1))
         slots.append(Slots(position, jnp.ones(position.shape, bool)))
     net = Regressor(modalities, shape, _numbers(config))
     y = net.apply({"params": params}, ids, Masks(*slots))

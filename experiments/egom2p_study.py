@@ -39,14 +39,12 @@ from experiments import egom2p_study_report as reports
 from experiments import egom2p_tokens as tokens_of
 from experiments import egom2p_training as training
 from experiments import flags, merge, parsing, study_store
-from experiments.egom2p import save_params
+from experiments.egom2p import load_params, save_params
 from experiments.egom2p_evaluation import Model, Task
 from experiments.egom2p_regressor import Pairs
 from experiments.egom2p_study_runs import Measured, Study, both
 from experiments.egom2p_tokens import Tokens
 from experiments.flags import flag
-from multitask_jax import checkpoints
-from multitask_jax import tree as trees
 from multitask_jax.data.egocentric import Clips
 from multitask_jax.masked import modalities as mods
 from multitask_jax.masked import tokenizers
@@ -95,8 +93,7 @@ def coverage(study: Study) -> dict[str, list[Measured]]:
         for name, rows in (("all", None), ("complete", complete)):
             run = f"{name}-{seed}"
             model = study.train(run, study.settings(seed), rows=rows)
-            one = study.once(run, lambda m=model: study.judge(study.of(m)))
-            found.setdefault(name, []).append(one)
+            found.setdefault(name, []).append(study.judged(run, model))
     return found
 
 
@@ -194,17 +191,13 @@ def regress(study: Study, task: Task) -> regressor.Trained:
             tokenizer,
             SHAPES["tiny"],
             settings,
-            start=functools.partial(
-                training.with_codebooks,
-                tokenizer_of=study.tokenizers,
-                key=jax.random.key(settings.seed),
-            ),
+            start=training.from_codebooks(study.tokenizers, settings.seed),
             workdir=folder,
             progress=study.config.progress,
         )
         study.keep(folder, found.history, time.perf_counter() - start)
         save_params(folder / "params", found.params)
-    params = trees.nest(checkpoints.read_tensors(folder / "params"))
+    params = load_params(folder / "params")
     return regressor.Trained(params, layout, SHAPES["tiny"], task, tokenizer, [])
 
 
@@ -217,7 +210,7 @@ def masking(study: Study) -> dict[str, Measured]:
         ("uniform", "uniform-0", {"masking": "uniform"}),
     ):
         model = study.train(run, study.settings(**changes))
-        found[name] = study.once(run, lambda m=model: study.judge(study.of(m)))
+        found[name] = study.judged(run, model)
     return found
 
 
@@ -230,9 +223,7 @@ def frames(study: Study) -> dict[str, Any]:
     """
     config, folder = study.config, study.workdir / "frames"
     model = study.train("all-0", study.settings())
-    found = {
-        "4 frames": study.once("all-0", lambda: study.judge(study.of(model))),
-    }
+    found = {"4 frames": study.judged("all-0", model)}
     made = tokens_of.train(
         study.clips["train"],
         study.clips["validation"],
@@ -254,9 +245,7 @@ def frames(study: Study) -> dict[str, Any]:
             tokens_of.save(tokens_of.tokenize(frozen, clips), path)
         tokens[split] = tokens_of.read(path)
     single = study.train("frames-0", study.settings(), frozen=frozen, tokens=tokens)
-    found["1 frame"] = study.once(
-        "frames-0", lambda: study.judge(study.of(single), tokens["test"])
-    )
+    found["1 frame"] = study.judged("frames-0", single, tokens["test"])
     kept = Path(config.base) / "tokenizers"
     quality = {
         "4 frames": {
@@ -303,7 +292,7 @@ def merging(study: Study) -> dict[str, Any]:
                     progress=False,
                 )
             )
-        return base._replace(params=trees.nest(checkpoints.read_tensors(out)))
+        return base._replace(params=load_params(out))
 
     chosen: dict[str, float] = {}
     path = study.workdir / "measures" / "merging.json"

@@ -115,6 +115,11 @@ def _over_seeds(values: np.ndarray) -> str:
     return f"{each.mean():.3g}{spread}"
 
 
+def _only(found: Measured, method: str) -> Measured:
+    """What was measured of one method."""
+    return {task: {method: methods[method]} for task, methods in found.items()}
+
+
 def _said(count: Mapping[str, int]) -> str:
     return ", ".join(f"{k} in {v}" for k, v in count.items()) + " measures"
 
@@ -129,10 +134,7 @@ def _coverage(found: Mapping[str, list[Measured]]) -> tuple[str, str, str]:
 
 def _decoding(found: Mapping[str, Any]) -> tuple[str, str, str]:
     by_steps = {
-        name: [
-            {task: {name: methods[name]} for task, methods in one.items()}
-            for one in found["measured"]
-        ]
+        name: [_only(one, name) for one in found["measured"]]
         for name in ("1 step", "few steps", "token by token")
     }
     text, count = compared(
@@ -166,14 +168,12 @@ def _decoding(found: Mapping[str, Any]) -> tuple[str, str, str]:
 def _specialists(found: Measured) -> tuple[str, str, str]:
     title = "(c) One model for all tasks, and specialists"
     model, special = (
-        [{task: {"": methods[name]} for task, methods in found.items()}]
-        for name in ("EgoM2P, mean", "specialist regressor")
+        [_only(found, name)] for name in ("EgoM2P, mean", "specialist regressor")
     )
     _, count = compared(model, special, ("EgoM2P", "regressor"))
     said = f"EgoM2P's mean against the regressors: {_said(count)}."
     for name in ("constant", "first held"):
-        other = [{task: {"": methods[name]} for task, methods in found.items()}]
-        _, count = compared(model, other, ("", ""))
+        _, count = compared(model, [_only(found, name)], ("", ""))
         said += f" Against {name}: {_said(count)}."
     return title, egom2p_report.results(found, {}), said
 

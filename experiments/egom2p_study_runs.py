@@ -4,26 +4,22 @@ Legend: N clips, L tokens of a clip.
 """
 
 import dataclasses
-import functools
 import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 
 from experiments import egom2p_evaluation as measures
 from experiments import egom2p_tokens as tokens_of
 from experiments import egom2p_training as training
 from experiments import parsing, study_store
-from experiments.egom2p import save_params
+from experiments.egom2p import load_params, save_params
 from experiments.egom2p_evaluation import TASKS, Model, Task
 from experiments.egom2p_tokens import Tokens
 from experiments.egom2p_training import Settings
-from multitask_jax import checkpoints
-from multitask_jax import tree as trees
 from multitask_jax.masked import modalities as mods
 from multitask_jax.masked.tokenizers import Tokenizer
 from multitask_jax.models.egom2p import SHAPES
@@ -110,11 +106,7 @@ class Study:
                 train = train.at(rows)
             if settings.task is not None:
                 validation = validation.at(both(validation, layout, *settings.task))
-            begin = functools.partial(
-                training.with_codebooks,
-                tokenizer_of=frozen,
-                key=jax.random.key(settings.seed),
-            )
+            begin = training.from_codebooks(frozen, settings.seed)
             spent = time.perf_counter()
             found = training.pretrain(
                 train,
@@ -128,8 +120,7 @@ class Study:
             )
             self.keep(folder, found.history, time.perf_counter() - spent)
             save_params(folder / "params", found.params)
-        params = trees.nest(checkpoints.read_tensors(folder / "params"))
-        return Model(params, layout, shape, frozen)
+        return Model(load_params(folder / "params"), layout, shape, frozen)
 
     def share(self, folder: Path, settings: Settings) -> None:
         """Links the base's model into `folder` if it was trained with the settings."""
@@ -205,6 +196,10 @@ class Study:
                 for method, x in make(task, tokens.at(rows), truth).items()
             }
         return found
+
+    def judged(self, run: str, model: Model, tokens: Tokens | None = None) -> Measured:
+        """What a run's model expects, measured once."""
+        return self.once(run, lambda: self.judge(self.of(model), tokens))
 
     def of(self, model: Model, name: str = "model") -> Callable[..., Any]:
         """`judge`'s make for the mean that a model expects."""

@@ -129,6 +129,14 @@ def batches(tokens: Tokens, size: int, seed: int) -> Callable[[int], Tokens]:
     return at
 
 
+def from_codebooks(
+    tokenizer_of: Mapping[str, Tokenizer], seed: int
+) -> Callable[[Any], Any]:
+    """`pretrain`'s start, `with_codebooks` of a run's seed."""
+    key = jax.random.key(seed)
+    return functools.partial(with_codebooks, tokenizer_of=tokenizer_of, key=key)
+
+
 def with_codebooks(
     params: Any, tokenizer_of: Mapping[str, Tokenizer], key: Array
 ) -> Any:
@@ -180,24 +188,57 @@ def pretrain(
     """
     key = jax.random.key(settings.seed)
     init = functools.partial(egom2p.init, modalities=modalities, shape=shape)
-    params = start(jax.jit(init)(key))
+    return fit(
+        loss_fn(modalities, shape, settings, mesh),
+        start(jax.jit(init)(key)),
+        batches(tokens, settings.batch, settings.seed),
+        _judge(loss_fn(modalities, shape, settings), validation),
+        settings,
+        about=_about(settings, shape, modalities, tokens, validation),
+        workdir=workdir,
+        mesh=mesh,
+        progress=progress,
+    )
+
+
+def fit(
+    loss: Callable[..., tuple[Array, Mapping[str, Array]]],
+    params: Any,
+    batch_at: Callable[[int], Any],
+    judge: Callable[[Any], Mapping[str, Array]],
+    settings: Settings,
+    *,
+    about: Mapping[str, Any],
+    workdir: Path | None,
+    mesh: Mesh | None = None,
+    progress: bool = True,
+) -> Pretrained:
+    """Trains by `pretrain`'s recipe, whatever the loss; the best by `judge`'s "score".
+
+    Args:
+      loss: (params, batch, key) -> (loss [], metrics).
+      params: to start from.
+      batch_at: step -> batch.
+      judge: params -> scalars of validation.
+      settings: steps, rate, seed and intervals count here.
+      about: what a checkpoint must agree on.
+      workdir: of checkpoints and metrics.jsonl; without it, neither.
+      mesh: to train on.
+      progress: a bar.
+    """
     optimizer = training.adamw(
         settings.rate, steps=settings.steps, weight_decay=0.05, clip=1.0, b2=0.95
     )
     step = training.make_step(
-        loss_fn(modalities, shape, settings, mesh),
-        optimizer,
-        mesh=mesh,
-        **({} if mesh is None else mesh_layout(mesh)),
+        loss, optimizer, mesh=mesh, **({} if mesh is None else mesh_layout(mesh))
     )
-    judge = _judge(loss_fn(modalities, shape, settings), validation)
     found = training.fit(
         step,
-        training.init_state(params, optimizer, key),
-        batches(tokens, settings.batch, settings.seed),
+        training.init_state(params, optimizer, jax.random.key(settings.seed)),
+        batch_at,
         steps=settings.steps,
         workdir=workdir,
-        config=_about(settings, shape, modalities, tokens, validation),
+        config=about,
         eval_fn=judge,
         eval_every=settings.evaluate_every,
         best_by="score",

@@ -20,7 +20,7 @@ from multitask_jax.masked.modalities import (
     first_ids,
     indices,
     modality_of,
-    starts,
+    positions,
 )
 from multitask_jax.masked.objective import own_ids
 
@@ -145,21 +145,22 @@ def generate(
       ValueError: as `linear_schedule`.
     """
     schedule = linear_schedule(modalities, inputs, targets)
-    first, of = starts(modalities), modality_of(modalities)
-    spans = [
-        np.arange(first[i], first[i] + modalities[i].length, dtype=np.int32)
-        for i in indices(modalities, [*inputs, *targets])
-    ]
+    of = modality_of(modalities)
     b = len(ids)
     key_order, key_steps = jax.random.split(key)
     if present.shape[-1] == len(modalities):
         present = present[:, of]
     # Slot -> position: inputs as they are, each target in an order of the sample's own.
-    given = np.concatenate([*spans[: len(inputs)], np.zeros(0, np.int32)])
+    given = positions(modalities, inputs)
     orders = [
-        jax.random.permutation(k, jnp.tile(span, (b, 1)), axis=1, independent=True)
-        for k, span in zip(
-            jax.random.split(key_order, len(targets)), spans[len(inputs) :], strict=True
+        jax.random.permutation(
+            k,
+            jnp.tile(positions(modalities, [name]), (b, 1)),
+            axis=1,
+            independent=True,
+        )
+        for k, name in zip(
+            jax.random.split(key_order, len(targets)), targets, strict=True
         )
     ]
     position = jnp.concatenate([jnp.tile(given, (b, 1)), *orders], axis=1)

@@ -73,6 +73,17 @@ def indices(modalities: Modalities, names: Sequence[str]) -> list[int]:
     return [known.index(name) for name in names]
 
 
+def positions(modalities: Modalities, names: Sequence[str]) -> np.ndarray:
+    """Of all tokens of the named ones, in the names' order; int32.
+
+    Raises:
+      ValueError: as `indices`.
+    """
+    first, each = starts(modalities), lengths(modalities)
+    spans = [first[i] + np.arange(each[i]) for i in indices(modalities, names)]
+    return np.concatenate([np.zeros(0, np.int32), *spans]).astype(np.int32)
+
+
 def sin_cos(positions: np.ndarray, width: int) -> np.ndarray:
     """Sines and cosines of places [N] at `width` frequencies; [N, width], even width.
 

@@ -29,7 +29,7 @@ from multitask_jax.masked.modalities import (
     lengths,
     modality_of,
     position_table,
-    starts,
+    positions,
     unflatten,
 )
 from multitask_jax.masked.objective import cross_entropy, modality_mean
@@ -377,18 +377,9 @@ def _probabilities(
     inputs: tuple[str, ...],
     targets: tuple[str, ...],
 ) -> dict[str, Array]:
-    first, first_id = starts(modalities), first_ids(modalities)
-
-    def positions(names: tuple[str, ...]) -> np.ndarray:
-        return np.concatenate(
-            [first[i] + np.arange(modalities[i].length) for i in of(names)]
-        )
-
-    def of(names: tuple[str, ...]) -> list[int]:
-        return indices(modalities, names)
-
     given, asked = (
-        jnp.tile(positions(names), (len(ids), 1)) for names in (inputs, targets)
+        jnp.tile(positions(modalities, names), (len(ids), 1))
+        for names in (inputs, targets)
     )
     shown = jnp.repeat(present, lengths(modalities), axis=1)
     every = logits(
@@ -402,9 +393,9 @@ def _probabilities(
         shape=shape,
     )
     found, at = {}, 0
-    for i in of(targets):
-        m = modalities[i]
-        own = every[:, at : at + m.length, first_id[i] : first_id[i] + m.vocabulary]
+    for i in indices(modalities, targets):
+        m, first = modalities[i], first_ids(modalities)[i]
+        own = every[:, at : at + m.length, first : first + m.vocabulary]
         p = jax.nn.softmax(own, axis=-1)
         found[m.name] = p.reshape(len(p), *m.grid, m.vocabulary)
         at += m.length

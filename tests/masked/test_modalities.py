@@ -68,3 +68,16 @@ def test_every_place_of_a_grid_differs_and_axes_have_features_of_their_own():
     np.testing.assert_array_equal(rgb[0, 0, 0, :8], rgb[0, 2, 3, :8])  # time alone
     np.testing.assert_array_equal(rgb[0, 1, 0, 8:14], rgb[1, 1, 3, 8:14])  # height
     np.testing.assert_array_equal(rgb[0, 0, 2, 14:], rgb[1, 2, 2, 14:])  # width
+
+
+def test_positions_are_those_of_the_named_in_their_order():
+    names = [m.name for m in MODALITIES]
+    of = mods.modality_of(MODALITIES)
+    every = mods.positions(MODALITIES, names)
+    np.testing.assert_array_equal(every, np.arange(len(of)))
+    some = mods.positions(MODALITIES, [names[2], names[0]])
+    expected = [np.flatnonzero(of == 2), np.flatnonzero(of == 0)]
+    np.testing.assert_array_equal(some, np.concatenate(expected))
+    assert mods.positions(MODALITIES, []).shape == (0,)
+    with pytest.raises(ValueError, match="each once"):
+        mods.positions(MODALITIES, [names[0]] * 2)
