@@ -62,18 +62,18 @@ class Config:
     tokenizer_batch: int = flag("Videos a step (eight times as many trajectories).", 4)
     mirror: bool = flag("Learn from mirror images of training clips too.", True)
     size: Literal["tiny", "small", "base"] = flag("Of the transformer.", "tiny")
-    steps: int = flag("Steps of pretraining.", 800)
-    batch: int = flag("Clips a step.", 16)
+    steps: int = flag("Steps of pretraining.", 3000)
+    batch: int = flag("Clips a step.", 8)
     rate: float = flag("Peak learning rate.", 2e-3)
-    inputs: int = flag("Tokens shown of a clip, at most.", 128)
-    targets_budget: int = flag("Tokens asked of a clip, at most.", 64)
+    inputs: int = flag("Tokens shown of a clip, at most.", 256)
+    targets_budget: int = flag("Tokens asked of a clip, at most.", 128)
     masking: Literal["dirichlet", "uniform"] = flag(
         "How tokens are chosen.", "dirichlet"
     )
     focus: float = flag(
         "Share of Dirichlet masks that show one modality and ask for others.", 0.75
     )
-    evaluate_every: int = flag("Steps between validations and checkpoints.", 200)
+    evaluate_every: int = flag("Steps between validations and checkpoints.", 250)
     test_clips: int = flag("Held-out clips to evaluate, at most.", 128)
     mean: bool = flag(
         "generate: the mean of what could be, as evaluate has too, not one sample.",

@@ -56,7 +56,9 @@ def draw_masks(
     if settings.task is not None:
         return task_masks(key, len(present), modalities, settings)
     one = {
-        "dirichlet": functools.partial(dirichlet_masks, focus=settings.focus),
+        "dirichlet": functools.partial(
+            dirichlet_masks, focus=settings.focus, fill=True
+        ),
         "uniform": uniform_masks,
     }[settings.masking]
     one = functools.partial(

@@ -6,16 +6,21 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import hypothesis
 import jax
+import jaxlib
 import pytest
 from absl import flags
-from jax._src import compiler
 
 from multitask_jax.merging import report
 
+# XLA's older way from fusions to LLVM takes half the newer one's time. In versions that
+# were tried only: XLA ends a process for an option that it does not know.
+if jaxlib.__version__.startswith("0.10."):
+    _OLDER = "--xla_cpu_use_fusion_emitters=false"
+    if _OLDER not in os.environ.get("XLA_FLAGS", ""):  # a worker has its parent's
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_OLDER}".strip()
 # Before anything touches a device: afterwards JAX refuses to change their number.
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -34,30 +39,17 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 # Experiments read absl flags only as scripts, but libraries beneath them want them.
 flags.FLAGS.mark_as_parsed()
 # Compilation makes first calls slow, so no deadline; the same examples in every run.
-hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
+# Most examples are seeds of arrays, which hold hundreds of cases each.
+hypothesis.settings.register_profile(
+    "repeatable", deadline=None, derandomize=True, max_examples=30
+)
 hypothesis.settings.load_profile("repeatable")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(scope="session")
-def older_emitters() -> dict[str, bool]:
-    """XLA's older way from fusions to LLVM, which takes half the newer one's time.
-
-    Nothing where XLA no longer knows the option: it would refuse all programs.
-    """
-    options = {"xla_cpu_use_fusion_emitters": False}
-    try:
-        jax.jit(lambda x: x + 1, compiler_options=options)(0)
-    except jax.errors.JaxRuntimeError:
-        return {}
-    return options
-
-
 @pytest.fixture(scope="module", autouse=True)
-def compile_briefly(
-    request: pytest.FixtureRequest, older_emitters: dict[str, bool]
-) -> Iterator[None]:
+def compile_briefly(request: pytest.FixtureRequest) -> Iterator[None]:
     """Programs are not optimised, here or in scripts: they compile in a quarter of it.
 
     Those of a module marked `optimised` are, as outside of tests: bits depend on it.
@@ -68,27 +60,10 @@ def compile_briefly(
     with pytest.MonkeyPatch.context() as m:
         m.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int(brief)))
         jax.config.update("jax_disable_most_optimizations", brief)
-        if brief and older_emitters:
-            m.setattr(*_with_options(older_emitters))
-            given = [f"--{k}={str(v).lower()}" for k, v in older_emitters.items()]
-            m.setenv("XLA_FLAGS", " ".join([os.environ.get("XLA_FLAGS", ""), *given]))
         yield
         jax.config.update("jax_disable_most_optimizations", False)
     if not brief:
         jax.clear_caches()
-
-
-def _with_options(options: dict[str, bool]) -> tuple[Any, str, Callable[..., Any]]:
-    """What to set so that all programs are compiled with these options of XLA's.
-
-    XLA reads XLA_FLAGS once a process, and JAX has no setting for a part of one.
-    """
-    inner, key = compiler.get_compile_options, "env_options_overrides"
-
-    def get_compile_options(*args: Any, **kwargs: Any) -> Any:
-        return inner(*args, **kwargs | {key: options | (kwargs.get(key) or {})})
-
-    return compiler, "get_compile_options", get_compile_options
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -71,9 +71,10 @@ def find_item(path: Path) -> Path:
 class OrbaxReader:
     """Lazy arrays of an Orbax tree, named by their path ("params/dense/kernel").
 
-    Where stored chunks are large (a whole array, by Orbax's default), the ones last
-    decoded are kept, so that slices read in order decode each once. `cache_bytes` is
-    how much is kept: what slices of one tensor need, 0 without large chunks.
+    The chunks last decoded are kept, so that slices read in order decode each once.
+    `cache_bytes` is how much is kept where stored chunks are large (a whole array, by
+    Orbax's default): what slices of one tensor need. Otherwise it is 0, for the few
+    megabytes that are kept then do not count.
     """
 
     format = "orbax"
@@ -88,7 +89,7 @@ class OrbaxReader:
         about = read_json(step) if step.exists() else {}
         self.metadata = about.get("custom_metadata")
         keys = self._leaves()
-        self._stores = self._open(keys, 0)
+        self._stores = self._open(keys, CHUNK_BYTES)
         self.tensors = {name: self._info(name, t) for name, t in self._stores.items()}
         self._check_chunks()
         decoded = max(map(self._decoded, self.tensors), default=0)
@@ -121,7 +122,7 @@ class OrbaxReader:
 
     def _open(self, keys: Mapping[str, str], cache: int) -> dict[str, ts.TensorStore]:
         """Opens arrays side by side: their metadata is read, not their data."""
-        limit = cache and cache + (1 << 20)  # entries count for more than their data
+        limit = cache + (1 << 20)  # entries count for more than their data
         context = ts.Context(
             {
                 "cache_pool": {"total_bytes_limit": limit},

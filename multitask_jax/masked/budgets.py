@@ -31,6 +31,7 @@ def dirichlet_budgets(
     targets: int,
     alphas: tuple[float, ...] = ALPHAS,
     focus: float = 0.0,
+    fill: bool = False,
 ) -> Budgets:
     """Shares p ~ Dir(alpha) of the modalities that are present, as whole tokens.
 
@@ -48,12 +49,20 @@ def dirichlet_budgets(
       focus: chance that a sample shows one modality alone, drawn by its length, and
         asks for others only, as generation does. Without, few samples do; 4M mixes
         such ones in, EgoM2P has none.
+      fill: what is asked of a modality beyond its length is asked of the others, in
+        proportion to what they have left: targets sum to N (less M at most) where there
+        are as many. Our choice, for modalities of very different lengths; without, most
+        slots are empty whenever a short one is asked.
     """
     key_alpha, key_in, key_out, key_one = jax.random.split(key, 4)
     alpha = jax.random.choice(key_alpha, jnp.array(alphas, jnp.float32))
     given, wanted = _focused(key_one, lengths, present, focus)
     shown = jnp.minimum(_shares(key_in, alpha, given, inputs), lengths)
-    asked = jnp.minimum(_shares(key_out, alpha, wanted, targets), lengths - shown)
+    room = jnp.where(wanted, lengths - shown, 0)
+    asked = jnp.minimum(_shares(key_out, alpha, wanted, targets), room)
+    if fill:
+        room, left = room - asked, targets - asked.sum()
+        asked += room * left // jnp.maximum(jnp.maximum(room.sum(), left), 1)
     return Budgets(shown, asked)
 
 

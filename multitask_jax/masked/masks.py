@@ -61,6 +61,7 @@ def dirichlet_masks(
     targets: int,
     alphas: tuple[float, ...] = ALPHAS,
     focus: float = 0.0,
+    fill: bool = False,
 ) -> Masks:
     """Budgets by `dirichlet_budgets`, then `masks_of` them; present: bool [M]."""
     key_budget, key_mask = jax.random.split(key)
@@ -72,6 +73,7 @@ def dirichlet_masks(
         targets=targets,
         alphas=alphas,
         focus=focus,
+        fill=fill,
     )
     return masks_of(key_mask, budgets, modalities, inputs=inputs, targets=targets)
 

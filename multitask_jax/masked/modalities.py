@@ -84,14 +84,20 @@ def positions(modalities: Modalities, names: Sequence[str]) -> np.ndarray:
     return np.concatenate([np.zeros(0, np.int32), *spans]).astype(np.int32)
 
 
-def sin_cos(positions: np.ndarray, width: int) -> np.ndarray:
-    """Sines and cosines of places [N] at `width` frequencies; [N, width], even width.
+def sin_cos(positions: np.ndarray, width: int, span: int | None = None) -> np.ndarray:
+    """Sines and cosines of places [N], half of `width` each; [N, width].
 
-    Vaswani et al. 2017 (arXiv 1706.03762, section 3.5), all sines before all cosines.
+    All sines before all cosines. Frequencies fall geometrically: from 1 to 1 / 10,000
+    a place (Vaswani et al. 2017, arXiv 1706.03762, section 3.5), or, with `span`, from
+    pi to pi / span: half a wave is between one place and the span.
     """
     if width % 2:
         raise ValueError(f"sin_cos: got width {width}, expected an even number")
-    frequency = 10_000.0 ** -(np.arange(width // 2) / (width // 2))
+    count = width // 2
+    if span is None:
+        frequency = 10_000.0 ** -(np.arange(count) / count)
+    else:
+        frequency = np.pi * float(span) ** -np.linspace(0, 1, count)
     angle = np.asarray(positions, np.float64)[:, None] * frequency
     return np.concatenate([np.sin(angle), np.cos(angle)], axis=1).astype(np.float32)
 
@@ -100,18 +106,17 @@ def position_table(modalities: Modalities, width: int) -> np.ndarray:
     """Fixed sin-cos places in the grid of each modality, [L, D].
 
     Time, height and width have a third of the features each (time what is left over);
-    a trajectory's time has all of them.
+    a trajectory's time has all of them. Waves fit each axis: of those up to 10,000
+    places long, most are constant on 8 places, so that neighbours look alike and
+    attention takes long to tell them apart (our choice, by measurement).
     """
     tables = []
     for m in modalities:
         places = np.indices(m.grid).reshape(len(m.grid), -1)
         part = width // len(m.grid) // 2 * 2
         sizes = [width - part * (len(m.grid) - 1), *[part] * (len(m.grid) - 1)]
-        tables.append(
-            np.concatenate(
-                [sin_cos(p, s) for p, s in zip(places, sizes, strict=True)], axis=1
-            )
-        )
+        axes = zip(places, sizes, m.grid, strict=True)
+        tables.append(np.concatenate([sin_cos(*axis) for axis in axes], axis=1))
     return np.concatenate(tables)
 
 

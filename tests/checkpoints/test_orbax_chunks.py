@@ -60,6 +60,19 @@ def test_a_large_stored_chunk_is_decoded_once(tmp_path, monkeypatch):
     reader.close()
 
 
+def test_a_small_stored_chunk_is_decoded_once_too(tmp_path):
+    """A sample of the whole model reads many slices of it."""
+    w = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
+    ocp.save(tmp_path / "x", {"w": w})
+    reader = orbax_reader.open_reader(tmp_path / "x")
+    assert reader.cache_bytes == 0
+    assert same(reader.read("w", 100, 999), w.reshape(-1)[100:999])
+    for file in tmp_path.glob("x/*/ocdbt.process_0/d/*"):
+        file.unlink()
+    assert same(reader.read("w", 4000, 4096), w.reshape(-1)[4000:])
+    reader.close()
+
+
 def _resident_growth(reader, name: str, entries: int) -> int:
     before = _anonymous()
     most = 0

@@ -322,7 +322,9 @@ def study(found, config, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(study):
-    return egom2p_study.run(study)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(egom2p_study, "SCALES", (0.3, 1.0))  # each is two merges
+        return egom2p_study.run(study)
 
 
 def test_parts_are_measured_and_told(results, study):

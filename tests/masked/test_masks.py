@@ -33,14 +33,14 @@ def sampler(kind):
 
 
 @functools.cache
-def budget_sampler(inputs=INPUTS, targets=TARGETS, lengths=tuple(LENGTHS)):
+def budget_sampler(lengths=tuple(LENGTHS), **options):
+    one = functools.partial(dirichlet_budgets, inputs=INPUTS, targets=TARGETS)
+
     @jax.jit
     def run(key, present):
-        return jax.vmap(
-            lambda k: dirichlet_budgets(
-                k, jnp.array(lengths), present, inputs=inputs, targets=targets
-            )
-        )(jax.random.split(key, SAMPLES))
+        return jax.vmap(lambda k: one(k, jnp.array(lengths), present, **options))(
+            jax.random.split(key, SAMPLES)
+        )
 
     return run
 
@@ -83,6 +83,25 @@ def test_budgets_sum_to_what_is_asked_where_lengths_allow(seed, present):
     for b in (*budgets, *clamped):
         assert (np.asarray(b)[:, ~there] == 0).all()
         assert (np.asarray(b) >= 0).all()
+
+
+@pytest.mark.parametrize("focus", [0.0, 1.0])
+@given(seed=SEEDS, present=PRESENT)
+def test_filled_targets_take_what_others_have_no_room_for(focus, seed, present):
+    there, lengths = np.array(present), np.array(LENGTHS)
+    key = jax.random.key(seed)
+    cut = budget_sampler(focus=focus)(key, there)
+    filled = budget_sampler(focus=focus, fill=True)(key, there)
+    np.testing.assert_array_equal(filled.inputs, cut.inputs)
+    shown, asked = map(np.asarray, filled)
+    assert (asked >= cut.targets).all()
+    assert (asked <= lengths - shown).all()
+    assert (asked.sum(axis=1) <= TARGETS).all()
+    wanted = there & ~((focus > 0) & (shown > 0)) if there.sum() > 1 else there
+    room = np.where(wanted, lengths - shown, 0).sum(axis=1)
+    missing = np.minimum(room, TARGETS) - asked.sum(axis=1)
+    assert (missing < len(lengths)).all()  # whole tokens
+    assert not asked[~np.broadcast_to(wanted, asked.shape)].any()
 
 
 def test_masks_follow_the_budgets_of_their_key():
@@ -145,27 +164,10 @@ def test_uniform_masks_take_all_of_the_budget():
     assert not few.targets.valid.any()
 
 
-@functools.cache
-def focused_sampler(focus):
-    @jax.jit
-    def run(key, present):
-        one = functools.partial(
-            dirichlet_budgets,
-            lengths=jnp.array(LENGTHS),
-            present=present,
-            inputs=INPUTS,
-            targets=TARGETS,
-            focus=focus,
-        )
-        return jax.vmap(one)(jax.random.split(key, SAMPLES))
-
-    return run
-
-
 @given(seed=SEEDS, present=PRESENT)
 def test_focused_samples_show_one_modality_and_ask_for_others(seed, present):
     there = np.array(present)
-    budgets = focused_sampler(1.0)(jax.random.key(seed), there)
+    budgets = budget_sampler(focus=1.0)(jax.random.key(seed), there)
     shown, asked = map(np.asarray, budgets)
     assert not shown[:, ~there].any()
     assert not asked[:, ~there].any()
@@ -180,7 +182,7 @@ def test_focused_samples_show_one_modality_and_ask_for_others(seed, present):
 def test_focus_is_a_share_of_samples_and_the_shown_are_drawn_by_length():
     every = jnp.ones(4, bool)
     shown = np.concatenate(
-        [focused_sampler(1.0)(jax.random.key(i), every).inputs for i in range(60)]
+        [budget_sampler(focus=1.0)(jax.random.key(i), every).inputs for i in range(60)]
     )
     share = (shown > 0).mean(axis=0)
     n = len(shown)
@@ -193,7 +195,7 @@ def test_focus_is_a_share_of_samples_and_the_shown_are_drawn_by_length():
             [
                 np.asarray((b.targets > 0) & (b.inputs > 0)).any(axis=1)
                 for b in (
-                    focused_sampler(f)(jax.random.key(i), every) for i in range(60)
+                    budget_sampler(focus=f)(jax.random.key(i), every) for i in range(60)
                 )
             ]
         ).mean()

@@ -60,6 +60,18 @@ def test_sin_cos_positions():
         mods.sin_cos(np.arange(3), 5)
 
 
+def test_waves_that_fit_a_span_tell_neighbours_apart():
+    """As cosines of their vectors do: .98 by waves up to 10,000 places long."""
+    fits, long = mods.sin_cos(np.arange(8), 42, 8), mods.sin_cos(np.arange(8), 42)
+    for table, least, most in ((fits, 0.0, 0.6), (long, 0.9, 1.0)):
+        np.testing.assert_allclose((table**2).sum(1), 21, rtol=1e-6)
+        alike = (table @ table.T / 21)[~np.eye(8, dtype=bool)].max()
+        assert least < alike < most
+    # The fastest wave turns its sign at every place, the slowest one over the span.
+    np.testing.assert_allclose(fits[:, 21], (-1.0) ** np.arange(8), atol=1e-6)
+    np.testing.assert_allclose(fits[:, -1], np.cos(np.pi * np.arange(8) / 8), atol=1e-6)
+
+
 def test_every_place_of_a_grid_differs_and_axes_have_features_of_their_own():
     table = mods.position_table(MODALITIES, 20)
     assert table.shape == (sum(LENGTHS), 20)

@@ -379,7 +379,7 @@ def check_dtype(case: Case, dtype: str, tmp_path: Path) -> None:
         assert_same_bits(streamed, tree.flatten(merge(base, models)))
 
 
-def test_gradients_are_finite(case, older_emitters):
+def test_gradients_are_finite(case):
     """With respect to weights, base and models, zero task vectors among them."""
     base, models = tiny_models(case)
     for m in models:
@@ -397,7 +397,7 @@ def test_gradients_are_finite(case, older_emitters):
         return sum(jnp.sum(x**2) for x in jax.tree.leaves(out))
 
     weights = jnp.asarray(WEIGHTS[: case.models])
-    options = BRIEFLY | older_emitters
+    options = BRIEFLY
     gradient = jax.jit(jax.grad(loss, (0, 1, 2)), compiler_options=options)
     gradients = gradient(base, models, weights)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradients))
@@ -418,9 +418,9 @@ COEFFICIENTS = {
 
 
 @pytest.mark.parametrize("name", sorted(COEFFICIENTS))
-def test_sweep_and_gradient_of_coefficients(name, older_emitters):
+def test_sweep_and_gradient_of_coefficients(name):
     base, models = tiny_models(CASES["slerp"])
-    jit = functools.partial(jax.jit, compiler_options=BRIEFLY | older_emitters)
+    jit = functools.partial(jax.jit, compiler_options=BRIEFLY)
 
     def norm(x):
         out = merging.merge(COEFFICIENTS[name](x), base, models)
