@@ -79,7 +79,7 @@ class Config:
     inputs: int = flag("Tokens shown of a clip, at most.", 256)
     targets: int = flag("Tokens asked of a clip, at most.", 128)
     focus: float = flag("As experiments.egom2p has it.", 0.75)
-    evaluate_every: int = flag("Steps between validations and checkpoints.", 200)
+    evaluate_every: int = flag("Steps between validations and checkpoints.", 250)
     test_clips: int = flag("Held-out clips, at most.", 128)
     slow_clips: int = flag("Held-out clips decoded token by token, at most.", 12)
     progress: bool = flag("Show progress bars.", True)

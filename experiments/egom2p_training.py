@@ -31,6 +31,7 @@ from multitask_jax.models.egom2p import Shape
 from multitask_jax.training import writers
 
 Array = jax.Array
+_AS_LARGE_AS_PLACES = 0.8  # entries of embeddings; those of sines and cosines have .7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,9 +135,9 @@ def batches(tokens: Tokens, size: int, seed: int) -> Callable[[int], Tokens]:
 def from_codebooks(
     tokenizer_of: Mapping[str, Tokenizer], seed: int
 ) -> Callable[[Any], Any]:
-    """`pretrain`'s start, `with_codebooks` of a run's seed."""
+    """`pretrain`'s start: `with_codebooks` of a run's seed, then `attend_alike`."""
     key = jax.random.key(seed)
-    return functools.partial(with_codebooks, tokenizer_of=tokenizer_of, key=key)
+    return lambda params: egom2p.attend_alike(with_codebooks(params, tokenizer_of, key))
 
 
 def with_codebooks(
@@ -144,19 +145,22 @@ def with_codebooks(
 ) -> Any:
     """Embeddings and head begin as random projections of the codes' own vectors.
 
-    Codes that look alike are alike from the start, which few clips can't teach (our
-    choice at this size; the paper begins at random). Kinds without a codebook stay.
+    Codes that look alike are alike from the start, which few clips can't teach, and
+    embeddings are as large as places, beside which a learned start's are nothing (our
+    choices at this size; the paper begins at random). Kinds without a codebook are
+    made larger alone.
     """
     width = params["token_embedding"].shape[1]
-    first, embeddings, head = 0, params["token_embedding"], params["head"]
+    first, head = 0, params["head"]
+    embeddings = params["token_embedding"] * (_AS_LARGE_AS_PLACES / 0.02)
     for i, tokenizer in enumerate(tokenizer_of.values()):
         if tokenizer.config.quantizer == "vq":
             codes = tokenizer.variables["codebook"].codes
             codes = codes / jnp.linalg.norm(codes, axis=1, keepdims=True)
             keys = jax.random.split(jax.random.fold_in(key, i))
             rows = slice(first, first + len(codes))
-            # Entries as large as a learned start's: 1 along a row, .02 each.
-            into = jax.random.normal(keys[0], (codes.shape[1], width)) * 0.1
+            into = jax.random.normal(keys[0], (codes.shape[1], width))
+            into *= _AS_LARGE_AS_PLACES  # codes are of length 1
             out = jax.random.normal(keys[1], (width, codes.shape[1])) * 0.02
             embeddings = embeddings.at[rows].set(codes @ into)
             head = head.at[:, rows].set(out @ codes.T)

@@ -64,6 +64,32 @@ def test_targets_are_not_read_nor_anything_that_is_not_shown():
     np.testing.assert_array_equal(out[1:], 0)  # nor other samples
 
 
+def test_keys_begin_as_queries_and_nothing_else_changes():
+    before, after = (
+        trees.flatten(p) for p in (params(), egom2p.attend_alike(params()))
+    )
+    changed = {k for k in before if (before[k] != after[k]).any()}
+    kinds = ("encoder/attention/qkv", "decoder/self_attention/qkv")
+    assert changed == {
+        *(f"{k}/kernel" for k in kinds),
+        "decoder/cross_attention/key_value/kernel",
+    }
+    for kind in kinds:
+        q, k, v = np.moveaxis(np.asarray(after[f"{kind}/kernel"]), 2, 0)
+        np.testing.assert_array_equal(k, q)
+        old = np.moveaxis(np.asarray(before[f"{kind}/kernel"]), 2, 0)
+        np.testing.assert_array_equal((q, v), old[[0, 2]])
+    query = np.asarray(after["decoder/cross_attention/query/kernel"])[:, :, 0]
+    k, v = (
+        np.asarray(p["decoder/cross_attention/key_value/kernel"])[:, :, i]
+        for i, p in ((0, after), (1, before))
+    )
+    np.testing.assert_array_equal(k, query)
+    np.testing.assert_array_equal(
+        after["decoder/cross_attention/key_value/kernel"][:, :, 1], v
+    )
+
+
 def test_decoder_attends_within_a_modality_and_to_all_inputs():
     """A query moves by another query of its modality, and by no other's."""
     ids, _ = batch(1)
