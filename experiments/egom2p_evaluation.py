@@ -191,8 +191,11 @@ def of_model(
 ) -> dict[str, np.ndarray]:
     """What the model makes of clips, by method, in the data's units [N, ...].
 
-    "sample" is one clip that could be, decoded in the task's steps; "mean" of `means`.
+    "sample" is one clip that could be, decoded in the task's steps; "mean" of `means`;
+    "shown another clip" is that mean for a clip half the list away: a model that uses
+    what it is shown does worse by it.
     """
+    other = tokens.at(np.roll(np.arange(len(tokens.ids)), len(tokens.ids) // 2))
     codes = predict(
         model,
         tokens,
@@ -203,6 +206,7 @@ def of_model(
     )
     return {
         "EgoM2P, mean": means(model, tokens, (task.given,), task.wanted),
+        "EgoM2P, shown another clip": means(model, other, (task.given,), task.wanted),
         "EgoM2P, sample": tokenizers.decode(
             model.tokenizers[task.wanted], codes[task.wanted]
         ),

@@ -15,7 +15,9 @@ from multitask_jax.merging.report import table
 _NOTES = """\
 Each number is a mean over clips with its 95 % bootstrap interval. *mean*: what the
 model expects of each token by itself (the decoder gets the mean of the codes' vectors),
-which is of least error; *sample*: a clip that could be, its tokens drawn together.
+which is of least error; *shown another clip*: that mean, had it been given another
+clip's tokens, which a model that uses them does worse by; *sample*: a clip that could
+be, its tokens drawn together.
 *constant*: the mean of the training clips. *first held*: the *true* first value of the
 target, held for the whole clip; the model is given no true value of its target. *its
 own tokens*: the truth through the tokenizer, the best that a model of tokens can do.
