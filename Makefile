@@ -40,7 +40,7 @@ $(MINILM)/.checked: $(INSTALLED)
 	@touch $@
 
 test: $(INSTALLED_TEST) lint ## Check style, run all tests (JOBS=2, ARGS="-k merging")
-	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 lint: $(INSTALLED_TEST) ## Check style and format
 	$(BIN)/ruff format --check .

@@ -61,7 +61,7 @@ class Config:
     trajectory_steps: int = flag("The same, of camera and gaze.", 1500)
     tokenizer_batch: int = flag("Videos a step (eight times as many trajectories).", 4)
     mirror: bool = flag("Learn from mirror images of training clips too.", True)
-    size: Literal["tiny", "small", "base"] = flag("Of the transformer.", "tiny")
+    size: Literal["mini", "tiny", "small", "base"] = flag("Of the transformer.", "tiny")
     steps: int = flag("Steps of pretraining.", 2500)
     batch: int = flag("Clips a step.", 8)
     rate: float = flag("Peak learning rate.", 2e-3)

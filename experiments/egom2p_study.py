@@ -28,7 +28,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -67,6 +67,9 @@ class Config:
         "Comma list of targets to measure: gaze, camera, depth (all from RGB) and rgb"
         " (from depth).",
         "gaze,camera,depth,rgb",
+    )
+    size: Literal["mini", "tiny", "small", "base"] = flag(
+        "Of the transformers, regressors' too.", "tiny"
     )
     seeds: int = flag("Of coverage and decoding; the rest has one.", 3)
     steps: int = flag("Of pretraining, each run.", 800)
@@ -189,7 +192,7 @@ def regress(study: Study, task: Task) -> regressor.Trained:
             task,
             layout,
             tokenizer,
-            SHAPES["tiny"],
+            SHAPES[study.config.size],
             settings,
             start=training.from_codebooks(study.tokenizers, settings.seed),
             workdir=folder,
@@ -198,7 +201,9 @@ def regress(study: Study, task: Task) -> regressor.Trained:
         study.keep(folder, found.history, time.perf_counter() - start)
         save_params(folder / "params", found.params)
     params = load_params(folder / "params")
-    return regressor.Trained(params, layout, SHAPES["tiny"], task, tokenizer, [])
+    return regressor.Trained(
+        params, layout, SHAPES[study.config.size], task, tokenizer, []
+    )
 
 
 def masking(study: Study) -> dict[str, Measured]:
@@ -373,9 +378,9 @@ def _about(study: Study) -> list[str]:
     clips: Clips = study.clips["test"]
     return [
         f"{len(train.ids)} training clips with mirror images, {complete} of them"
-        f" complete; tiny model, {c.steps} steps of {c.batch} clips, {c.inputs} tokens"
-        f" shown and {c.targets} asked at most. {len(clips.names)} held-out clips of"
-        f" {', '.join(sorted(set(clips.group)))}.",
+        f" complete; {c.size} model, {c.steps} steps of {c.batch} clips, {c.inputs}"
+        f" tokens shown and {c.targets} asked at most. {len(clips.names)} held-out"
+        f" clips of {', '.join(sorted(set(clips.group)))}.",
     ]
 
 

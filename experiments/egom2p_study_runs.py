@@ -96,7 +96,7 @@ class Study:
           start: parameters to go on from; random ones with the codebooks if not given.
         """
         frozen, tokens = frozen or self.tokenizers, tokens or self.tokens
-        layout, shape = tokens_of.modalities_of(frozen), SHAPES["tiny"]
+        layout, shape = tokens_of.modalities_of(frozen), SHAPES[self.config.size]
         folder = self.workdir / "runs" / name
         if name == "all-0":
             self.share(folder, settings)
@@ -128,7 +128,7 @@ class Study:
         about = model / "settings.json"
         if folder.exists() or not (model / "history.json").exists():
             return
-        told = dataclasses.asdict(settings) | {"size": "tiny"}
+        told = dataclasses.asdict(settings) | {"size": self.config.size}
         told["targets_budget"] = told.pop("targets")
         del told["task"]
         if study_store.changed(about, told):

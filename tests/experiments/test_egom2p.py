@@ -282,10 +282,10 @@ def test_the_papers_size_compiles_for_meshes_that_are_not_there(tmp_path):
 
 def test_the_benchmark_measures_a_step_masks_and_a_batch(tmp_path):
     config = benchmark_egom2p.Config(
-        sizes="tiny", batch=2, repeats=1, output_dir=str(tmp_path)
+        sizes="mini", batch=2, repeats=1, output_dir=str(tmp_path)
     )
     found = benchmark_egom2p.run(config)
-    assert set(found) == {"tiny", "tiny and masks", "masks", "batch"}
+    assert set(found) == {"mini", "mini and masks", "masks", "batch"}
     assert all(ms > 0 for ms in found.values())
     assert "masks alone" in (tmp_path / "report.md").read_text()
     with pytest.raises(ValueError, match="sizes: got 'huge'"):

@@ -206,46 +206,46 @@ def test_generation_is_one_call_that_its_key_repeats():
 
 
 def test_training_learns_what_there_is_to_learn():
-    """Depth is a function of RGB here, and of nothing else: its loss goes to 0."""
-    rng = np.random.default_rng(0)
-    tokens = random_tokens(rng, 64)
-    tokens["depth"] = (tokens["rgb"][:, :, :, ::2] % 7).astype(np.int32)
-    ids = jnp.array(flatten(MODALITIES, tokens)[0])
-    shape = egom2p.Shape(width=32, heads=4, encoder_depth=1, decoder_depth=2)
-    optimizer = training.adamw(1e-2, steps=250)
+    """Depth is a function of RGB at its place; other clips are made right, too."""
+    train, new = (random_tokens(np.random.default_rng(i), 32) for i in range(2))
+    for tokens in (train, new):
+        tokens["depth"] = (tokens["rgb"][:, :, :, ::2] % 7).astype(np.int32)
+    ids = jnp.array(flatten(MODALITIES, train)[0])
+    shape = egom2p.Shape(width=32, heads=4, encoder_depth=1, decoder_depth=1)
+    steps = 100
+    optimizer = training.adamw(1e-2, steps=steps)
     masks = Masks(
-        Slots(jnp.tile(jnp.arange(24), (64, 1)), jnp.ones((64, 24), bool)),
-        Slots(jnp.tile(jnp.arange(24, 36), (64, 1)), jnp.ones((64, 12), bool)),
+        Slots(jnp.tile(jnp.arange(24), (32, 1)), jnp.ones((32, 24), bool)),
+        Slots(jnp.tile(jnp.arange(24, 36), (32, 1)), jnp.ones((32, 12), bool)),
     )
 
     def loss(params):
         return egom2p.loss(params, ids, masks, modalities=MODALITIES, shape=shape)[0]
 
     @jax.jit
-    def train(params):
-        def step(carry, _):
-            params, state = carry
-            value, g = jax.value_and_grad(loss)(params)
-            updates, state = optimizer.update(g, state, params)
-            return (jax.tree.map(jnp.add, params, updates), state), value
-
-        carry = params, optimizer.init(params)
-        return jax.lax.scan(step, carry, None, length=250)
+    def step(params, state):
+        value, g = jax.value_and_grad(loss)(params)
+        updates, state = optimizer.update(g, state, params)
+        return jax.tree.map(jnp.add, params, updates), state, value
 
     init = functools.partial(egom2p.init, modalities=MODALITIES, shape=shape)
-    start = jax.jit(init)(jax.random.key(0))
-    (trained, _), losses = train(start)
+    trained = egom2p.attend_alike(jax.jit(init)(jax.random.key(0)))
+    trained["token_embedding"] *= 40  # as large as places
+    state, losses = optimizer.init(trained), []
+    for _ in range(steps):
+        trained, state, value = step(trained, state)
+        losses.append(value)
     assert losses[0] > 0.4  # log(7) / 4: three modalities have no targets
-    assert losses[-1] < 0.1
+    assert losses[-1] < 0.05
     made = egom2p.generate(
         trained,
-        {"rgb": tokens["rgb"]},
+        {"rgb": new["rgb"]},
         {"depth": 1},  # as it was trained
         modalities=MODALITIES,
         shape=shape,
         key=jax.random.key(0),
     )
-    assert (made["depth"] == tokens["depth"]).mean() > 0.8
+    assert (made["depth"] == new["depth"]).mean() > 0.9
 
 
 def test_sizes():
