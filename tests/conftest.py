@@ -39,10 +39,7 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 # Experiments read absl flags only as scripts, but libraries beneath them want them.
 flags.FLAGS.mark_as_parsed()
 # Compilation makes first calls slow, so no deadline; the same examples in every run.
-# Most examples are seeds of arrays, which hold hundreds of cases each.
-hypothesis.settings.register_profile(
-    "repeatable", deadline=None, derandomize=True, max_examples=30
-)
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("repeatable")
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -397,8 +397,7 @@ def test_gradients_are_finite(case):
         return sum(jnp.sum(x**2) for x in jax.tree.leaves(out))
 
     weights = jnp.asarray(WEIGHTS[: case.models])
-    options = BRIEFLY
-    gradient = jax.jit(jax.grad(loss, (0, 1, 2)), compiler_options=options)
+    gradient = jax.jit(jax.grad(loss, (0, 1, 2)), compiler_options=BRIEFLY)
     gradients = gradient(base, models, weights)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradients))
 
