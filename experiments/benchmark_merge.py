@@ -270,12 +270,11 @@ def run(config: Config) -> list[dict[str, Any]]:
     out = workdir / "out"
     chosen = [name.strip() for name in config.only.split(",") if name.strip()]
     if chosen == ["svd"]:
-        rows = {name: Row((f"--method={name}",), "") for name in SVD}
-    else:
-        unknown = [name for name in chosen if name not in ROWS]
-        if unknown:
-            raise ValueError(f"--only: got {unknown}, expected some of {list(ROWS)}")
-        rows = {k: r for k, r in ROWS.items() if not chosen or k in chosen}
+        chosen = list(SVD)
+    every = ROWS | {name: Row((f"--method={name}",), "") for name in SVD}
+    if unknown := [name for name in chosen if name not in every]:
+        raise ValueError(f"--only: got {unknown}, expected some of {list(every)}")
+    rows = {k: every[k] for k in chosen or ROWS}
     commands = {FLOOR: floor(paths, workdir / "floor.bin")}
     program = install_mergekit(config) if config.mergekit else None
     for name, row in rows.items():

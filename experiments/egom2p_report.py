@@ -12,6 +12,8 @@ from experiments.egom2p_evaluation import MEASURES, TASKS, bootstrap
 from multitask_jax.data.egocentric import Clips
 from multitask_jax.merging.report import table
 
+Measured = Mapping[str, Mapping[str, Mapping[str, np.ndarray]]]  # [N] of a measure
+
 _NOTES = """\
 Each number is a mean over clips with its 95 % bootstrap interval. *mean*: what the
 model expects of each token by itself (the decoder gets the mean of the codes' vectors),
@@ -26,6 +28,9 @@ as they are, without alignment: they begin at the same one. Frechet distances ar
 features of our own (the model's encoder), of that many clips only, and compare rows of
 this table alone.
 """
+_PAIRED = """\
+Gains are means over clips of the difference, with its 95 % bootstrap interval, above 0
+where the first is better."""
 
 
 def results(
@@ -64,6 +69,63 @@ def results(
     return "\n\n".join(out)
 
 
+def compared(
+    first: Sequence[Measured], second: Sequence[Measured], names: tuple[str, str]
+) -> tuple[str, dict[str, int]]:
+    """Two lists over seeds in one table, with intervals of the difference.
+
+    Returns:
+      The table, and how often the first is "better", "worse" or "undecided": whether
+      the interval of the difference over clips, mean over seeds, excludes 0.
+    """
+    rows, count = [], {"better": 0, "worse": 0, "undecided": 0}
+    for task in TASKS:
+        if task.name not in first[0]:
+            continue  # not asked for
+        for measure, (unit, more) in MEASURES[task.wanted].items():
+            values = [
+                np.stack([next(iter(m[task.name].values()))[measure] for m in some])
+                for some in (first, second)
+            ]  # [S, N] each
+            difference = np.mean(values[0] - values[1], axis=0)
+            mean, low, high = bootstrap(difference if more else -difference)
+            said = "better" if low > 0 else "worse" if high < 0 else "undecided"
+            count[said] += 1
+            label = f"{task.name}, {measure}{f', {unit}' if unit else ''}"
+            rows.append(
+                [
+                    f"{label} {'up' if more else 'down'}",
+                    *map(_over_seeds, values),
+                    f"{mean:+.3g} ({low:+.3g} to {high:+.3g})",
+                    said,
+                ]
+            )
+    header = ["", *names, f"gain of {names[0]}", ""]
+    return table(header, rows), count
+
+
+def _over_seeds(values: np.ndarray) -> str:
+    each = np.nanmean(values, axis=1)
+    spread = f" +- {each.std(ddof=1):.2g}" if len(each) > 1 else ""
+    return f"{each.mean():.3g}{spread}"
+
+
+def only(found: Measured, method: str) -> Measured:
+    """What was measured of one method."""
+    return {task: {method: methods[method]} for task, methods in found.items()}
+
+
+def counted(count: Mapping[str, int]) -> str:
+    """Such as "better in 2, worse in 0, undecided in 6 measures"."""
+    return ", ".join(f"{k} in {v}" for k, v in count.items()) + " measures"
+
+
+def against(found: Measured, model: str, other: str) -> str:
+    """How often one method is better than another, by paired intervals, and a table."""
+    rows, count = compared([only(found, model)], [only(found, other)], (model, other))
+    return f"**{model}** against **{other}**: {counted(count)}.\n\n{rows}"
+
+
 def text(
     found: Mapping[str, Any],
     frechet: Mapping[str, float],
@@ -87,6 +149,12 @@ def text(
             "## Any modality from another",
             results(found, frechet),
             _NOTES,
+            "## Is it better than a constant, and does it use what it is shown?",
+            _PAIRED,
+            *(
+                against(found, "EgoM2P, mean", other)
+                for other in ("constant", "EgoM2P, shown another clip")
+            ),
             "## Tokenizers, on validation clips",
             table(["", "reconstruction", "codes used", "perplexity"], rows),
             "![pictures](grid.png)",

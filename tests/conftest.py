@@ -15,12 +15,18 @@ from absl import flags
 
 from multitask_jax.merging import report
 
-# XLA's older way from fusions to LLVM takes half the newer one's time. In versions that
-# were tried only: XLA ends a process for an option that it does not know.
+# XLA's older way from fusions to LLVM takes half the newer one's time, and several
+# threads for a small program cost more than they save. In versions that were tried
+# only: XLA ends a process for an option that it does not know.
 if jaxlib.__version__.startswith("0.10."):
-    _OLDER = "--xla_cpu_use_fusion_emitters=false"
-    if _OLDER not in os.environ.get("XLA_FLAGS", ""):  # a worker has its parent's
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_OLDER}".strip()
+    _FLAGS = os.environ.get("XLA_FLAGS", "").split()
+    for _FLAG in (
+        "--xla_cpu_use_fusion_emitters=false",
+        "--xla_cpu_parallel_codegen_split_count=1",
+    ):
+        if _FLAG not in _FLAGS:  # a worker has its parent's
+            _FLAGS.append(_FLAG)
+    os.environ["XLA_FLAGS"] = " ".join(_FLAGS)
 # Before anything touches a device: afterwards JAX refuses to change their number.
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")

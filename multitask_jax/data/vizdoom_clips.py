@@ -34,14 +34,21 @@ COVERAGE = {
     "rgb_camera": ("rgb", "camera"),
     "rgb_gaze": ("rgb", "gaze"),
 }
-# All maps but the two secret ones, which have few places to start from.
+# All maps of Freedoom's second game but the two secret ones, which have few places to
+# start from; training has the first game's too.
+_OF_GAME_2 = {
+    ("train", "all"): (1, 6, 9, 13, 16, 21, 25, 28),
+    ("train", "rgb_depth"): (2, 7, 14, 19, 26),
+    ("train", "rgb_camera"): (3, 10, 15, 22, 27),
+    ("train", "rgb_gaze"): (4, 12, 18, 24, 30),
+    ("validation", "all"): (8, 20),
+    ("test", "all"): (5, 11, 17, 23, 29),
+}
+_OF_GAME_1 = [f"E{i}M{j}" for i in range(1, 5) for j in range(1, 10)]
 MAPS: Mapping[str, Sequence[str]] = {
-    "train/all": [f"MAP{i:02d}" for i in (1, 6, 9, 13, 16, 21, 25, 28)],
-    "train/rgb_depth": [f"MAP{i:02d}" for i in (2, 7, 14, 19, 26)],
-    "train/rgb_camera": [f"MAP{i:02d}" for i in (3, 10, 15, 22, 27)],
-    "train/rgb_gaze": [f"MAP{i:02d}" for i in (4, 12, 18, 24, 30)],
-    "validation/all": ["MAP08", "MAP20"],
-    "test/all": [f"MAP{i:02d}" for i in (5, 11, 17, 23, 29)],
+    f"{split}/{name}": [f"MAP{i:02d}" for i in numbers]
+    + (_OF_GAME_1[list(COVERAGE).index(name) :: len(COVERAGE)] * (split == "train"))
+    for (split, name), numbers in _OF_GAME_2.items()
 }
 EVERY = egocentric.SAMPLES // egocentric.FRAMES  # tics a frame
 WARM_UP = 20  # tics before a clip, after which the walker stands on its feet and walks
@@ -189,10 +196,8 @@ def _plan(clips: int, maps: Mapping[str, Sequence[str]]) -> dict[str, int]:
                 f" {list(COVERAGE)}"
             )
     names = [name for some in maps.values() for name in some]
-    if unknown := sorted(set(names) - set(doom.NAMES)):
-        raise ValueError(
-            f"maps: got {unknown}, expected some of {doom.NAMES[0]} to {doom.NAMES[-1]}"
-        )
+    if unknown := sorted(set(names) - set(doom.WADS)):
+        raise ValueError(f"maps: got {unknown}, expected some of {doom.KNOWN}")
     if len(set(names)) < len(names):
         twice = sorted({name for name in names if names.count(name) > 1})
         raise ValueError(f"maps: got {twice} twice, expected each in one data set")
@@ -217,7 +222,7 @@ def _about(clips: int, seed: int, maps: Mapping[str, Sequence[str]]) -> dict[str
         "clips": clips,
         "maps": {folder: list(names) for folder, names in maps.items()},
         "coverage": {name: list(keys) for name, keys in COVERAGE.items()},
-        "versions": {"vizdoom": version("vizdoom"), "wad": doom.WAD, "recorder": 1},
+        "versions": {"vizdoom": version("vizdoom"), "recorder": 2},
         "units": {
             "camera": "metres, camera-to-world, OpenCV axes, relative to the first",
             "depth": "metres along z; the farthest stands for all beyond it",

@@ -34,8 +34,10 @@ FOCAL = (WIDTH / 2) / HEIGHT  # in widths of the square picture, cut out of the 
 STEP, NEAREST = 7.14 / UNITS, 11.6 / UNITS  # metres: of the depth buffer, at its 0
 FARTHEST = 102  # steps
 LAG = 0.1  # seconds, of the gaze proxy
-WAD = "freedoom2.wad"
-NAMES = [f"MAP{i:02d}" for i in range(1, 33)]
+# Freedoom's two games: map -> its file.
+WADS = {f"E{i}M{j}": "freedoom1.wad" for i in range(1, 5) for j in range(1, 10)}
+WADS |= {f"MAP{i:02d}": "freedoom2.wad" for i in range(1, 33)}
+KNOWN = "E1M1 to E4M9 and MAP01 to MAP32"
 # Of ViZDoom's categories: not the walker itself, nor smoke, puffs and other effects.
 STARTS = frozenset(("Ammo", "Armor", "Health", "Weapon"))  # they lie where one can walk
 OBJECTS = STARTS | {"Decoration", "Gibs", "Gore", "Hazard", "Key", "LightSource"}
@@ -84,13 +86,13 @@ def started(name: str, *, seed: int) -> Iterator[Any]:
       ValueError: there is no such map.
       RuntimeError: the game could not be started.
     """
-    if name not in NAMES:  # the engine would start another one
-        raise ValueError(f"map: got {name!r}, expected {NAMES[0]} to {NAMES[-1]}")
+    if name not in WADS:  # the engine would start another one
+        raise ValueError(f"map: got {name!r}, expected one of {KNOWN}")
     vizdoom = package()
     game = vizdoom.DoomGame()
     button, variable = vizdoom.Button, vizdoom.GameVariable
     with tempfile.TemporaryDirectory() as folder:
-        game.set_doom_game_path(str(Path(vizdoom.__file__).parent / WAD))
+        game.set_doom_game_path(str(Path(vizdoom.__file__).parent / WADS[name]))
         game.set_doom_config_path(str(Path(folder) / "vizdoom.ini"))
         game.set_doom_map(name)
         game.set_doom_skill(1)

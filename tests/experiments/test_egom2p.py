@@ -16,6 +16,7 @@ from experiments import (
     egom2p_evaluation,
     egom2p_plan,
     egom2p_regressor,
+    egom2p_report,
     egom2p_study,
     egom2p_study_report,
 )
@@ -69,6 +70,7 @@ def test_everything_is_written(found, config):
                 assert values.shape == (2,), name  # 12 clips, 6 data sets
                 assert np.isfinite(values).any(), name
     assert "proxy" in report
+    assert "**EgoM2P, mean** against **constant**: better in" in report
 
 
 def test_a_second_run_does_nothing_anew_and_another_one_is_refused(found, config):
@@ -445,11 +447,11 @@ def test_verdicts_follow_the_interval_of_paired_differences():
     first, second = ([run(s, i) for i in range(2)] for s in (1.0, 0.0))
     total = sum(len(MEASURES[task.wanted]) for task in TASKS)
     for a, b, said in ((first, second, "better"), (second, first, "worse")):
-        text, count = egom2p_study_report.compared(a, b, ("a", "b"))
+        text, count = egom2p_report.compared(a, b, ("a", "b"))
         assert count[said] == total
         assert "+- " in text
     noise = [
         jax.tree.map(lambda x: np.asarray(x + rng.normal(size=60)), m) for m in first
     ]
-    _, count = egom2p_study_report.compared(noise, first, ("a", "b"))
+    _, count = egom2p_report.compared(noise, first, ("a", "b"))
     assert count["undecided"] >= total - 2
