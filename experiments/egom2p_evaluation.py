@@ -19,7 +19,7 @@ from multitask_jax.masked import modalities as mods
 from multitask_jax.masked import tokenizers
 from multitask_jax.masked.modalities import Modalities
 from multitask_jax.masked.tokenizers import Tokenizer
-from multitask_jax.models import egom2p
+from multitask_jax.models import egom2p, egom2p_generation
 from multitask_jax.models.egom2p import Shape
 
 
@@ -145,13 +145,13 @@ def predict(
 ) -> dict[str, np.ndarray]:
     """Codes of the targets by name [N, *grid], given some of the clips' tokens.
 
-    `sampling`: as `egom2p.generate` has it.
+    `sampling`: as `egom2p_generation.generate` has it.
     """
     codes = mods.unflatten(model.modalities, tokens.ids)
     count, found = len(tokens.ids), []
     for i, rows in enumerate(rows_in_batches(count, batch)):
         found.append(
-            egom2p.generate(
+            egom2p_generation.generate(
                 model.params,
                 {name: codes[name][rows] for name in given},
                 targets,
@@ -175,7 +175,7 @@ def means(
     codes = mods.unflatten(model.modalities, tokens.ids)
     count, found = len(tokens.ids), []
     for rows in rows_in_batches(count, batch):
-        p = egom2p.probabilities(
+        p = egom2p_generation.probabilities(
             model.params,
             {name: codes[name][rows] for name in given},
             [wanted],

@@ -9,7 +9,7 @@ from multitask_jax import sharding, training
 from multitask_jax import tree as trees
 from multitask_jax.masked.masks import Masks, Slots, dirichlet_masks
 from multitask_jax.masked.modalities import flatten, modality_of
-from multitask_jax.models import egom2p
+from multitask_jax.models import egom2p, egom2p_generation
 from tests.masked.common import MODALITIES
 from tests.masked.test_modalities import random_tokens
 from tests.merging.common import BRIEFLY
@@ -64,30 +64,24 @@ def test_targets_are_not_read_nor_anything_that_is_not_shown():
     np.testing.assert_array_equal(out[1:], 0)  # nor other samples
 
 
-def test_keys_begin_as_queries_and_nothing_else_changes():
+@pytest.mark.parametrize("gain", [1.0, 2.0])
+def test_keys_begin_as_queries_and_nothing_else_changes(gain):
     before, after = (
-        trees.flatten(p) for p in (params(), egom2p.attend_alike(params()))
+        trees.flatten(p) for p in (params(), egom2p.attend_alike(params(), gain))
     )
     changed = {k for k in before if (before[k] != after[k]).any()}
-    kinds = ("encoder/attention/qkv", "decoder/self_attention/qkv")
-    assert changed == {
-        *(f"{k}/kernel" for k in kinds),
-        "decoder/cross_attention/key_value/kernel",
-    }
-    for kind in kinds:
-        q, k, v = np.moveaxis(np.asarray(after[f"{kind}/kernel"]), 2, 0)
-        np.testing.assert_array_equal(k, q)
-        old = np.moveaxis(np.asarray(before[f"{kind}/kernel"]), 2, 0)
-        np.testing.assert_array_equal((q, v), old[[0, 2]])
-    query = np.asarray(after["decoder/cross_attention/query/kernel"])[:, :, 0]
-    k, v = (
-        np.asarray(p["decoder/cross_attention/key_value/kernel"])[:, :, i]
-        for i, p in ((0, after), (1, before))
+    own = [f"{k}/qkv/kernel" for k in ("encoder/attention", "decoder/self_attention")]
+    cross, query = (
+        f"decoder/cross_attention/{k}/kernel" for k in ("key_value", "query")
     )
-    np.testing.assert_array_equal(k, query)
-    np.testing.assert_array_equal(
-        after["decoder/cross_attention/key_value/kernel"][:, :, 1], v
-    )
+    assert changed == {*own, cross} | ({query} if gain != 1 else set())
+    for name in own:
+        old, new = (np.moveaxis(np.asarray(p[name]), 2, 0) for p in (before, after))
+        np.testing.assert_array_equal(new, [gain * old[0], gain * old[0], old[2]])
+    np.testing.assert_array_equal(after[query], gain * before[query])
+    key, value = np.moveaxis(np.asarray(after[cross]), 2, 0)
+    np.testing.assert_array_equal(key, after[query][:, :, 0])
+    np.testing.assert_array_equal(value, before[cross][:, :, 1])
 
 
 def test_decoder_attends_within_a_modality_and_to_all_inputs():
@@ -178,7 +172,7 @@ def test_generation_is_one_call_that_its_key_repeats():
     tokens = random_tokens(np.random.default_rng(0), 3)
 
     def make(seed, **settings):
-        return egom2p.generate(
+        return egom2p_generation.generate(
             params(),
             {"rgb": tokens["rgb"], "gaze": tokens["gaze"]},
             {"camera": 3, "depth": 2},
@@ -237,7 +231,7 @@ def test_training_learns_what_there_is_to_learn():
         losses.append(value)
     assert losses[0] > 0.4  # log(7) / 4: three modalities have no targets
     assert losses[-1] < 0.05
-    made = egom2p.generate(
+    made = egom2p_generation.generate(
         trained,
         {"rgb": new["rgb"]},
         {"depth": 1},  # as it was trained
@@ -270,7 +264,7 @@ def test_probabilities_are_those_that_one_step_of_generation_has():
     codes = random_tokens(np.random.default_rng(2), 3)
     given = {"rgb": codes["rgb"], "gaze": codes["gaze"]}
     tell = functools.partial(
-        egom2p.probabilities, params(), modalities=MODALITIES, shape=SHAPE
+        egom2p_generation.probabilities, params(), modalities=MODALITIES, shape=SHAPE
     )
     found = tell(given, ["camera", "depth"])
     sizes = {m.name: (m.grid, m.vocabulary) for m in MODALITIES}
@@ -279,7 +273,7 @@ def test_probabilities_are_those_that_one_step_of_generation_has():
         grid, vocabulary = sizes[name]
         assert p.shape == (3, *grid, vocabulary)
         np.testing.assert_allclose(p.sum(axis=-1), 1, rtol=1e-5)
-        made = egom2p.generate(
+        made = egom2p_generation.generate(
             params(), given, {name: 1}, modalities=MODALITIES, shape=SHAPE,
             key=jax.random.key(0), temperature=0,
         )  # fmt: skip
