@@ -44,7 +44,7 @@ from multitask_jax.masked import modalities as mods
 from multitask_jax.masked import tokenizers
 from multitask_jax.models.egom2p import SHAPES, Shape
 
-_STEPS = {"rgb": 6, "depth": 3, "camera": 3, "gaze": 5}  # the paper's
+_STEPS = {task.wanted: task.steps for task in TASKS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,13 +56,13 @@ class Config:
         flag("One stage, or all but generate.", "all")
     )
     seed: int = flag("Of recording, training and generation.", 0)
-    clips: int = flag("Clips to record, of about 2 s.", 2000)
+    clips: int = flag("Clips to record, of about 2 s.", 6000)
     video_steps: int = flag("Steps of training, tokenizers of RGB and of depth.", 2500)
     trajectory_steps: int = flag("The same, of camera and gaze.", 1500)
     tokenizer_batch: int = flag("Videos a step (eight times as many trajectories).", 4)
     mirror: bool = flag("Learn from mirror images of training clips too.", True)
     size: Literal["mini", "tiny", "small", "base"] = flag("Of the transformer.", "tiny")
-    steps: int = flag("Steps of pretraining.", 2500)
+    steps: int = flag("Steps of pretraining.", 5000)
     batch: int = flag("Clips a step.", 8)
     rate: float = flag("Peak learning rate.", 2e-3)
     inputs: int = flag("Tokens shown of a clip, at most.", 256)

@@ -44,6 +44,10 @@ class Pairs(NamedTuple):
     ids: np.ndarray  # int32 [N, L]
     truth: np.ndarray  # [N, ...] of the target, in the data's units
 
+    def at(self, rows: np.ndarray) -> "Pairs":
+        """Some of the clips."""
+        return Pairs(self.ids[rows], self.truth[rows])
+
 
 class Regressor(nn.Module):
     """Ids [B, L] and masks -> signals of the places asked for [B, Q, P]."""
@@ -156,7 +160,7 @@ def fit(
     found = training.fit(
         loss,
         params,
-        _batches(train, settings),
+        training.batches(train, settings.batch, settings.seed),
         evaluate,
         settings,
         about={**dataclasses.asdict(settings), **shape._asdict()},
@@ -201,15 +205,3 @@ def _numbers(config: Config) -> int:
     """P."""
     place = config.temporal * PATCH**2 if config.is_video else config.stride
     return CHANNELS[config.kind] * place
-
-
-def _batches(pairs: Pairs, settings: Settings) -> Callable[[int], Pairs]:
-    """Step -> batch, drawn without replacement."""
-    size = min(settings.batch, len(pairs.ids))
-
-    def at(step: int) -> Pairs:
-        rng = np.random.default_rng((settings.seed, step))
-        rows = rng.choice(len(pairs.ids), size, replace=False)
-        return Pairs(*(x[rows] for x in pairs))
-
-    return at

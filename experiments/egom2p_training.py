@@ -38,11 +38,11 @@ _AS_LARGE_AS_PLACES = 0.8  # entries of embeddings; those of sines and cosines h
 class Settings:
     """Of one run of training."""
 
-    steps: int = 2000
-    batch: int = 16
-    rate: float = 1e-3  # the peak
-    inputs: int = 192  # slots for what is shown
-    targets: int = 96  # slots for what is asked
+    steps: int = 5000
+    batch: int = 8
+    rate: float = 2e-3  # the peak
+    inputs: int = 256  # slots for what is shown
+    targets: int = 128  # slots for what is asked
     masking: Literal["dirichlet", "uniform"] = "dirichlet"
     focus: float = 0.75  # of Dirichlet masks, see `dirichlet_budgets`
     task: tuple[str, str] | None = None  # what is shown and asked alone: a specialist's
@@ -116,18 +116,24 @@ def loss_fn(
     return loss
 
 
-def batches(tokens: Tokens, size: int, seed: int) -> Callable[[int], Tokens]:
-    """Step -> batch: every epoch in an order of its own, what is left over dropped."""
-    size = min(size, len(tokens.ids))
-    each = len(tokens.ids) // size
+def batches(clips: Any, size: int, seed: int) -> Callable[[int], Any]:
+    """Step -> batch: every epoch in an order of its own, what is left over dropped.
+
+    Args:
+      clips: `Tokens`, or what else has `ids` [N, L] and `at`.
+      size: clips a batch, at most.
+      seed: of the order.
+    """
+    size = min(size, len(clips.ids))
+    each = len(clips.ids) // size
 
     @functools.lru_cache(maxsize=1)
     def order(epoch: int) -> np.ndarray:
-        return np.random.default_rng((seed, epoch)).permutation(len(tokens.ids))
+        return np.random.default_rng((seed, epoch)).permutation(len(clips.ids))
 
-    def at(step: int) -> Tokens:
+    def at(step: int) -> Any:
         epoch, i = divmod(step, each)
-        return tokens.at(order(epoch)[i * size : (i + 1) * size])
+        return clips.at(order(epoch)[i * size : (i + 1) * size])
 
     return at
 

@@ -242,7 +242,7 @@ def init(key: Array, modalities: Modalities, shape: Shape) -> Params:
     return EgoM2P(modalities, shape).init(key, ids, masks)["params"]
 
 
-def attend_alike(params: Params, gain: float = 1.5) -> Params:
+def attend_alike(params: Params, gain: float = 2.0) -> Params:
     """Keys of all attention begin as its queries: what is alike attends to each other.
 
     A place then looks at itself and its neighbours in other modalities from the first
