@@ -62,9 +62,9 @@ class Config:
     tokenizer_batch: int = flag("Videos a step (eight times as many trajectories).", 4)
     mirror: bool = flag("Learn from mirror images of training clips too.", True)
     size: Literal["mini", "tiny", "small", "base"] = flag("Of the transformer.", "tiny")
-    steps: int = flag("Steps of pretraining.", 5000)
+    steps: int = flag("Steps of pretraining.", 4000)
     batch: int = flag("Clips a step.", 8)
-    rate: float = flag("Peak learning rate.", 2e-3)
+    rate: float = flag("Peak learning rate.", 7e-4)
     inputs: int = flag("Tokens shown of a clip, at most.", 256)
     targets_budget: int = flag("Tokens asked of a clip, at most.", 128)
     masking: Literal["dirichlet", "uniform"] = flag(
@@ -230,9 +230,17 @@ def load_model(workdir: Path, shape: Shape) -> Model:
 def evaluate(config: Config, workdir: Path) -> dict[str, Any]:
     """Measures the four tasks on held-out clips and writes the report.
 
+    The flags of training are those that the model was trained by, whatever is given.
+
     Returns:
       Each clip's measures [N] by task, by method, by measure.
+
+    Raises:
+      ValueError: the clips are not those that the tokenizers saw.
     """
+    _there(workdir / "tokens" / "test.npz", "tokenize")
+    config = _as_trained(config, workdir)
+    _same(config, workdir / "tokenizers", ("record", "tokenize"))
     model = load_model(workdir, SHAPES[config.size])
     train = tokens_of.read_clips(workdir / "clips" / "train")
     test = tokens_of.read_clips(workdir / "clips" / "test", config.test_clips)
@@ -242,6 +250,9 @@ def evaluate(config: Config, workdir: Path) -> dict[str, Any]:
     frechet: dict[str, float] = {}
     for i, task in enumerate(TASKS):
         rows = test.present[task.given] & test.present[task.wanted]
+        if rows.sum() < 2:  # one is shown another's
+            print(f"{task.name}: left out, {rows.sum()} test clips have both")
+            continue
         truth = test.arrays[task.wanted][rows]
         own = tokens.at(rows)
         known = mods.unflatten(model.modalities, own.ids)[task.wanted]
@@ -267,11 +278,13 @@ def evaluate(config: Config, workdir: Path) -> dict[str, Any]:
         for kind in model.tokenizers
     }
     history = json.loads((workdir / "model" / "history.json").read_text())
-    report = reports.text(found, frechet, curves, test, _about(config, train, history))
-    (workdir / "report.md").write_text(report + "\n")
-    if drawn := reports.moving(test):
+    drawn = reports.moving(test) if len(made) == len(TASKS) else []
+    if drawn:
         figure = pictures.grid(test.arrays, made, drawn)
         figure.savefig(workdir / "grid.png", dpi=90)
+    about = _about(config, train, history)
+    report = reports.text(found, frechet, curves, test, about, grid=bool(drawn))
+    (workdir / "report.md").write_text(report + "\n")
     # "loss" last: the names of what was evaluated become the runs of one figure.
     each = {
         name: [
@@ -323,10 +336,7 @@ def generate(config: Config) -> dict[str, Any]:
             f"got --given={','.join(given)} and --targets={','.join(targets)}; expected"
             " something given that is not a target too"
         )
-    about = json.loads(
-        _there(workdir / "model" / "settings.json", "pretrain").read_text()
-    )
-    model = load_model(workdir, SHAPES[about["size"]])
+    model = load_model(workdir, SHAPES[_as_trained(config, workdir).size])
     some = Clips(
         {k: arrays.get(k, clips.arrays[k][row]) for k in MODALITIES},
         {k: np.array([k in given]) for k in MODALITIES},
@@ -376,6 +386,7 @@ def _same(config: Config, folder: Path, stages: Sequence[str]) -> None:
     """Writes folder/settings.json; refuses one whose results are of other settings."""
     names = [name for stage in stages for name in _DEPENDS[stage]]
     settings = {name: getattr(config, name) for name in names}
+    settings["files"] = tokens_of.files_of(Path(config.workdir) / "clips")
     file = folder / "settings.json"
     if differ := study_store.changed(file, settings):
         raise ValueError(
@@ -386,12 +397,23 @@ def _same(config: Config, folder: Path, stages: Sequence[str]) -> None:
     file.write_text(json.dumps(settings, indent=1) + "\n")
 
 
+def _as_trained(config: Config, workdir: Path) -> Config:
+    """The config with the flags by which the model in `workdir` was made."""
+    file = _there(workdir / "model" / "settings.json", "pretrain")
+    made = json.loads(file.read_text())
+    names = {field.name for field in dataclasses.fields(config)}
+    return dataclasses.replace(config, **{k: made[k] for k in names & made.keys()})
+
+
 def _about(config: Config, train: Clips, history: list[Any]) -> list[str]:
     counts = ", ".join(f"{int(x.sum())} with {k}" for k, x in train.present.items())
+    best = min((r for r in history if "eval/loss" in r), key=lambda r: r["eval/loss"])
     return [
-        f"Trained on {len(train.names)} clips ({counts}): {config.size} model,"
-        f" {history[-1]['step']} steps of {config.batch} clips, {config.inputs} tokens"
-        f" shown and {config.targets_budget} asked at most, {config.masking} masks.",
+        f"Trained on {len(train.names)} clips ({counts})"
+        f"{' and their mirror images' if config.mirror else ''}: {config.size} model,"
+        f" {config.steps} steps of {config.batch} clips (step {best['step']} was best"
+        f" on validation), {config.inputs} tokens shown and {config.targets_budget}"
+        f" asked at most, {config.masking} masks, focus {config.focus:g}.",
         f"Generated with temperature {config.temperature}, top-p {config.top_p},"
         f" guidance {config.guidance}.",
     ]

@@ -103,6 +103,19 @@ def constant(kind: str, clips: Clips, count: int) -> np.ndarray:
     return np.broadcast_to(mean[None], (count, *x.shape[1:])).astype(x.dtype)
 
 
+def least_abs_rel(clips: Clips, count: int, every: int = 8) -> np.ndarray:
+    """Depth of least |x - d| / d over training clips, a pixel's own: [count, F, H, W].
+
+    That is a median weighted by 1 / d; of each `every`-th frame.
+    """
+    x = clips.arrays["depth"][clips.present["depth"]]
+    d = np.sort(x[:, ::every].reshape(-1, *x.shape[2:]), axis=0)  # NaN last
+    weight = np.cumsum(np.nan_to_num(1 / np.maximum(d, 1e-3)), axis=0, dtype=np.float64)
+    middle = np.argmax(weight >= weight[-1:] / 2, axis=0)
+    median = np.take_along_axis(d, middle[None], axis=0)  # [1, H, W]
+    return np.broadcast_to(median[None], (count, *x.shape[1:])).astype(x.dtype)
+
+
 def copy_first(kind: str, truth: np.ndarray) -> np.ndarray:
     """The *true* first value of the target, held: no motion. No model is given that.
 
@@ -217,8 +230,12 @@ def baselines(
     task: Task, tokenizer: Tokenizer, train: Clips, truth: np.ndarray, codes: np.ndarray
 ) -> dict[str, np.ndarray]:
     """What needs no model, by method [N, ...]; `codes` are the truth's."""
+    best = {}
+    if task.wanted == "depth":
+        best["constant of least AbsRel"] = least_abs_rel(train, len(truth))
     return {
         "constant": constant(task.wanted, train, len(truth)),
+        **best,
         "first held": copy_first(task.wanted, truth),
         "its own tokens": tokenizers.decode(tokenizer, codes),
     }

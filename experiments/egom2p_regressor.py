@@ -151,7 +151,7 @@ def fit(
     params = {**params, "trunk": start(params["trunk"])}
     loss = loss_fn(net, config, tokenizer.statistics, settings)
     judge = jax.jit(loss)
-    some = Pairs(*(x[:64] for x in validation))
+    some = validation.at(training.spread(len(validation.ids), 64))
 
     def evaluate(params: Any) -> dict[str, Array]:
         value, _ = judge(params, some, jax.random.key(0))

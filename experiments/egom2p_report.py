@@ -16,17 +16,17 @@ Measured = Mapping[str, Mapping[str, Mapping[str, np.ndarray]]]  # [N] of a meas
 
 _NOTES = """\
 Each number is a mean over clips with its 95 % bootstrap interval. *mean*: what the
-model expects of each token by itself (the decoder gets the mean of the codes' vectors),
-which is of least error; *shown another clip*: that mean, had it been given another
-clip's tokens, which a model that uses them does worse by; *sample*: a clip that could
-be, its tokens drawn together.
-*constant*: the mean of the training clips. *first held*: the *true* first value of the
-target, held for the whole clip; the model is given no true value of its target. *its
-own tokens*: the truth through the tokenizer, the best that a model of tokens can do.
-Gaze is a *proxy*: the lagged bearing to the nearest labelled object. Poses are compared
-as they are, without alignment: they begin at the same one. Frechet distances are on
-features of our own (the model's encoder), of that many clips only, and compare rows of
-this table alone.
+model expects of each token by itself (the decoder gets the mean of the codes' vectors);
+*shown another clip*: that mean, had it been given another clip's tokens, which a model
+that uses them does worse by; *sample*: a clip that could be, its tokens drawn together.
+*constant*: the mean of the training clips, of depth in log; *of least AbsRel*: the one
+that fits them best by that measure (0 m has 1). *first held*: the *true* first value of
+the target, held for the whole clip; the model is given no true value of its target.
+*its own tokens*: the truth through the tokenizer, the best that a model of tokens can
+do. Gaze is a *proxy*: the lagged bearing to the nearest labelled object. Poses are
+compared as they are, without alignment: they begin at the same one. Frechet distances
+are on features of our own (the model's encoder), of that many clips only, and compare
+rows of this table alone.
 """
 _PAIRED = """\
 Gains are means over clips of the difference, with its 95 % bootstrap interval, above 0
@@ -132,8 +132,10 @@ def text(
     tokenizers: Mapping[str, Mapping[str, Any]],
     test: Clips,
     about: Sequence[str],
+    *,
+    grid: bool,
 ) -> str:
-    """The whole report.md; `tokenizers`: KIND.json by kind."""
+    """The whole report.md; `tokenizers`: KIND.json by kind; `grid`: there is one."""
     rows = []
     for kind, made in tokenizers.items():
         quality = dict(made["quality"])
@@ -157,7 +159,7 @@ def text(
             ),
             "## Tokenizers, on validation clips",
             table(["", "reconstruction", "codes used", "perplexity"], rows),
-            "![pictures](grid.png)",
+            *(["![pictures](grid.png)"] if grid else []),
             "![learning curves](curves.png)",
         ]
     )

@@ -72,13 +72,15 @@ class Config:
         "Of the transformers, regressors' too.", "tiny"
     )
     seeds: int = flag("Of coverage and decoding; the rest has one.", 3)
-    steps: int = flag("Of pretraining, each run.", 800)
-    regressor_steps: int = flag("Of each specialist regressor.", 400)
+    steps: int = flag("Of pretraining, each run.", 1000)
+    regressor_steps: int = flag("Of each specialist regressor.", 600)
     tuning_steps: int = flag("Of tuning the model for one task.", 150)
-    frame_steps: int = flag("Of the tokenizers of single frames.", 1000)
+    frame_steps: int = flag(
+        "Of the tokenizers of single frames; the base's --video_steps.", 2500
+    )
     tokenizer_batch: int = flag("Videos a step of these.", 4)
     batch: int = flag("Clips a step.", 8)
-    rate: float = flag("Peak learning rate.", 2e-3)
+    rate: float = flag("Peak learning rate.", 7e-4)
     inputs: int = flag("Tokens shown of a clip, at most.", 256)
     targets: int = flag("Tokens asked of a clip, at most.", 128)
     focus: float = flag("As experiments.egom2p has it.", 0.75)
@@ -211,7 +213,7 @@ def masking(study: Study) -> dict[str, Measured]:
     found = {}
     for name, run, changes in (
         (f"Dirichlet, focus {study.config.focus:g}", "all-0", {}),
-        ("Dirichlet alone (the paper's)", "dirichlet-0", {"focus": 0.0}),
+        ("Dirichlet alone (the paper's)", "paper-0", {"focus": 0.0, "fill": False}),
         ("uniform", "uniform-0", {"masking": "uniform"}),
     ):
         model = study.train(run, study.settings(**changes))
@@ -331,7 +333,8 @@ def judge_of(study: Study, model: Model) -> Callable[[Any], float]:
     for i, task in enumerate(study.tasks):
         settings = study.settings(task=(task.given, task.wanted))
         loss = jax.jit(training.loss_fn(model.modalities, model.shape, settings))
-        rows = both(tokens, model.modalities, task.given, task.wanted)[:64]
+        rows = both(tokens, model.modalities, task.given, task.wanted)
+        rows = rows[training.spread(len(rows), 64)]
         parts.append((loss, tokens.at(rows), jax.random.key(i), task.wanted))
 
     def judge(params: Any) -> float:
@@ -354,6 +357,7 @@ def run(config: Config) -> dict[str, Any]:
         parsing.one_of("parts", part, PARTS)
     study = Study(config)
     study_store.remember(config, study.workdir, FREE)
+    study.agree()
     todo: dict[str, Callable[[Study], Any]] = {
         "coverage": coverage,
         "decoding": decoding,
@@ -362,12 +366,16 @@ def run(config: Config) -> dict[str, Any]:
         "frames": frames,
         "merging": merging,
     }
+    # What was done before is told again: its runs and measures are there.
+    file = study.workdir / "parts.json"
+    done = json.loads(file.read_text()) if file.exists() else []
     found = {}
-    for part in parts:
+    for part in dict.fromkeys([*done, *parts]):
         start = time.perf_counter()
         found[part] = todo[part](study)
         if config.progress:
             print(f"{part}: {time.perf_counter() - start:.0f} s", flush=True)
+        file.write_text(json.dumps(list(dict.fromkeys([*done, *found]))))
     reports.write(study.workdir, found, _about(study))
     return found
 
@@ -379,8 +387,9 @@ def _about(study: Study) -> list[str]:
     return [
         f"{len(train.ids)} training clips with mirror images, {complete} of them"
         f" complete; {c.size} model, {c.steps} steps of {c.batch} clips, {c.inputs}"
-        f" tokens shown and {c.targets} asked at most. {len(clips.names)} held-out"
-        f" clips of {', '.join(sorted(set(clips.group)))}.",
+        f" tokens shown and {c.targets} asked at most; regressors {c.regressor_steps}"
+        f" steps, tuning {c.tuning_steps}. {len(clips.names)} held-out clips of"
+        f" {', '.join(sorted(set(clips.group)))}.",
     ]
 
 

@@ -21,7 +21,8 @@ where there are several seeds, the mean over these and, behind +-, their standar
 deviation. EgoM2P's numbers are those of the *mean* that it expects, unless a row says
 sample (temperature 1, top-p .9) or *shown another clip* (their mean, had the model been
 given another clip's tokens). *first held* is told the true first value. Gaze is a
-*proxy*. At this size and with this data, not the paper's.
+*proxy*. Verdicts are about these runs on these maps: intervals resample clips, neither
+seeds nor maps. At this size and with this data, not the paper's.
 """
 
 
@@ -42,16 +43,20 @@ def write(
             title, text, verdict = part(found[name])
             parts += [f"## {title}", text, verdict]
             verdicts[name] = verdict
-    curves(workdir)
-    parts.append("## Learning curves\n\n![curves](curves.png)\n\n![regressors]"
-                 "(regressors.png)")  # fmt: skip
+    drawn = [f"![{name}]({name}.png)" for name in curves(workdir)]
+    parts += ["## Learning curves", *drawn]
     (workdir / "report.md").write_text("\n\n".join(parts) + "\n")
     print("\n\n".join(parts))
     return verdicts
 
 
-def curves(workdir: Path) -> None:
-    """Every run's validation loss over its steps: curves.png and regressors.png."""
+def curves(workdir: Path) -> list[str]:
+    """Every run's validation loss over its steps: curves.png and regressors.png.
+
+    Returns:
+      Which of the two there are, without ".png".
+    """
+    drawn = []
     runs = {
         path.parent.name: json.loads(path.read_text())["history"]
         for path in sorted((workdir / "runs").glob("*/run.json"))
@@ -71,13 +76,15 @@ def curves(workdir: Path) -> None:
         }
         if lines:
             pictures.curves(lines, y).savefig(workdir / f"{file}.png", dpi=110)
+            drawn.append(file)
+    return drawn
 
 
 def _coverage(found: Mapping[str, list[Measured]]) -> tuple[str, str, str]:
     text, count = compared(
         found["all"], found["complete"], ("all clips", "complete clips")
     )
-    title = "(a) Clips that lack modalities help"
+    title = "(a) Do clips that lack modalities help?"
     return title, text, f"All clips against the complete ones alone: {counted(count)}."
 
 
@@ -110,18 +117,18 @@ def _decoding(found: Mapping[str, Any]) -> tuple[str, str, str]:
         by_steps["1 step"], by_steps["few steps"], ("1 step", "few steps")
     )
     text = "\n\n".join([text, first, table(header, rows)])
-    title = "(b) A few steps of parallel decoding are about as good as token by token"
+    title = "(b) Are a few steps of parallel decoding about as good as token by token?"
     return title, text, f"Few steps against token by token: {counted(count)}."
 
 
 def _specialists(found: Measured) -> tuple[str, str, str]:
-    title = "(c) One model for all tasks, and specialists"
+    title = "(c) One model for all tasks, or specialists?"
     model, special = (
         [only(found, name)] for name in ("EgoM2P, mean", "specialist regressor")
     )
     _, count = compared(model, special, ("EgoM2P", "regressor"))
     said = f"EgoM2P's mean against the regressors: {counted(count)}."
-    for name in ("constant", "first held"):
+    for name in ("constant", "first held", "EgoM2P, shown another clip"):
         _, count = compared(model, [only(found, name)], ("", ""))
         said += f" Against {name}: {counted(count)}."
     return title, results(found, {}), said
@@ -133,7 +140,7 @@ def _masking(found: Mapping[str, Measured]) -> tuple[str, str, str]:
     for name, one in others:
         _, count = compared([first[1]], [one], ("", ""))
         said += f"{first[0]} against {name}: {counted(count)}. "
-    return "(d) How masks are drawn", _side_by_side(found), said
+    return "(d) How should masks be drawn?", _side_by_side(found), said
 
 
 def _frames(found: Mapping[str, Any]) -> tuple[str, str, str]:
@@ -147,7 +154,7 @@ def _frames(found: Mapping[str, Any]) -> tuple[str, str, str]:
     ]
     lost = table(["what the tokens keep", "RGB, PSNR, dB", "depth, AbsRel"], rows)
     text = f"{_side_by_side(found['measured'])}\n\n{lost}"
-    return "(e) Tokens of several frames", text, said
+    return "(e) Tokens of several frames, or of one?", text, said
 
 
 def _merging(found: Mapping[str, Any]) -> tuple[str, str, str]:

@@ -27,7 +27,8 @@ from multitask_jax.models.egom2p import SHAPES
 if TYPE_CHECKING:
     from experiments.egom2p_study import Config
 
-Measured = dict[str, dict[str, dict[str, np.ndarray]]]  # task, method, measure: [N]
+# Task, method, measure: [N]; as `egom2p_report.Measured`, to write to.
+Measured = dict[str, dict[str, dict[str, np.ndarray]]]
 
 
 class Study:
@@ -51,6 +52,13 @@ class Study:
                 )
             splits[split] = tokens_of.read(path)
         self.tokens = splits
+        made_of = json.loads((base / "tokenizers" / "settings.json").read_text())
+        if made_of.get("files") != tokens_of.files_of(base / "clips"):
+            raise ValueError(
+                f"{base}/tokens: made of other clips than are in {base}/clips now;"
+                " remove tokenizers and tokens there, and make them anew"
+            )
+        self.made_of = made_of
         self.clips = {
             "train": tokens_of.read_clips(base / "clips" / "train"),
             "validation": tokens_of.read_clips(base / "clips" / "validation"),
@@ -60,6 +68,16 @@ class Study:
         if len(splits["train"].ids) == 2 * len(self.clips["train"].names):
             self.clips["train"] = tokens_of.with_mirrored(self.clips["train"])
         self.tokens["test"] = tokens_of.tokenize(self.tokenizers, self.clips["test"])
+
+    def agree(self) -> None:
+        """Refuses a study that went on from another base."""
+        file = self.workdir / "base.json"
+        if differ := study_store.changed(file, self.made_of):
+            raise ValueError(
+                f"{self.workdir} goes on from another base (there, here): {differ};"
+                " pass another --workdir or remove it"
+            )
+        file.write_text(json.dumps(self.made_of, indent=1) + "\n")
 
     def settings(self, seed: int = 0, **changes: Any) -> Settings:
         """Of a run."""
@@ -130,7 +148,7 @@ class Study:
             return
         told = dataclasses.asdict(settings) | {"size": self.config.size}
         told["targets_budget"] = told.pop("targets")
-        del told["task"]
+        del told["task"], told["fill"]  # it has none, and fills
         if study_store.changed(about, told):
             return
         folder.mkdir(parents=True)

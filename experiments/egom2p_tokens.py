@@ -3,6 +3,7 @@
 Legend: N clips, M modalities, L tokens of a clip.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -126,6 +127,13 @@ def read(path: Path) -> Tokens:
     """What `save` wrote."""
     with np.load(path, allow_pickle=False) as file:
         return Tokens(file["ids"], file["present"])
+
+
+def files_of(folder: Path) -> str:
+    """A digest of the names and sizes of all clips' files in a folder."""
+    files = sorted(folder.rglob("*.npz"))
+    about = [f"{p.relative_to(folder).as_posix()} {p.stat().st_size}" for p in files]
+    return hashlib.sha256("\n".join(about).encode()).hexdigest()[:16]
 
 
 def read_clips(folder: Path, limit: int | None = None) -> Clips:

@@ -61,9 +61,10 @@ def test_everything_is_written(found, config):
     for task in egom2p_evaluation.TASKS:
         assert task.name in report
         methods = found[task.name]
+        more = ["constant of least AbsRel"] if task.wanted == "depth" else []
         assert set(methods) == {
             "EgoM2P, mean", "EgoM2P, shown another clip", "EgoM2P, sample", "constant",
-            "first held", "its own tokens",
+            "first held", "its own tokens", *more,
         }  # fmt: skip
         for measures in methods.values():
             for name, values in measures.items():
@@ -85,6 +86,16 @@ def test_a_second_run_does_nothing_anew_and_another_one_is_refused(found, config
     other = dataclasses.replace(config, steps=11, stage="pretrain")
     with pytest.raises(ValueError, match=r"other settings.*'steps': \(4, 11\)"):
         egom2p.run(other)
+
+
+def test_clips_that_came_later_are_seen(tmp_path):
+    (tmp_path / "clips").mkdir()
+    config = egom2p.Config(workdir=str(tmp_path))
+    for _ in range(2):
+        egom2p._same(config, tmp_path / "tokenizers", ("record", "tokenize"))
+    (tmp_path / "clips" / "mine.npz").write_bytes(b"1")
+    with pytest.raises(ValueError, match=r"made with other settings.*'files'"):
+        egom2p._same(config, tmp_path / "tokenizers", ("record", "tokenize"))
 
 
 def test_a_clip_is_made_of_another_modality(found, config, tmp_path):
@@ -234,6 +245,27 @@ def test_scores_are_best_for_the_truth_and_baselines_are_of_its_shape(kind):
         for name, (_, more) in egom2p_evaluation.MEASURES[kind].items():
             good, bad = best[name].mean(), worse[name].mean()
             assert good >= bad if more else good <= bad, name
+
+
+def test_the_best_constant_depth_is_found_by_search():
+    """Of few depths at a pixel, none has a smaller mean |x - d| / d."""
+    rng = np.random.default_rng(0)
+    some = clips(5)
+    depth = rng.uniform(0.2, 9, some.arrays["depth"].shape).astype(np.float32)
+    depth[0, 0, :8] = np.nan
+    some = some._replace(arrays=some.arrays | {"depth": depth})
+    best = egom2p_evaluation.least_abs_rel(some, 2, every=1)
+    assert best.shape == (2, *depth.shape[1:])
+    for i, j in ((0, 0), (10, 50)):
+        d = depth[:, :, i, j].reshape(-1)
+        d = d[np.isfinite(d)]
+        error = [np.mean(np.abs(x - d) / d) for x in (best[0, 0, i, j], *d)]
+        assert error[0] <= min(error) + 1e-6
+
+
+def test_rows_are_spread_evenly():
+    np.testing.assert_array_equal(training.spread(10, 5), [0, 2, 4, 6, 8])
+    np.testing.assert_array_equal(training.spread(3, 5), [0, 1, 2])
 
 
 def test_the_paths_first_held_is_no_motion():
