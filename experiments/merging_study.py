@@ -261,9 +261,13 @@ def run(config: Config) -> Result:
     """
     seeds, tasks, parts = check(config)
     entries = chosen_entries(config)
-    remember(config, Path(config.workdir), FREE)
-    study = Study(config, tasks)
     first = seeds[0]
+    # Tasks by name: a folder that comes later, or goes, makes another study.
+    told = dataclasses.replace(config, tasks=",".join(tasks))
+    # Coefficients that all seeds share are the first one's.
+    free = FREE if config.tune_every_seed else tuple(set(FREE) - {"seeds"})
+    remember(told, Path(config.workdir), free)
+    study = Study(config, tasks)
     for index in seeds:
         seed = study.prepare(index)
         study.references(seed)

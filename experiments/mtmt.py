@@ -20,6 +20,7 @@ Legend: N people, F features, A arms, O outcomes, S seeds, K folds.
 import dataclasses
 import json
 import os
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -115,6 +116,13 @@ def run(config: Config) -> Result | None:
             f" --validation={config.validation}; expected two folds or more, an epoch"
             " or more, and a share between 0 and 1"
         )
+    for name, value in (
+        ("batch_size", config.batch_size),
+        ("bootstrap", config.bootstrap),
+        ("rows", config.rows),
+    ):
+        if value is not None and value < 1:
+            raise ValueError(f"--{name}: got {value}, expected at least 1")
     trial, encoder = load(config)
     outcome = config.policy_outcome or trial.outcomes[-1]
     parsing.one_of("policy_outcome", outcome, trial.outcomes)
@@ -124,6 +132,10 @@ def run(config: Config) -> Result | None:
     predictions: dict[str, list[np.ndarray]] = {name: [] for name in names}
     traced: dict[str, list[str]] = {}
     seconds: dict[str, float] = {}  # of an epoch
+    folds_of = {
+        seed: training.make_folds(trial.arm, config.folds, seed, config.validation)
+        for seed in seeds
+    }
     total = len(names) * len(seeds)
     with tqdm(total=total, disable=None if config.progress else True) as bar:
         for name in names:
@@ -132,9 +144,7 @@ def run(config: Config) -> Result | None:
             for seed in seeds:
                 file = workdir / "predictions" / f"{_file_name(name)}-{seed}.npy"
                 if not file.exists():
-                    folds = training.make_folds(
-                        trial.arm, config.folds, seed, config.validation
-                    )
+                    folds = folds_of[seed]
                     if name in BOOSTED:
                         found = training.boosted_out_of_fold(
                             name, trial, folds, seed=seed
@@ -158,6 +168,9 @@ def run(config: Config) -> Result | None:
         policy_outcome=outcome,
         bootstrap=config.bootstrap,
         seed=0,
+        folds=np.stack(
+            [training.fold_of(f, len(trial.arm)) for f in folds_of.values()]
+        ),
         notes=_notes(config, trial, seconds),
     )
     print(report)
@@ -296,6 +309,8 @@ def _same_run(workdir: Path, config: Config, trial: Trial) -> None:
             f"--workdir={workdir} holds predictions of another run ({said}); choose"
             " another folder, or remove this one"
         )
+    if changed and (workdir / "model").exists():
+        shutil.rmtree(workdir / "model")  # of the other run, as its predictions were
     workdir.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(about, indent=2) + "\n")
 

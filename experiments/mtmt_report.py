@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from scipy.stats import rankdata
 from tqdm import tqdm
 
 from experiments import mtmt_figures
@@ -35,6 +36,11 @@ MAIN = "MTMT"
 REFERENCES = ("GBM S-learner", "S-learner", MAIN)
 MEASURES = evaluation.Ranking._fields
 
+_BY_FOLD = (
+    "People are ordered by their rank within the fold that one model predicted; tenths"
+    " of calibration and policies compare predictions of different folds' models."
+)
+
 Predictions = Mapping[str, np.ndarray]  # [S, N, A, O] by model
 
 
@@ -53,6 +59,7 @@ def write(
     policy_outcome: str,
     bootstrap: int,
     seed: int,
+    folds: np.ndarray | None = None,
     notes: Sequence[str] = (),
 ) -> str:
     """Measures all models and writes the report and its figures.
@@ -66,6 +73,7 @@ def write(
       policy_outcome: what each person's best arm is the best for.
       bootstrap: R.
       seed: of the bootstrap.
+      folds: [S, N], whose model predicted whom; one model's if not given.
       notes: paragraphs for the top of the report.
 
     Returns:
@@ -80,7 +88,12 @@ def write(
     counts = evaluation.resample(len(trial.y), bootstrap, seed)
     means = {name: p.mean(axis=0) for name, p in predictions.items()}
     main = MAIN if MAIN in predictions else next(iter(predictions))
-    measured, best = measure(trial, predictions, counts)
+    ranked = dict(predictions)
+    if folds is not None:
+        ranked = {name: within_folds(p, folds) for name, p in predictions.items()}
+        notes = (*notes, _BY_FOLD)
+    measured, best = measure(trial, ranked, counts)
+    orders = {name: p.mean(axis=0) for name, p in ranked.items()}
     outcome = trial.outcomes.index(policy_outcome)
     parts = [
         _opening(trial, predictions, bootstrap, notes),
@@ -94,11 +107,31 @@ def write(
     text = "\n".join(part for part in parts if part)
     (workdir / "report.md").write_text(text, encoding="utf-8")
     for name, figure in (
-        ("qini", mtmt_figures.qini(trial, means, (main, *REFERENCES))),
+        ("qini", mtmt_figures.qini(trial, orders, (main, *REFERENCES))),
         ("deciles", mtmt_figures.deciles(trial, means[main], main)),
     ):
         figure.savefig(workdir / f"{name}.png", dpi=120)
     return text
+
+
+def within_folds(prediction: np.ndarray, folds: np.ndarray) -> np.ndarray:
+    """Predictions whose uplift is a person's rank in the own fold, from 0 to 1.
+
+    The models of two folds are not to be compared: that of the fold with the larger
+    effect by chance was trained on the smaller ones, so that in one order of all
+    people large effects would get low scores, and a measure would be too small.
+
+    Args:
+      prediction: [S, N, A, O].
+      folds: [S, N].
+    """
+    found = np.zeros(prediction.shape)
+    for out, p, fold in zip(found, prediction, folds, strict=True):
+        for k in np.unique(fold):
+            rows = fold == k
+            effect = p[rows, 1:].astype(np.float64) - p[rows, :1]
+            out[rows, 1:] = rankdata(effect, axis=0) / rows.sum()
+    return found
 
 
 def measure(

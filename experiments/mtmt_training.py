@@ -64,6 +64,14 @@ def make_folds(arm: np.ndarray, count: int, seed: int, validation: float) -> Fol
     )
 
 
+def fold_of(folds: Folds, people: int) -> np.ndarray:
+    """Which fold tests each person [N]."""
+    out = np.empty(people, int)
+    for k, rows in enumerate(folds.test):
+        out[rows] = k
+    return out
+
+
 def scale_of(y: np.ndarray, rows: np.ndarray) -> Scale:
     """Of outcomes [N, O] among rows [K, n]."""
     seen = y[rows]

@@ -20,7 +20,7 @@ import optax
 from safetensors.numpy import load_file, save_file
 
 from experiments.study_tasks import Evaluator, Head, Pool, logits, make_pool, probe
-from multitask_jax import training
+from multitask_jax import checkpoints, training
 from multitask_jax.data import tokens
 from multitask_jax.data.text_tasks import Rows
 from multitask_jax.models import bert
@@ -177,11 +177,11 @@ def train(
         progress=False,
     )
     best = result.best
-    bert.save(
-        out,
-        bert.to_hugging_face(best.params, base[1], shape=evaluator.shape),
-        like=model_dir,
+    prefix = bert.prefix_of(checkpoints.open(model_dir).tensors)
+    tensors = bert.to_hugging_face(
+        best.params, base[1], shape=evaluator.shape, prefix=prefix
     )
+    bert.save(out, tensors, like=model_dir)
     record = {
         "model": name,
         "seed": seed,

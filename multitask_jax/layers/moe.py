@@ -83,6 +83,10 @@ class MoE(nn.Module):
         )
 
     def _dispatched(self, *args: Any) -> moe.Served:
+        if self.route == "expert_choice" and self.dispatch in ("capacity", "dropless"):
+            tokens = len(args[2])  # each expert takes as many: none is dropped
+            room = min(tokens, -(-self.k * tokens // self.experts))
+            return moe.capacity(*args, room=room)
         on_cpu = jax.default_backend() == "cpu"
         by_name = {
             "everyone": moe.everyone,
@@ -97,6 +101,8 @@ class MoE(nn.Module):
         return by_name[self.dispatch](*args)
 
     def _sow(self, routing: moe.Routing, kept: Array) -> None:
+        if self.is_initializing():
+            return  # `init` would keep them, and `apply` add to them
         found = dict(moe.losses.statistics(routing, kept))
         found["load_balance"] = moe.losses.load_balance(routing)
         found["importance"] = moe.losses.importance(routing)

@@ -11,7 +11,7 @@ import functools
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -148,6 +148,11 @@ def _names(shape: Shape) -> dict[tuple[str, ...], str]:
     return out
 
 
+def prefix_of(names: Collection[str]) -> str:
+    """What the encoder's names begin with: "bert." in models with a head, else ""."""
+    return "" if _EMBEDDINGS["words"] in names else "bert."
+
+
 def from_hugging_face(
     tensors: Mapping[str, Any], *, shape: Shape
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -161,8 +166,7 @@ def from_hugging_face(
     """
     names = _names(shape)
     sizes = jax.eval_shape(lambda: init(jax.random.key(0), shape))
-    # Checkpoints of models with a head keep the encoder under a prefix.
-    prefix = "" if names[("words",)] in tensors else "bert."
+    prefix = prefix_of(tensors)
     if missing := [n for n in names.values() if prefix + n not in tensors]:
         raise ValueError(
             f"not a BERT encoder of {shape.depth} layers: of {len(tensors)} tensors"
@@ -195,7 +199,7 @@ def to_hugging_face(
 ) -> dict[str, Any]:
     """The inverse of `from_hugging_face`, bit for bit.
 
-    `prefix`: of the encoder's names; "bert." is that of models with a head.
+    `prefix`: of the encoder's names, see `prefix_of`.
     """
     out = dict(rest or {})
     for path, name in _names(shape).items():

@@ -14,7 +14,7 @@ slots in all, C tokens an expert has room for, R rows of a buffer.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -58,12 +58,16 @@ def capacity(
 ) -> Served:
     """Experts with room for C tokens each; the rest is dropped: it gets nothing.
 
+    Shared experts serve every token, whatever the room.
+
     Args:
       expert: from `experts`, or alike.
       params: of E experts.
       x: [N, D].
       routing: from `route`.
-      room: C; by default `factor` times an equal share, N K / E.
+      room: C; by default `factor` times an equal share, N K / E, of routed experts
+        and slots. With `expert_choice`, whose slots are mostly empty, the experts take
+        ceil(k N / E) each: pass that.
       factor: see room.
       priority: who is dropped last. "position": first choices before second ones,
         earlier tokens before later ones (GShard: Lepikhin et al. 2020, arXiv
@@ -73,6 +77,12 @@ def capacity(
         experts on several devices.
     """
     count = networks.count(params)
+    if shared := count - routing.probabilities.shape[1]:
+        serve = functools.partial(
+            capacity, expert, room=room, factor=factor, priority=priority,
+            one_by_one=one_by_one,
+        )  # fmt: skip
+        return _beside_shared(serve, expert, params, x, routing, shared)
     if room is None:
         room = capacity_of(routing, count, factor)
     plan = plan_buffers(routing, count, room, priority=priority)
@@ -84,6 +94,31 @@ def capacity(
     else:
         y = expert(params, rows, batched)
     return Served(from_buffers(y, plan, routing.weights), plan.kept)
+
+
+def _beside_shared(
+    serve: Callable[..., Served],
+    expert: Expert,
+    params: Any,
+    x: Array,
+    routing: Routing,
+    shared: int,
+) -> Served:
+    """The last `shared` experts meet every token; the others serve by `serve`."""
+    e = routing.probabilities.shape[1]
+    first, last = (
+        jax.tree.map(lambda p, rows=rows: p[rows], params)
+        for rows in (slice(e), slice(e, None))
+    )
+    weights, always = routing.weights[:, :-shared], routing.weights[:, -shared:]
+    nobody_is_last = jnp.minimum(routing.experts[:, :-shared], e)
+    own = routing._replace(experts=nobody_is_last, weights=weights)
+    served = serve(first, x, own)
+    ys = expert(last, x[None], batched)  # [S, N, D]
+    y = served.y + jnp.einsum("ns,snd->nd", always.astype(ys.dtype), ys)
+    return Served(
+        y, jnp.concatenate([served.kept, jnp.ones(always.shape, bool)], axis=1)
+    )
 
 
 def capacity_of(routing: Routing, experts: int, factor: float = 1.25) -> int:
@@ -117,6 +152,11 @@ def dropless(
       one_by_one: as for `capacity`.
     """
     count = networks.count(params)
+    if shared := count - routing.probabilities.shape[1]:
+        serve_own = functools.partial(
+            dropless, expert, factors=factors, one_by_one=one_by_one
+        )
+        return _beside_shared(serve_own, expert, params, x, routing, shared)
     rooms = sorted({capacity_of(routing, count, f) for f in (*factors, math.inf)})
     taken = jnp.sum(jax.nn.one_hot(routing.experts, count, dtype=int), axis=(0, 1))
     serve = [

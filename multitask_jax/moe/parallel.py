@@ -51,9 +51,15 @@ def expert_parallel(
       priority: as for `dispatch.capacity`, among one device's tokens.
 
     Raises:
-      ValueError: the mesh lacks the axis, or divides tokens or experts with a rest.
+      ValueError: the mesh lacks the axis, or divides tokens or experts with a rest, or
+        there are shared experts: these need no routing, so apply them beside it.
     """
     e = networks.count(params)
+    if e != routing.probabilities.shape[1]:
+        raise ValueError(
+            f"got {e} experts for a gate of {routing.probabilities.shape[1]}; expected"
+            " routed experts alone: apply shared ones to the tokens beside this"
+        )
     if axis not in mesh.shape:
         raise ValueError(f"axis: got {axis!r}, the mesh has {', '.join(mesh.shape)}")
     for what, size, parts in (

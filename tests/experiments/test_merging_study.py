@@ -142,6 +142,8 @@ def test_a_cut_off_line_is_done_again(result, config, tmp_path):
 def test_other_settings_are_refused(result, config):
     with pytest.raises(ValueError, match=r"another run .*'epochs': \(1, 5\)"):
         merging_study.run(dataclasses.replace(config, epochs=5))
+    with pytest.raises(ValueError, match=r"another run .*'tasks': \("):
+        merging_study.run(dataclasses.replace(config, tasks="first,second"))
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,20 @@ def test_a_second_run_trains_nothing_and_another_one_is_refused(result, config):
         np.testing.assert_array_equal(again.predictions[name], p)
     with pytest.raises(ValueError, match=r"epochs: 2, now 3"):
         mtmt.run(dataclasses.replace(config, epochs=3))
+    for name in ("batch_size", "bootstrap", "rows"):
+        with pytest.raises(ValueError, match=f"--{name}: got 0, expected at least 1"):
+            mtmt.run(dataclasses.replace(config, **{name: 0}))
+
+
+def test_a_model_of_other_settings_goes_with_its_predictions(result, config, tmp_path):
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    before = dataclasses.replace(config, workdir=str(tmp_path / "run"))
+    mtmt._same_run(tmp_path / "run", before, result.trial)
+    mtmt._same_run(tmp_path / "run", before, result.trial)
+    assert (tmp_path / "run" / "model").exists()
+    other = dataclasses.replace(before, epochs=3)
+    mtmt._same_run(tmp_path / "run", other, result.trial)
+    assert not (tmp_path / "run" / "model").exists()
 
 
 def test_the_saved_model_is_a_function_of_features(result, config):

@@ -161,3 +161,39 @@ def test_errors(tmp_path: Path, trial: Trial) -> None:
     with pytest.raises(ValueError, match="18000 values that are not finite"):
         write(tmp_path, trial, {"MTMT": good * np.nan})
     assert not (tmp_path / "report.md").exists()
+
+
+def test_models_of_different_folds_are_not_compared() -> None:
+    """No effect differs, and each fold is scored by the others' effect: Qini is 0.
+
+    Ranked all together, people of the fold with the larger effect come last.
+    """
+    rng = np.random.default_rng(0)
+    n, seeds = 4000, 20
+    together, apart = [], []
+    for _ in range(seeds):
+        trial = Trial(
+            np.zeros((n, 1), np.float32),
+            rng.integers(0, 2, n),
+            rng.normal(size=(n, 1)).astype(np.float32),
+            ("x",),
+            ("none", "mail"),
+            ("spend",),
+            (False,),
+            {},
+        )
+        folds = np.arange(n) % 5
+        p = np.zeros((1, n, 2, 1), np.float32)
+        for k in range(5):
+            rest = folds != k
+            y, arm = trial.y[rest, 0], trial.arm[rest]
+            effect = y[arm == 1].mean() - y[arm == 0].mean()
+            p[0, ~rest, 1, 0] = effect + 1e-3 * rng.normal(size=(~rest).sum())
+        once = np.ones((1, n), np.uint8)
+        ranked = mtmt_report.within_folds(p, folds[None])
+        for found, x in ((together, p), (apart, ranked)):
+            measured, _ = mtmt_report.measure(trial, {"one": x}, once)
+            found.append(measured["one"].point[0, 0, 0])
+    error = np.std(apart, ddof=1) / np.sqrt(seeds)
+    assert abs(np.mean(apart)) < 3 * error
+    assert np.mean(together) < np.mean(apart) - 3 * error

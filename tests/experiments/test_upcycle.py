@@ -223,6 +223,8 @@ def test_gates_from_data_send_tokens_to_their_specialist(tmp_path):
         ({"models": "a,b", "method": "ties"}, "needs a base"),
         ({"models": "a", "experts": 2, "mlp_pattern": "mlp"}, "expected groups"),
         ({"models": "a", "to_dense": True}, "got experts"),
+        ({"models": "a,b", "k": 3}, "--k: got 3, expected 1 to 2"),
+        ({"models": "a", "experts": 4, "k": 0}, "--k: got 0, expected 1 to 4"),
     ],
 )
 def test_wrong_flags_are_named_and_nothing_is_written(

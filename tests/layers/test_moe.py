@@ -99,3 +99,25 @@ def test_unknown_names_and_forgotten_losses_are_named(x):
         MoE(experts=2, hidden=4, dispatch="sparse").init(jax.random.key(0), x)
     with pytest.raises(ValueError, match="mutable='moe'"):
         sum_of({}, "router_z")
+
+
+def test_what_init_gives_can_be_applied(x):
+    """With all of its collections: each layer's loss is there once."""
+    layer = MoE(experts=4, hidden=6)
+    variables = jax.jit(layer.init)(jax.random.key(1), x)
+    _, sown = jax.jit(lambda v: layer.apply(v, x, mutable="moe"))(variables)
+    _, alone = apply(layer, variables["params"], x, mutable="moe")
+    for name in ("load_balance", "router_z"):
+        assert sum_of(sown, name) == sum_of(alone, name)
+
+
+@pytest.mark.parametrize("dispatch", ["capacity", "dropless"])
+def test_expert_choice_has_the_room_that_it_takes(x, dispatch):
+    layer = MoE(experts=5, hidden=6, k=2, route="expert_choice", dispatch=dispatch)
+    params = init(layer, x)
+    reference = layer.clone(dispatch="everyone")
+    y, expected = (apply(each, params, x) for each in (layer, reference))
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
+    text = jax.jit(lambda p: layer.apply({"params": p}, x)).lower(params).as_text()
+    assert f"tensor<5x4x{D}xf32>" in text  # 2 x 10 tokens over 5 experts
+    assert f"tensor<5x10x{D}xf32>" not in text

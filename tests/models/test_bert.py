@@ -131,6 +131,7 @@ def test_conversion_is_a_bijection(params: Any, prefix: str) -> None:
     back, rest = bert.from_hugging_face(stored, shape=TINY)
     assert_same_tree(back, params)
     assert_same_tree(rest, extra)
+    assert bert.prefix_of(stored) == prefix
     there = bert.to_hugging_face(back, rest, shape=TINY, prefix=prefix)
     assert_same_tree(there, stored)
 

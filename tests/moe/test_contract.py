@@ -1,6 +1,7 @@
 """What every gate owes every dispatcher."""
 
 import functools
+import re
 from typing import Any
 
 import jax
@@ -149,7 +150,8 @@ def test_dropped_slots_are_counted_and_give_nothing(gate):
     experts, kept = np.asarray(routing.experts), np.asarray(served.kept)
     wanted = np.bincount(experts[experts < count], minlength=count)
     got = np.bincount(experts[kept], minlength=count)
-    np.testing.assert_array_equal(got, np.minimum(wanted, room))
+    np.testing.assert_array_equal(got[:E], np.minimum(wanted[:E], room))
+    np.testing.assert_array_equal(got[E:], wanted[E:])  # shared ones serve all
     only = routing._replace(weights=jnp.where(kept, routing.weights, 0))
     expected = REFERENCE(params, x, only)
     np.testing.assert_allclose(served.y, expected, rtol=1e-5, atol=1e-5)
@@ -237,6 +239,35 @@ def test_rows_move_without_scatters():
     for line in text.splitlines():
         if "stablehlo.scatter" in line:
             assert f"x{D}xf32" not in line, line
+
+
+@pytest.mark.parametrize("name", ["capacity", "dropless"])
+def test_shared_experts_take_no_room_from_others(name):
+    """By default: beside a shared expert the others' buffers are what they were."""
+    x, sizes = made({})[2], []
+    for shared in (0, 1):
+        gate = {"kind": "hard", "experts": E, "shared": shared}
+        params = made(gate)[1]
+        serve = functools.partial(getattr(moe, name), moe.EXPERTS["swiglu"], params)
+        routing = routed(gate, None, x)
+        served = jax.jit(serve)(x, routing)
+        assert served.kept.all()
+        np.testing.assert_allclose(
+            served.y, REFERENCE(params, x, routing), rtol=1e-5, atol=1e-5
+        )
+        text = jax.jit(serve).lower(x, routing).as_text()
+        sizes.append({int(n) for n in re.findall(rf"tensor<{E}x(\d+)x{D}xf32>", text)})
+    assert sizes[0] == sizes[1] != set()
+
+
+def test_shared_experts_are_not_cut_over_devices():
+    gate = {"kind": "hard", "experts": E, "shared": 4}
+    _, params, x = made(gate)
+    mesh = sharding.make_mesh({"expert": 4})
+    with pytest.raises(ValueError, match="got 8 experts for a gate of 4"):
+        moe.expert_parallel(
+            moe.EXPERTS["swiglu"], params, x, routed(gate, None, x), mesh=mesh
+        )
 
 
 @pytest.mark.parametrize("busiest", [12, 13, 20, 30, 48])
