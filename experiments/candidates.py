@@ -340,10 +340,18 @@ def call_score(score: Callable[..., Any], params: Any) -> Any:
         raise RuntimeError(f"--score failed: {type(e).__name__}: {e}") from e
 
 
-def fingerprint(path: str) -> list[list[Any]]:
-    """Names, sizes and times of a checkpoint's files, to tell a changed one."""
+def fingerprint(path: str, base: str | None = None) -> list[list[Any]]:
+    """Names, sizes and times of a checkpoint's files, to tell a changed one.
+
+    `base`: of adapters and deltas, as for `checkpoints.open`.
+    """
     root = Path(path).expanduser()
-    checkpoints.open(root).close()  # the error that tells what is wrong with a path
+    with contextlib.ExitStack() as stack:  # errors tell what is wrong with a path
+        reader = None
+        if base is not None:
+            reader = checkpoints.open(Path(base).expanduser())
+            stack.callback(reader.close)
+        stack.callback(checkpoints.open(root, reader).close)
     files = (
         sorted(f for f in root.rglob("*") if f.is_file()) if root.is_dir() else [root]
     )

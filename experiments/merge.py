@@ -116,6 +116,13 @@ class Config:
     antiparallel: str | None = flag(
         "slerp, nuslerp, multislerp of opposite tensors: 'nearest' or 'lerp'."
     )
+    iterations: int | None = flag("wudi: steps of Adam (400).")
+    common_fraction: float | None = flag(
+        "iso_cts: share of singular directions that tasks have in common (.8)."
+    )
+    at_least: int | None = flag(
+        "breadcrumbs, sce: entries kept of a tensor, whatever the density (1), or 0."
+    )
     gamma: str | None = flag(
         "breadcrumbs: share of the largest changes to drop (.01); one, or one a model."
     )
@@ -375,7 +382,7 @@ def build_method(config: Config) -> merging.Method:
         if name not in taken:
             raise ValueError(
                 f"--{name}: {config.method} does not take it; it takes"
-                f" {', '.join('--' + p for p in taken)}"
+                f" {', '.join('--' + p for p in taken if p in _OPTIONS)}"
             )
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"--{name}: got {value}, expected a finite number")

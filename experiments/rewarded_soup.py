@@ -100,7 +100,7 @@ def run(config: Config) -> Result:
         )
     around = {*AROUND, "preference"}
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in around}
-    settings["inputs"] = {p: candidates.fingerprint(p) for p in inputs}
+    settings["inputs"] = {p: candidates.fingerprint(p, config.base) for p in inputs}
     settings["score_module"] = source
     workdir = Path(config.workdir)
     grid = merging.simplex_grid(len(models), config.steps)

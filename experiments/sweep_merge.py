@@ -94,8 +94,14 @@ def run(config: Config) -> Result:
     models = parsing.paths(config.models)
     if not models:
         raise ValueError("--models: got none; pass --models=A,B,C")
-    if config.dry_run:
-        raise ValueError("--dry_run is of experiments.merge: a sweep has none")
+    for name in ("dry_run", "mergekit_config"):
+        if getattr(config, name):
+            raise ValueError(f"--{name} is of experiments.merge: a sweep has none")
+    if config.dtype not in (None, "float32"):
+        raise ValueError(
+            f"--dtype={config.dtype}: candidates are scored in float32, so the best may"
+            " not be the best there; leave it, or pass float32"
+        )
     config = dataclasses.replace(config, models=",".join(models))
     space = read_space(config, len(models))
     first = {k: v[0] for k, v in space.items()}
@@ -115,7 +121,7 @@ def run(config: Config) -> Result:
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in AROUND}
     if config.search != "gradient":  # whose steps depend on their number
         del settings["budget"]
-    settings["inputs"] = {p: candidates.fingerprint(p) for p in inputs}
+    settings["inputs"] = {p: candidates.fingerprint(p, config.base) for p in inputs}
     settings["score_module"] = source
     workdir = Path(config.workdir)
     logged = sweep_log.open_log(workdir, settings)

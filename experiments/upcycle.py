@@ -102,7 +102,8 @@ def run(config: Config) -> Result:
 def to_experts(config: Config, models: Sequence[str]) -> Result:
     """Dense checkpoints to a mixture."""
     copies = _copies(config, models)
-    if not 1 <= config.k <= (count := copies if len(models) == 1 else len(models)):
+    count = copies or len(models)
+    if not 1 <= config.k <= count:
         raise ValueError(f"--k: got {config.k}, expected 1 to {count}, the experts")
     notes = []
     with contextlib.ExitStack() as stack:

@@ -54,13 +54,42 @@ def _module(name: str) -> ModuleType:
     raise ValueError(f"got format {name!r}, expected one of {', '.join(FORMATS)}")
 
 
+_ORBAX_MARKERS = ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt")
+
+
 def _looks_like_orbax(path: Path) -> bool:
-    markers = ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt")
     return path.is_dir() and any(
         (directory / marker).exists()
         for directory in (path, *(p for p in path.iterdir() if p.is_dir()))
-        for marker in markers
+        for marker in _ORBAX_MARKERS
     )
+
+
+def _refuse_more(path: Path) -> None:
+    """Refuses to replace a folder that holds more than its own checkpoint.
+
+    Such as a trainer's, with a folder a step, or one of a single Orbax item and logs.
+    """
+    if any((path / marker).exists() for marker in _ORBAX_MARKERS):
+        return
+    weights = ("*.safetensors", "*.msgpack", "*.bin", "*.pt", *_ORBAX_MARKERS)
+    for inside in sorted(p for p in path.iterdir() if p.is_dir()):
+        if any(f for pattern in weights for f in inside.rglob(pattern)):
+            raise CheckpointError(
+                f"{path} holds more than one checkpoint ({inside.name} too), so"
+                " overwrite does not delete it; remove what you do not need yourself,"
+                " or choose another output"
+            )
+
+
+def _to_disk(path: Path) -> None:
+    """Returns when files, and the folders' lists of them, are on the disk."""
+    for p in (*path.rglob("*"), path):
+        number = os.open(p, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
 
 
 # Changes of a base, which are models with it alone.
@@ -197,6 +226,7 @@ class Writer:
             _refuse_existing(self.path)
         old = None
         if self.path.exists():
+            _to_disk(self.directory)  # or a power cut could take both
             old = staging.replaced(self.path)
             self.path.rename(old)
         try:
@@ -312,6 +342,7 @@ def check_output(
                 f"{path} holds no checkpoint, so overwrite does not delete it; remove"
                 f" it yourself or choose another output ({e})"
             ) from None
+        _refuse_more(path)
     return path
 
 

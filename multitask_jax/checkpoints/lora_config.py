@@ -4,7 +4,7 @@ import functools
 import math
 import re
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +35,23 @@ _KNOWN = frozenset(
 _STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
+class Patterns(NamedTuple):
+    """Values by pattern of module names; of those that match, the first counts."""
+
+    names: dict[str, tuple[int, Any]]  # place and value, of whole names: "^a\\.b"
+    others: tuple[tuple[int, str, Any], ...]  # place, regex and value
+
+    def of(self, module: str, default: Any) -> Any:
+        """PEFT's rule: the first pattern that is the module's name or its end."""
+        found = self.names.get(module, (len(self.names) + len(self.others), default))
+        for place, pattern, value in self.others:
+            if place > found[0]:
+                break
+            if _compiled(pattern).match(module):
+                return value
+        return found[1]
+
+
 class Config(NamedTuple):
     """What adapter_config.json says about the weights."""
 
@@ -42,17 +59,17 @@ class Config(NamedTuple):
     alpha: float
     rslora: bool
     transposed: bool  # fan_in_fan_out
-    ranks: dict[str, int]  # by pattern of module names
-    alphas: dict[str, float]
+    ranks: Patterns
+    alphas: Patterns
     targets: tuple[str, ...]  # () where a regex or a shorthand names them
 
     def rank_of(self, module: str) -> int:
         """The rank that the config states for a module."""
-        return _matching(self.ranks, module, self.rank)
+        return self.ranks.of(module, self.rank)
 
     def scaling(self, module: str) -> float:
         """s = alpha / r, or alpha / sqrt(r)."""
-        alpha, r = _matching(self.alphas, module, self.alpha), self.rank_of(module)
+        alpha, r = self.alphas.of(module, self.alpha), self.rank_of(module)
         return alpha / math.sqrt(r) if self.rslora else alpha / r
 
 
@@ -99,12 +116,16 @@ def read_config(path: Path) -> Config:
             raise CheckpointError(f"{path}: {key}: got {brief(x)}, expected {expected}")
         return x
 
-    def patterns(key: str, whole: bool) -> dict[str, Any]:
-        found = get(key, dict, {})
-        return {
-            _safe(path, key, k): positive(f"{key}[{k[:80]!r}]", x, whole)
-            for k, x in found.items()
-        }
+    def patterns(key: str, whole: bool) -> Patterns:
+        names, others = {}, []
+        for i, (k, x) in enumerate(get(key, dict, {}).items()):
+            value = positive(f"{key}[{k[:80]!r}]", x, whole)
+            name = _whole_name(k)
+            if name is None:
+                others.append((i, _safe(path, key, k), value))
+            else:
+                names[name] = i, value
+        return Patterns(names, tuple(others))
 
     targets = get("target_modules", (str, list), [])
     if not all(isinstance(t, str) for t in targets):
@@ -120,6 +141,12 @@ def read_config(path: Path) -> Config:
         patterns("alpha_pattern", False),
         () if isinstance(targets, str) else tuple(targets),
     )
+
+
+def _whole_name(pattern: str) -> str | None:
+    """The only name that a pattern matches, if it says so: "^", then escaped."""
+    name = re.sub(r"\\(.)", r"\1", pattern[1:])
+    return name if pattern == f"^{re.escape(name)}" else None
 
 
 def _safe(path: Path, key: str, pattern: str) -> str:
@@ -162,7 +189,7 @@ def check_cost(path: Path, config: Config, modules: Collection[str]) -> None:
     Raises:
       CheckpointError: too many patterns, or too much backtracking.
     """
-    patterns = [*config.ranks, *config.alphas]
+    patterns = [p for _, p, _ in (*config.ranks.others, *config.alphas.others)]
     longest = max(map(len, modules), default=0)
     steps = sum(_steps(p, longest) for p in patterns) * len(modules)
     if steps > _MAX_STEPS or len(patterns) > _MAX_PATTERNS:
@@ -177,11 +204,3 @@ def check_cost(path: Path, config: Config, modules: Collection[str]) -> None:
 @functools.lru_cache(_MAX_PATTERNS)
 def _compiled(pattern: str) -> re.Pattern[str]:
     return re.compile(rf"(.*\.)?({pattern})$")
-
-
-def _matching(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """PEFT's rule: the first pattern that is the module's name or its end."""
-    for pattern, value in patterns.items():
-        if _compiled(pattern).match(module):
-            return value
-    return default

@@ -77,6 +77,7 @@ def inputs_beside(method: Method) -> Transform:
         tuple(lift(i, m) for i, t in enumerate(steps) for m in t.measures),
         settings=functools.partial(settings_by_path, method),
         needs=next((n for n in ("tensor", "row") if n in needs), "element"),
+        statistics=next((t.statistics for t in steps if t.statistics), None),
     )
 
 

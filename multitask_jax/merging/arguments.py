@@ -17,7 +17,7 @@ def check_choice(name: str, value: str, options: tuple[str, ...]) -> None:
 
 def check_share(name: str, value: float) -> None:
     """Raises ValueError unless 0 < value <= 1."""
-    if not 0 < value <= 1:
+    if not np.isscalar(value) or not 0 < value <= 1:
         raise ValueError(f"{name}: got {value}, expected a number in (0, 1]")
 
 

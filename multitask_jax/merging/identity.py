@@ -83,8 +83,10 @@ class Inputs:
 
 def _files(path: Path) -> list[Path]:
     path = Path(os.path.abspath(path))  # links are kept: what they point to may change
-    if not path.is_dir():
-        return [path]
+    if not path.is_dir():  # an adapter's scaling is beside it
+        beside = path.with_name("adapter_config.json")
+        adapter = path.stem == "adapter_model" and beside.is_file()
+        return [path, beside] if adapter else [path]
     weights = ("*.safetensors", "*.msgpack")
     if any(f.is_file() for pattern in weights for f in path.glob(pattern)):
         return sorted(

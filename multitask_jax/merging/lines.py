@@ -139,8 +139,14 @@ def with_lines(
       block_pattern: as for `scale_by_depth`.
 
     Raises:
-      ValueError: alpha is another word than "norm".
+      ValueError: alpha is another word than "norm", or the method writes files beside
+        its result (EMR), which are of the result as it is.
     """
+    if method.aside is not None:
+        raise ValueError(
+            "LiNeS would change the vector that EMR's files of the tasks belong to;"
+            " leave --lines_alpha and --lines_beta, or choose another method"
+        )
     if not isinstance(alpha, str):
         lines = scale_by_depth(alpha=alpha, beta=beta, block_pattern=block_pattern)
         return chain(method, lines)

@@ -74,13 +74,17 @@ def _carry(n: tuple[Array, Array], part: Array) -> tuple[Array, Array]:
     return n[0] + (part >> BITS) + (low >> BITS), low & LOW
 
 
-def _partial_counts(x: Array) -> list[Array]:
-    """Counts that each fit int32."""
-    if x.size < 2**31:
+def _partial_counts(x: Array, most: int = 2**31) -> list[Array]:
+    """Counts that each fit int32: below `most`."""
+    if x.size < most:
         return [jnp.sum(x, dtype=jnp.int32)]
-    # Rows fit; a sum of at most 2**31 // len(rows) rows fits too.
+    if x.shape[-1] >= most:
+        half = x.shape[-1] // 2
+        parts = x[..., :half], x[..., half:]
+        return [n for part in parts for n in _partial_counts(part, most)]
+    # Rows fit; a sum of at most `most` // len(rows) rows fits too.
     rows = jnp.sum(x, axis=-1, dtype=jnp.int32).reshape(-1)
-    step = max(1, (2**31 - 1) // x.shape[-1])
+    step = max(1, (most - 1) // x.shape[-1])
     return [
         jnp.sum(rows[i : i + step], dtype=jnp.int32) for i in range(0, len(rows), step)
     ]

@@ -180,7 +180,9 @@ class Stream:
             return SumTotal(lambda c: self._reduced(c, i, j), measure.kind, dtype)
         d = sum(e.size for e in entries)
         first = entries[0]
-        terms = len(self._keys(Chunk(first, 0, min(first.size, BUCKETS[0])), i, j))
+        unit = self._columns(first)
+        some = min(first.size, -(-BUCKETS[0] // unit) * unit)
+        terms = len(self._keys(Chunk(first, 0, some), i, j))
         earlier = self._known(first.path, i)[:j]
         ranks = [_integer(k) for k in core.ranks_of(measure, d, terms, earlier)]
         starts: list[Any] = [None] * len(ranks)

@@ -2,6 +2,7 @@ import errno
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -75,6 +76,27 @@ def test_overwrite_deletes_only_checkpoints(tmp_path):
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         write(tmp_path / "thesis", overwrite=True)
     assert (tmp_path / "thesis" / "chapter1.tex").exists()
+
+
+def test_overwrite_deletes_no_folder_of_several_checkpoints(tmp_path):
+    """A trainer's with a folder a step, or one of an Orbax item and logs."""
+    trainer, runs = tmp_path / "trainer", tmp_path / "runs"
+    write(trainer)
+    (trainer / "1_Pooling").mkdir()  # as sentence encoders have it
+    (trainer / "1_Pooling" / "config.json").write_text("{}")
+    write(trainer, overwrite=True)
+    write(trainer / "checkpoint-500")
+    write(tmp_path / "orbax", format="orbax")
+    item = next(p.parent for p in (tmp_path / "orbax").rglob("_METADATA"))
+    shutil.copytree(item, runs / "final")
+    (runs / "logs").mkdir()
+    checkpoints.open(runs).close()  # it can be read
+    before = sorted(tmp_path.rglob("*"))
+    for path in (trainer, runs):
+        with pytest.raises(CheckpointError, match="more than one checkpoint"):
+            write(path, overwrite=True)
+    assert sorted(tmp_path.rglob("*")) == before
+    write(tmp_path / "orbax", 2.0, format="orbax", overwrite=True)
 
 
 def test_output_and_inputs_may_not_overlap(tmp_path):

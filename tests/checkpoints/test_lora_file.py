@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import threading
 
 import ml_dtypes
@@ -10,7 +11,12 @@ import pytest
 from safetensors.numpy import save_file
 
 from multitask_jax import checkpoints, merging
-from multitask_jax.checkpoints import CheckpointError, TensorInfo, lora_file
+from multitask_jax.checkpoints import (
+    CheckpointError,
+    TensorInfo,
+    lora_config,
+    lora_file,
+)
 from multitask_jax.checkpoints.lora_file import LowRank
 from tests.merging.common import load, save
 
@@ -400,3 +406,20 @@ def test_nothing_whole_is_kept(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 8 << 20  # the tensor has 36 MB
+
+
+def test_whole_names_cost_nothing_and_the_first_match_counts(tmp_path):
+    """Thousands of experts may have ranks of their own, as extract_lora writes them."""
+    modules = [f"layers.{i}.experts.{j}.up" for i in range(40) for j in range(200)]
+    patterns = {f"^{re.escape(m)}": 1 + n % 7 for n, m in enumerate(modules)}
+    patterns = {"experts.7.up": 9} | patterns | {"up": 11}
+    path = tmp_path / "adapter_config.json"
+    about = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "rank_pattern": patterns}
+    path.write_text(json.dumps(about))
+    config = lora_config.read_config(path)
+    lora_config.check_cost(path, config, modules)
+    for n, m in enumerate(modules):
+        assert config.rank_of(m) == (9 if m.endswith("experts.7.up") else 1 + n % 7)
+    assert config.rank_of("other.up") == 11
+    assert config.rank_of(f"model.{modules[0]}") == 11  # not whole
+    assert config.rank_of("other.down") == 8

@@ -84,6 +84,27 @@ def test_knots_merges_as_it_is_told(tmp_path):
         np.testing.assert_allclose(got[k], v, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("wudi", {"iterations": 3}),
+        ("iso_cts", {"common_fraction": 0.5}),
+        ("sce", {"topk": 0.5, "at_least": 0}),
+    ],
+)
+def test_options_of_single_methods(tmp_path, name, options):
+    base, models = make_models(2, rows=2, blocks=1)
+    paths = [save(tmp_path / n, m) for n, m in zip("xab", (base, *models), strict=True)]
+    config = {"base": str(paths[0]), "models": f"{paths[1]},{paths[2]}"}
+    _, got = run(tmp_path, config, method=name, **options)
+    want, plain = (
+        flat(merged(merging.METHODS[name](**o), base, models)) for o in (options, {})
+    )
+    for k, v in want.items():
+        np.testing.assert_allclose(got[k], v, atol=1e-5)
+    assert any((got[k] != v).any() for k, v in plain.items())
+
+
 @pytest.mark.parametrize(("flag", "alpha"), [("0.25", 0.25), ("norm", "norm")])
 def test_lines_alpha_is_a_number_or_norm(tmp_path, inputs, flag, alpha):
     config, base, models = inputs
@@ -151,6 +172,11 @@ def test_without_a_base_spheres_are_of_parameters(tmp_path, inputs):
         ({"lines_alpha": "auto"}, "--lines_alpha: got 'auto', expected a number"),
         ({"lines_alpha": "nan"}, "--lines_alpha: got 'nan', expected a number"),
         ({"lines_alpha": 0.5, "block_pattern": "x(y)"}, "can't tell the blocks"),
+        ({"method": "emr", "lines_alpha": 0.5}, "LiNeS would change the vector"),
+        (
+            {"method": "pcb", "density": "0.1,0.2"},
+            r"density: got \(0.1, 0.2\), expected",
+        ),
     ],
 )
 def test_wrong_flags(tmp_path, inputs, kwargs, message):

@@ -1,14 +1,16 @@
 """Spaces and searches, on functions whose optimum is known."""
 
+import contextlib
 import math
 import sys
 
 import numpy as np
 import pytest
 
-from experiments import search
+from experiments import candidates, search, sweep_merge
 from experiments.search import Outcome
-from multitask_jax import tree
+from multitask_jax import checkpoints, tree
+from tests.merging.common import save
 
 
 def walk(steps, outcome):
@@ -146,3 +148,31 @@ def test_names_nest_at_slashes():
     for names in (("a", "a/b"), ("a/b", "a")):
         with pytest.raises(ValueError, match="a"):
             tree.nest(dict.fromkeys(names, 0))
+
+
+def test_changes_of_a_base_are_inputs_too(tmp_path):
+    """A delta is a model with its base alone."""
+    base = save(tmp_path / "base", {"w": np.ones((4, 4), np.float32)})
+    infos = [checkpoints.TensorInfo("w", (4, 4), np.dtype(np.float32))]
+    with (
+        contextlib.closing(checkpoints.open(base)) as reader,
+        checkpoints.create(
+            tmp_path / "delta", infos, format="delta", base=reader
+        ) as writer,
+    ):
+        writer.write("w", 0, np.full(16, 0.5, np.float32))
+    found = candidates.fingerprint(str(tmp_path / "delta"), str(base))
+    assert found
+    assert all(size > 0 for _, size, _ in found)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mergekit_config": "r.yml"}, "--mergekit_config is of experiments.merge"),
+        ({"dtype": "float64"}, "--dtype=float64: candidates are scored in float32"),
+    ],
+)
+def test_flags_that_a_sweep_would_not_follow(changes, message):
+    with pytest.raises(ValueError, match=message):
+        sweep_merge.run(sweep_merge.Config(models="a,b", **changes))

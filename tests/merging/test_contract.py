@@ -148,6 +148,11 @@ CASES = {
         exact=False,
     ),
     "linear lines": Case(lines(merging.linear()), leafwise=True),
+    "fisher lines norm": Case(
+        merging.with_lines(merging.fisher(), alpha="norm", beta=0.7),
+        exact=False,
+        statistics="fisher",
+    ),
     "fisher plain": Case(
         merging.fisher(normalise=False), leafwise=True, statistics="fisher"
     ),

@@ -290,3 +290,20 @@ def test_the_reports_sample_is_small_where_tensors_are_seen_whole(tmp_path):
     sizes = [x.size for x in read]
     assert sizes.count(base["w"].size) == 3  # the merge itself
     assert max(n for n in sizes if n != base["w"].size) <= 256
+
+
+def test_rows_that_are_no_part_of_a_sample_are_read_whole(tmp_path):
+    """Whole rows of 768, and a threshold of what is left of them afterwards."""
+    rng = np.random.default_rng(0)
+    base = {"w": rng.standard_normal((16, 768)).astype(np.float32)}
+    models = [
+        {"w": base["w"] + rng.standard_normal((16, 768)).astype(np.float32)}
+        for _ in range(2)
+    ]
+    method = merging.chain(
+        merging.drop_by_rank(density=0.6, seed=1),
+        merging.trim(density=0.5),
+        merging.weighted_sum(),
+    )
+    got = stream(tmp_path, method, base, models)
+    assert_same_bits(got, merged(method, base, models))

@@ -1,6 +1,7 @@
 """Frankenmerges: slices of layers, renumbered."""
 
 import json
+import shutil
 
 import ml_dtypes
 import numpy as np
@@ -341,3 +342,21 @@ def test_filters_of_a_source_look_at_its_own_names(folder):
     scale[0]["filter"] = "layers.3.mpl"
     with pytest.raises(ValueError, match=r"filter 'layers.3.mpl' is in none of"):
         run(folder, content, overwrite=True)
+
+
+@pytest.mark.parametrize(("name", "end"), [("score.weight", 0), ("pos_embed", -1)])
+def test_tensors_at_the_wrong_end_are_named(folder, name, end):
+    """What only the first model has after its layers, or the last one before them."""
+    changed = folder / ("a", "b")[end]
+    shutil.rmtree(changed)
+    save(changed, model(1, extra=(name,)))
+    content = {
+        "merge_method": "passthrough",
+        "slices": [
+            {"sources": [source("@a", 0, 2)]},
+            {"sources": [source("@b", 2, 4)]},
+        ],
+    }
+    with pytest.raises(CheckpointError, match=f"{name}.*it would be lost"):
+        run(folder, content)
+    assert not (folder / "out").exists()

@@ -308,3 +308,11 @@ def _check_traps(name, base, models, out):
             total = (taus["equal"] * agree).sum(0) / np.maximum(agree.sum(0), 1)
         half = np.float32(0.5) * total
         np.testing.assert_array_equal(out["equal"], base["equal"] + half)
+
+
+@pytest.mark.parametrize("shape", [(7,), (21,), (3, 5), (2, 9), (4, 3, 7)])
+def test_counts_of_enormous_leaves_are_cut_before_they_overflow(shape):
+    """As if an int32 held numbers below 8."""
+    parts = merging.statistics._partial_counts(np.ones(shape, bool), most=8)
+    assert max(map(int, parts)) < 8
+    assert sum(map(int, parts)) == np.prod(shape)

@@ -437,3 +437,13 @@ def test_a_writer_can_be_kept(tmp_path):
     with checkpoints.create(tmp_path / "out", info) as writer:
         writer.write("a", 0, np.ones(4, np.float32))
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_adapter_named_by_its_file_is_its_scaling_too(tmp_path):
+    for name in ("adapter_model.safetensors", "adapter_config.json", "other.json"):
+        (tmp_path / name).write_text("{}")
+    file = tmp_path / "adapter_model.safetensors"
+    before = identity.Inputs([file]).identity()
+    assert {Path(p).name for p in before} == {file.name, "adapter_config.json"}
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 32}')
+    assert identity.Inputs([file]).identity() != before

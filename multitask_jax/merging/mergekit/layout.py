@@ -125,6 +125,7 @@ def slices_of_layers(
     Raises:
       ValueError: a range leaves a model's layers, or sources of a slice differ.
     """
+    _check_ends(slices, sources, layers)
     before: list[Target] = []
     middle: list[Target] = []
     after: list[Target] = []
@@ -149,6 +150,37 @@ def slices_of_layers(
             (middle if target.layer else before if ahead else after).append(target)
         offset += count
     return [*before, *middle, *after]
+
+
+def _check_ends(
+    slices: Sequence[Slice],
+    sources: Sequence[Sequence[Reader]],
+    layers: Sequence[Sequence[Layers]],
+) -> None:
+    """What is outside of layers comes from the first slice or the last: from both.
+
+    A tensor of only one of them, at its wrong end, would be in no slice.
+
+    Raises:
+      CheckpointError: there is such a tensor.
+    """
+    outside = [
+        {path for path, layer in layers[s][0].layer.items() if layer is None}
+        for s in (0, -1)
+    ]
+    for own, other, s, feeds in (
+        (outside[0], outside[1], 0, False),
+        (outside[1], outside[0], -1, True),
+    ):
+        lost = {p for p in own - other if bool(_FEEDS_LAYERS.search(p)) == feeds}
+        if lost:
+            where, there = (slices[i].sources[0].model for i in (s, -1 - s))
+            raise CheckpointError(
+                f"slices: {where} has {sorted(lost)[:5]} ({len(lost)} in all) outside"
+                f" of its layers, {there} has not: what"
+                f" {'feeds' if feeds else 'follows'} the layers is taken from the"
+                f" {'first' if feeds else 'last'} slice, so it would be lost"
+            )
 
 
 def _length(part: Slice) -> int:
