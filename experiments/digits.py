@@ -40,7 +40,7 @@ from matplotlib.figure import Figure
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
-from experiments import flags, merge
+from experiments import flags, merge, report_file
 from experiments.flags import flag
 from multitask_jax import merging
 from multitask_jax.data import digits
@@ -407,8 +407,7 @@ def write_report(
     """The table in Markdown, the scales chosen, and what the numbers say."""
 
     def spread(x: np.ndarray) -> str:
-        deviation = 100 * x.std(ddof=1) if len(x) > 1 else 0.0
-        return f"{100 * x.mean():.1f} ± {deviation:.1f}"
+        return report_file.over_seeds(100 * x)
 
     best = choose_method(validation)
     order = ["base", *(f"expert: {t}" for t in TASKS), EXPERTS, *MERGES]

@@ -36,7 +36,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from experiments import flags, study_store
+from experiments import flags, report_file, study_store
 from experiments.flags import flag
 from experiments.parsing import numbers
 from multitask_jax import moe
@@ -346,7 +346,7 @@ def report(result: Result, angles: list[float], config: Config) -> str:
             [
                 name,
                 f"{active(VARIANTS[name], config):,}",
-                *(f"{m:.{digits}f} ± {s:.{digits}f}" for m, s in _spread(scale * x)),
+                *(report_file.over_seeds(scale * seeds, digits) for seeds in x),
             ]
             for name, x in by_variant.items()
         ]

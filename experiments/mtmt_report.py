@@ -18,7 +18,7 @@ import numpy as np
 from scipy.stats import rankdata
 from tqdm import tqdm
 
-from experiments import mtmt_figures
+from experiments import mtmt_figures, report_file
 from experiments.mtmt_policy import (
     PER,
     calibration_of,
@@ -362,9 +362,8 @@ def _errors(trial: Trial, predictions: Predictions) -> str:
     rows = []
     for name, p in predictions.items():
         each = PER * np.stack([evaluation.pehe(x, trial.effects) for x in p])
-        mean, spread = each.mean(axis=0).T, each.std(axis=0, ddof=min(1, len(p) - 1)).T
-        cells = zip(mean.ravel(), spread.ravel(), strict=True)
-        rows.append([name, *(f"{m:.1f} ± {s:.1f}" for m, s in cells)])
+        cells = each.transpose(2, 1, 0).reshape(-1, len(p))  # [outcomes and arms, S]
+        rows.append([name, *map(report_file.over_seeds, cells)])
     header = [f"{o}: {a}" for o in trial.outcomes for a in trial.arms[1:]]
     return "\n".join(
         [

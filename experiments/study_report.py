@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from experiments import report_file
 from multitask_jax.merging import report
 
 Record = Mapping[str, Any]
@@ -65,10 +66,7 @@ class Records:
 
 def spread(values: np.ndarray) -> str:
     """Mean and standard deviation over seeds, in %."""
-    values = 100 * np.asarray(values)
-    if len(values) == 1:
-        return f"{values[0]:.1f}"
-    return f"{values.mean():.1f} ± {values.std(ddof=1):.1f}"
+    return report_file.over_seeds(100 * np.asarray(values))
 
 
 def measures(accuracy: np.ndarray, reference: Mapping[str, np.ndarray]) -> list[str]:
