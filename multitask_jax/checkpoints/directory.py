@@ -69,12 +69,15 @@ def _refuse_more(path: Path) -> None:
     """Refuses to replace a folder that holds more than its own checkpoint.
 
     Such as a trainer's, with a folder a step, or one of a single Orbax item and logs.
+    What a merge by EMR writes for its tasks belongs to it.
     """
     if any((path / marker).exists() for marker in _ORBAX_MARKERS):
         return
     weights = ("*.safetensors", "*.msgpack", "*.bin", "*.pt", *_ORBAX_MARKERS)
     for inside in sorted(p for p in path.iterdir() if p.is_dir()):
-        if any(f for pattern in weights for f in inside.rglob(pattern)):
+        if inside.name != "tasks" and any(
+            f for pattern in weights for f in inside.rglob(pattern)
+        ):
             raise CheckpointError(
                 f"{path} holds more than one checkpoint ({inside.name} too), so"
                 " overwrite does not delete it; remove what you do not need yourself,"
