@@ -160,6 +160,11 @@ def _frames(found: Mapping[str, Any]) -> tuple[str, str, str]:
 def _merging(found: Mapping[str, Any]) -> tuple[str, str, str]:
     scales = ", ".join(f"{k} {v:g}" for k, v in found["scales"].items())
     said = f"Scales of task vectors, chosen on validation clips: {scales}."
+    methods = list(next(iter(found["measured"].values())))
+    before = [only(found["measured"], methods[0])]
+    for name in methods[1:]:
+        _, count = compared([only(found["measured"], name)], before, ("", ""))
+        said += f" {name[0].upper()}{name[1:]}, against {methods[0]}: {counted(count)}."
     return "Merged by experiments.merge", results(found["measured"], {}), said
 
 
