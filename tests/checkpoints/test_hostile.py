@@ -248,17 +248,20 @@ def test_patterns_that_never_end(tmp_path, pattern, message):
     refused(path, message, base)
 
 
-def test_patterns_of_ordinary_models_are_matched():
+def test_patterns_of_ordinary_models_are_matched(tmp_path):
     names = [f"model.layers.{i}.self_attn.{x}_proj" for i in range(80) for x in "qkvo"]
-    config = lora_config.Config(
-        4,
-        1.0,
-        False,
-        False,
-        {r"^.*\.layers\.\d+\.self_attn\.(q|k)_proj": 8, "79.self_attn.o_proj": 16},
-        {r"layers\.(0|1|2|3|4|5|6|7)\.self_attn\.v_proj": 2.0},
-        (),
-    )
+    about = {
+        "peft_type": "LORA",
+        "r": 4,
+        "lora_alpha": 1.0,
+        "rank_pattern": {
+            r"^.*\.layers\.\d+\.self_attn\.(q|k)_proj": 8,
+            "79.self_attn.o_proj": 16,
+        },
+        "alpha_pattern": {r"layers\.(0|1|2|3|4|5|6|7)\.self_attn\.v_proj": 2.0},
+    }
+    (tmp_path / "adapter_config.json").write_text(json.dumps(about))
+    config = lora_config.read_config(tmp_path / "adapter_config.json")
     lora_config.check_cost("config", config, names)
     assert [config.rank_of(n) for n in names[:4]] == [8, 8, 4, 4]
     assert config.rank_of(names[-1]) == 16
