@@ -238,7 +238,7 @@ def evaluate(config: Config, workdir: Path) -> dict[str, Any]:
     Raises:
       ValueError: the clips are not those that the tokenizers saw.
     """
-    _there(workdir / "tokens" / "test.npz", "tokenize")
+    _tokenized(workdir)
     config = _as_trained(config, workdir)
     _same(config, workdir / "tokenizers", ("record", "tokenize"))
     model = load_model(workdir, SHAPES[config.size])
@@ -377,8 +377,13 @@ def _there(path: Path, stage: str) -> Path:
     return path
 
 
+def _tokenized(workdir: Path) -> None:
+    """Raises FileNotFoundError without the stage's last file."""
+    _there(workdir / "tokens" / "test.npz", "tokenize")
+
+
 def _tokenizers(workdir: Path) -> dict[str, tokenizers.Tokenizer]:
-    _there(workdir / "tokens" / "test.npz", "tokenize")  # the stage's last file
+    _tokenized(workdir)
     return tokens_of.load(workdir / "tokenizers")
 
 

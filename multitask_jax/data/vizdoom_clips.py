@@ -44,7 +44,7 @@ _OF_GAME_2 = {
     ("validation", "all"): (8, 20),
     ("test", "all"): (5, 11, 17, 23, 29),
 }
-_OF_GAME_1 = [f"E{i}M{j}" for i in range(1, 5) for j in range(1, 10)]
+_OF_GAME_1 = [name for name, wad in doom.WADS.items() if wad == "freedoom1.wad"]
 MAPS: Mapping[str, Sequence[str]] = {
     f"{split}/{name}": [f"MAP{i:02d}" for i in numbers]
     + (_OF_GAME_1[list(COVERAGE).index(name) :: len(COVERAGE)] * (split == "train"))

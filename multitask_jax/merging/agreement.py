@@ -21,6 +21,7 @@ from multitask_jax.merging.core import (
     at_transform,
     run_transforms,
     settings_by_path,
+    statistics_kind,
     times,
     unchanged,
 )
@@ -77,7 +78,7 @@ def inputs_beside(method: Method) -> Transform:
         tuple(lift(i, m) for i, t in enumerate(steps) for m in t.measures),
         settings=functools.partial(settings_by_path, method),
         needs=next((n for n in ("tensor", "row") if n in needs), "element"),
-        statistics=next((t.statistics for t in steps if t.statistics), None),
+        statistics=statistics_kind(method),
     )
 
 

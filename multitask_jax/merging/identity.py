@@ -14,7 +14,12 @@ import jax
 import numpy as np
 
 import multitask_jax
-from multitask_jax.checkpoints import CheckpointError, TensorInfo
+from multitask_jax.checkpoints import (
+    CheckpointError,
+    TensorInfo,
+    lora_config,
+    lora_file,
+)
 
 # Of a directory, what a merge reads: weights, and what names or tokens depend on.
 _READ = (
@@ -83,10 +88,10 @@ class Inputs:
 
 def _files(path: Path) -> list[Path]:
     path = Path(os.path.abspath(path))  # links are kept: what they point to may change
-    if not path.is_dir():  # an adapter's scaling is beside it
-        beside = path.with_name("adapter_config.json")
-        adapter = path.stem == "adapter_model" and beside.is_file()
-        return [path, beside] if adapter else [path]
+    if not path.is_dir():
+        if lora_file.is_format(path):  # its scaling is beside it
+            return [path, path.with_name(lora_config.CONFIG)]
+        return [path]
     weights = ("*.safetensors", "*.msgpack")
     if any(f.is_file() for pattern in weights for f in path.glob(pattern)):
         return sorted(
