@@ -51,6 +51,9 @@ class Config:
     targets: int = flag("Tokens asked.", 96)
     threads: int = flag("Threads of either side (cores, where the OS lets us).", 2)
     repeats: int = flag("Turns; the median counts.", 7)
+    keep_memory: bool = flag(
+        "Freed memory stays for the next step, as in our training commands.", True
+    )
     output_dir: str = flag("Folder for report.md.", ".cache/benchmark_egom2p")
 
 
@@ -150,6 +153,8 @@ def run(config: Config) -> dict[str, float]:
     if not sizes or min(config.repeats, config.batch) < 1:
         raise ValueError(f"got {config}, expected sizes, and a repeat at least")
     torch_side.use_cores(config.threads)
+    if config.keep_memory:
+        training.keep_freed_memory()
     made = {name: ours(config, name) for name in sizes}
 
     timers: dict[str, Callable[[], float]] = {}

@@ -25,6 +25,7 @@ import optax
 from experiments import flags, report_file, torch_side
 from experiments.flags import flag
 from experiments.torch_side import Timer
+from multitask_jax import training
 from multitask_jax.merging.report import table
 from multitask_jax.models import bert
 
@@ -44,6 +45,9 @@ class Config:
     threads: int = flag("Threads of either side (cores, where the OS lets us).", 2)
     steps: int = flag("Steps of either side before the other's turn.", 5)
     repeats: int = flag("Turns; the median counts.", 7)
+    keep_memory: bool = flag(
+        "Freed memory stays for the next step, as in our training commands.", True
+    )
     output_dir: str = flag("Folder for report.md.", ".cache/benchmark_encoder")
 
 
@@ -133,6 +137,8 @@ def run(config: Config) -> dict[tuple[str, str], float]:
     if min(config.batch, config.length, config.steps, config.repeats) < 1:
         raise ValueError(f"got {config}, expected sizes and repeats of at least 1")
     torch_side.use_cores(config.threads)
+    if config.keep_memory:
+        training.keep_freed_memory()
     process = None
     sides = {}
     try:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from experiments import flags, report_file, torch_side
 from experiments.flags import flag
-from multitask_jax import moe
+from multitask_jax import moe, training
 from multitask_jax.merging.report import table
 
 
@@ -37,6 +37,9 @@ class Config:
     ragged: bool = flag("Also by lax.ragged_dot (slow on a CPU).", True)
     threads: int = flag("Threads of either side.", 2)
     repeats: int = flag("Turns; the median counts.", 7)
+    keep_memory: bool = flag(
+        "Freed memory stays for the next step, as in our training commands.", True
+    )
     output_dir: str = flag("Folder for report.md.", ".cache/benchmark_moe")
 
 
@@ -111,6 +114,8 @@ def run(config: Config) -> dict[str, float]:
     if min(config.tokens, config.repeats, config.experts, config.k) < 1:
         raise ValueError(f"got {config}, expected sizes and repeats of at least 1")
     torch_side.use_cores(config.threads)
+    if config.keep_memory:
+        training.keep_freed_memory()
     given = inputs(config)
     steps, process = ours(config, given), None
 

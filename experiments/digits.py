@@ -45,6 +45,7 @@ from experiments.flags import flag
 from multitask_jax import merging
 from multitask_jax.data import digits
 from multitask_jax.models import digits_transformer as vit
+from multitask_jax.training import keep_freed_memory
 
 SHAPE = vit.Shape()
 TASKS = tuple(digits.TASKS)
@@ -482,4 +483,5 @@ def draw(test: Mapping[str, np.ndarray]) -> Figure:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     flags.main(Config, run)

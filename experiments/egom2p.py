@@ -43,6 +43,7 @@ from multitask_jax.data.egocentric import MODALITIES, Clips
 from multitask_jax.masked import modalities as mods
 from multitask_jax.masked import tokenizers
 from multitask_jax.models.egom2p import SHAPES, Shape
+from multitask_jax.training import keep_freed_memory
 
 _STEPS = {task.wanted: task.steps for task in TASKS}
 
@@ -425,6 +426,7 @@ def _about(config: Config, train: Clips, history: list[Any]) -> list[str]:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     flags.main(
         Config, flags.plain_errors(run, "the same command goes on from where it was")
     )

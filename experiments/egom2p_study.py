@@ -49,6 +49,7 @@ from multitask_jax.data.egocentric import Clips
 from multitask_jax.masked import modalities as mods
 from multitask_jax.masked import tokenizers
 from multitask_jax.models.egom2p import SHAPES
+from multitask_jax.training import keep_freed_memory
 
 PARTS = ("coverage", "decoding", "specialists", "masking", "frames", "merging")
 FREE = ("parts", "seeds", "progress")  # may differ from an earlier run in the folder
@@ -394,6 +395,7 @@ def _about(study: Study) -> list[str]:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     flags.main(
         Config, flags.plain_errors(run, "the same command goes on from where it was")
     )

@@ -41,7 +41,7 @@ from experiments.flags import flag
 from experiments.parsing import numbers
 from multitask_jax import moe
 from multitask_jax.merging.report import table
-from multitask_jax.training import gradients
+from multitask_jax.training import gradients, keep_freed_memory
 
 TASKS = 2
 WAVES = 4  # terms of the sum of sines
@@ -395,4 +395,5 @@ def draw(result: Result, angles: list[float]) -> Figure:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     flags.main(Config, flags.plain_errors(run))

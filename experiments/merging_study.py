@@ -52,6 +52,7 @@ from multitask_jax import checkpoints
 from multitask_jax.data import text_tasks, tokens
 from multitask_jax.data.text_tasks import Rows
 from multitask_jax.models import bert
+from multitask_jax.training import keep_freed_memory
 
 PARTS = (
     "methods",
@@ -295,4 +296,5 @@ def run(config: Config) -> Result:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     flags.main(Config, flags.plain_errors(run, "the same command goes on from there"))

@@ -44,7 +44,7 @@ from multitask_jax.data import hillstrom, uplift_simulator
 from multitask_jax.data.uplift import Trial
 from multitask_jax.models import mtmt
 from multitask_jax.models.uplift_baselines import BOOSTED, MODELS
-from multitask_jax.training import writers
+from multitask_jax.training import keep_freed_memory, writers
 
 ALL = (*MODELS, *BOOSTED)
 # What predictions do not depend on.
@@ -344,4 +344,5 @@ def _notes(
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     flags.main(Config, flags.plain_errors(run))

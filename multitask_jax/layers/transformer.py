@@ -6,6 +6,8 @@ Legend: B batch, L tokens, D width.
 import flax.linen as nn
 import jax
 
+from multitask_jax.layers.attention import attend
+
 Array = jax.Array
 
 
@@ -30,7 +32,7 @@ class Block(nn.Module):
             nn.Dense(self.width, name=name)(y).reshape(b, l, self.heads, -1)
             for name in ("query", "key", "value")
         )
-        y = jax.nn.dot_product_attention(q, k, v).reshape(b, l, self.width)
+        y = attend(q, k, v).reshape(b, l, self.width)
         x = x + nn.Dense(self.width, name="attention_output")(y)
         y = nn.LayerNorm(epsilon=self.epsilon, name="layernorm_after")(x)
         if self.mlp is not None:

@@ -22,6 +22,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from multitask_jax import checkpoints
+from multitask_jax.layers.attention import attend
 
 Array = jax.Array
 Params = Mapping[str, Any]
@@ -43,25 +44,22 @@ class Shape(NamedTuple):
 class Layer(nn.Module):
     """norm(x + attention(x)), then norm(x + mlp(x)); [B * L, D] -> [B * L, D].
 
-    `bias` [B, 1, 1, L] is added to what a token is looked at with. Tokens are rows, not
-    [B, L]: a CPU sums the gradients of matrices over one axis faster than over two.
+    `mask`: bool [B, 1, 1, L], which tokens are looked at. Tokens are rows, not [B, L]:
+    a CPU sums the gradients of matrices over one axis faster than over two.
     """
 
     shape: Shape
 
     @nn.compact
-    def __call__(self, x: Array, bias: Array) -> Array:
+    def __call__(self, x: Array, mask: Array) -> Array:
         s = self.shape
-        b, l = bias.shape[0], bias.shape[-1]
+        b, l = mask.shape[0], mask.shape[-1]
         norm = functools.partial(nn.LayerNorm, s.epsilon, use_fast_variance=False)
         q, k, v = (
             nn.Dense(s.width, name=name)(x).reshape(b, l, s.heads, -1)
             for name in ("query", "key", "value")
         )
-        # Heads first, and keys as columns: what a CPU multiplies without copying.
-        q, v = (z.transpose(0, 2, 1, 3) for z in (q * q.shape[-1] ** -0.5, v))
-        y = nn.softmax(q @ k.transpose(0, 2, 3, 1) + bias) @ v
-        y = y.transpose(0, 2, 1, 3).reshape(x.shape)
+        y = attend(q, k, v, mask).reshape(x.shape)
         y = nn.Dense(s.width, name="attention_output")(y)
         x = norm(name="attention_norm")(x + y)
         y = nn.gelu(nn.Dense(s.mlp_width, name="intermediate")(x), approximate=False)
@@ -89,10 +87,10 @@ class Bert(nn.Module):
         x = words[ids] + positions[None, : ids.shape[1]]
         x += kinds[:1][None] if types is None else kinds[types]
         x = nn.LayerNorm(s.epsilon, use_fast_variance=False, name="embedding_norm")(x)
-        bias = jnp.where(mask[:, None, None, :] > 0, 0.0, jnp.finfo(x.dtype).min)
+        mask = mask[:, None, None, :] > 0
         rows = x.reshape(-1, s.width)
         for i in range(s.depth):
-            rows = Layer(s, name=f"layer_{i}")(rows, bias)
+            rows = Layer(s, name=f"layer_{i}")(rows, mask)
         return rows.reshape(x.shape)
 
 

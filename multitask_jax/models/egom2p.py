@@ -9,7 +9,7 @@ Legend: B batch, I inputs, O targets, M modalities, L positions, V ids, D width,
 H heads, F hidden width.
 """
 
-import functools
+import math
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as Spec
 
+from multitask_jax.layers.attention import attend
 from multitask_jax.masked.masks import Masks, Slots
 from multitask_jax.masked.modalities import (
     Modalities,
@@ -61,6 +62,24 @@ SHAPES = {
 }
 
 
+class Kernel(nn.Module):
+    """A matrix as a parameter of more axes: `ins` are summed over, `outs` made."""
+
+    ins: tuple[int, ...]
+    outs: tuple[int, ...]
+    dtype: Any
+
+    @nn.compact
+    def __call__(self) -> Array:
+        """[*ins, *outs]."""
+        flat = math.prod(self.ins), math.prod(self.outs)
+
+        def init(key: Array) -> Array:
+            return _KERNEL(key, flat).reshape(*self.ins, *self.outs)
+
+        return self.param("kernel", init).astype(self.dtype)
+
+
 class Attention(nn.Module):
     """Queries from x [B, N, D], keys and values from `context` or x; no biases."""
 
@@ -69,24 +88,22 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mask: Array, context: Array | None = None) -> Array:
-        def split(name: str, parts: int, x: Array) -> list[Array]:
-            # Heads are an axis of the kernel, so that a mesh can cut it.
-            features = (parts, self.heads, x.shape[-1] // self.heads)
-            dense = nn.DenseGeneral(
-                features, use_bias=False, kernel_init=_KERNEL, dtype=self.dtype,
-                name=name,
-            )  # fmt: skip
-            return [dense(x)[:, :, i] for i in range(parts)]
+        b, _, width = x.shape
+        # Heads are an axis of the kernel, so that a mesh can cut it.
+        split = self.heads, width // self.heads
+
+        def parts(name: str, count: int, x: Array) -> list[Array]:
+            kernel = Kernel((width,), (count, *split), self.dtype, name=name)()
+            found = (rows(x) @ columns(kernel[:, i]) for i in range(count))
+            return [y.reshape(b, -1, *split) for y in found]
 
         if context is None:
-            q, k, v = split("qkv", 3, x)
+            q, k, v = parts("qkv", 3, x)
         else:
-            (q,), (k, v) = split("query", 1, x), split("key_value", 2, context)
-        y = jax.nn.dot_product_attention(q, k, v, mask=mask)
-        return nn.DenseGeneral(
-            x.shape[-1], axis=(-2, -1), use_bias=False, kernel_init=_KERNEL,
-            dtype=self.dtype, name="output",
-        )(y)  # fmt: skip
+            (q,), (k, v) = parts("query", 1, x), parts("key_value", 2, context)
+        kernel = Kernel(split, (width,), self.dtype, name="output")()
+        y = attend(q, k, v, mask).reshape(-1, width)
+        return (y @ kernel.reshape(width, width)).reshape(x.shape)
 
 
 class SwiGLU(nn.Module):
@@ -97,12 +114,21 @@ class SwiGLU(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        dense = functools.partial(
-            nn.DenseGeneral, use_bias=False, kernel_init=_KERNEL, dtype=self.dtype
-        )
-        y = dense((2, self.hidden), name="gate_up")(x)
-        y = nn.silu(y[..., 0, :]) * y[..., 1, :]
-        return dense(x.shape[-1], name="down")(y)
+        width = x.shape[-1]
+        both = Kernel((width,), (2, self.hidden), self.dtype, name="gate_up")()
+        gate, up = (rows(x) @ both[:, i] for i in range(2))
+        down = Kernel((self.hidden,), (width,), self.dtype, name="down")()
+        return (nn.silu(gate) * up @ down).reshape(x.shape)
+
+
+def rows(x: Array) -> Array:
+    """[B, N, D] -> [B N, D]: a CPU sums gradients over one axis faster than two."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def columns(kernel: Array) -> Array:
+    """[D, H, d] -> [D, H d]."""
+    return kernel.reshape(kernel.shape[0], -1)
 
 
 def keep(x: Array, layout: Layout) -> Array:

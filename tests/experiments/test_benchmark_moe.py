@@ -9,6 +9,7 @@ def test_it_times_every_way(tmp_path):
             hidden=8,
             repeats=1,
             ragged=False,
+            keep_memory=False,  # the tests' process stays as it is
             output_dir=str(tmp_path),
         )
     )
