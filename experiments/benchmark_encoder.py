@@ -7,11 +7,13 @@ or this one's with `pip install multitask-jax[torch]`); without it only ours is 
 Both have the sizes of all-MiniLM-L6-v2 with random weights (time does not depend on
 them), the same batch of full length, threads and AdamW, in float32. They take turns in
 one run, so that both meet the same load, after a warm-up; the median of the repeats
-counts.
+counts. A third side makes the products of inference with matrices of weights, and
+nothing else: what is left to gain.
 """
 
 import dataclasses
 import functools
+import math
 import statistics
 import subprocess
 import time
@@ -33,6 +35,7 @@ SIZES = bert.Shape(
     vocab_size=30522, width=384, depth=6, heads=12, mlp_width=1536, positions=512
 )
 KINDS = ("training", "inference")
+PRODUCTS = "its matrix products alone"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +92,30 @@ def ours(config: Config, shape: bert.Shape = SIZES) -> Timer:
     return seconds
 
 
+def products(config: Config, shape: bert.Shape = SIZES) -> Timer:
+    """Steps that only multiply, as inference does, by every layer's matrices."""
+    d, h = shape.width, shape.mlp_width
+    sizes = [(d, d)] * 4 + [(d, h), (h, d)]
+    layers = [[jnp.ones(s) / s[0] for s in sizes] for _ in range(shape.depth)]
+    x = jnp.ones((config.batch * config.length, d))
+
+    @jax.jit
+    def inference(layers: Any, x: jax.Array) -> jax.Array:
+        for query, key, value, *rest in layers:
+            x = x @ query + x @ key + x @ value
+            for kernel in rest:
+                x = x @ kernel
+        return x
+
+    def seconds(kind: str, steps: int) -> float:
+        start = time.perf_counter()
+        for _ in range(steps):
+            jax.block_until_ready(inference(layers, x))
+        return time.perf_counter() - start
+
+    return seconds
+
+
 def theirs(config: Config, shape: bert.Shape = SIZES) -> tuple[Timer, subprocess.Popen]:
     """Steps of transformers' encoder, in a process that the caller ends.
 
@@ -120,13 +147,14 @@ def measure(config: Config, sides: dict[str, Timer]) -> dict[tuple[str, str], fl
     """Sentences a second by (side, kind): medians over turns."""
     rates: dict[tuple[str, str], float] = {}
     for kind in KINDS:
-        for seconds in sides.values():
+        own = {n: s for n, s in sides.items() if n != PRODUCTS or kind == "inference"}
+        for seconds in own.values():
             seconds(kind, 2)
         turns = [
-            {name: seconds(kind, config.steps) for name, seconds in sides.items()}
+            {name: seconds(kind, config.steps) for name, seconds in own.items()}
             for _ in range(config.repeats)
         ]
-        for name in sides:
+        for name in own:
             median = statistics.median(turn[name] for turn in turns)
             rates[name, kind] = config.batch * config.steps / median
     return rates
@@ -145,14 +173,19 @@ def run(config: Config) -> dict[tuple[str, str], float]:
         if config.torch_python:
             sides["transformers"], process = theirs(config)
         sides["ours"] = ours(config)
+        sides[PRODUCTS] = products(config)
         rates = measure(config, sides)
     finally:
         if process is not None:
             process.communicate()  # closes its input, which ends it
-    rows = [[name, *(f"{rates[name, k]:.0f}" for k in KINDS)] for name in sides]
-    if process is not None:
-        ratios = [rates["ours", k] / rates["transformers", k] for k in KINDS]
-        rows.append(["ratio", *(f"{r:.2f}" for r in ratios)])
+    rows = []
+    for name in sides:
+        line = [name]
+        for key in ((name, kind) for kind in KINDS):
+            ratio = rates.get(key, 0) / rates.get(("transformers", key[1]), math.inf)
+            times = f" ({ratio:.2f} x)" if ratio else ""
+            line.append(f"{rates[key]:.0f}{times}" if key in rates else "")
+        rows.append(line)
     title = (
         f"Sentences a second, batches of {config.batch} x {config.length} tokens,"
         f" {config.threads} threads"

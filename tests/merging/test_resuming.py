@@ -378,6 +378,8 @@ def test_permission_denied(inputs, tmp_path):
     file, folder = inputs / "m1" / "model.safetensors", tmp_path / "closed"
     inputs.chmod(0o755)
     folder.mkdir(0o555)
+    merge(inputs, tmp_path / "out")  # imports what nobody may read
+    shutil.rmtree(tmp_path / "out")
     with as_nobody(tmp_path):
         message = rf"{folder}/out: can't write there \(Permission denied\)"
         with pytest.raises(CheckpointError, match=message):
