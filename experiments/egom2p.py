@@ -21,12 +21,14 @@ Legend: N clips.
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from jax.sharding import Mesh
 
 from experiments import egom2p_evaluation as measures
 from experiments import egom2p_pictures as pictures
@@ -36,7 +38,7 @@ from experiments import egom2p_training as training
 from experiments import flags, parsing, study_store
 from experiments.egom2p_evaluation import TASKS, Model
 from experiments.flags import flag
-from multitask_jax import checkpoints, evaluation
+from multitask_jax import checkpoints, evaluation, sharding
 from multitask_jax import tree as trees
 from multitask_jax.data import egocentric
 from multitask_jax.data.egocentric import MODALITIES, Clips
@@ -61,6 +63,9 @@ class Config:
     video_steps: int = flag("Steps of training, tokenizers of RGB and of depth.", 2500)
     trajectory_steps: int = flag("The same, of camera and gaze.", 1500)
     tokenizer_batch: int = flag("Videos a step (eight times as many trajectories).", 4)
+    quantizer: Literal["vq", "fsq"] = flag(
+        "Of RGB and depth: a learnt codebook, or rounding.", "vq"
+    )
     mirror: bool = flag("Learn from mirror images of training clips too.", True)
     size: Literal["mini", "tiny", "small", "base"] = flag("Of the transformer.", "tiny")
     steps: int = flag("Steps of pretraining.", 4000)
@@ -73,6 +78,11 @@ class Config:
     )
     focus: float = flag(
         "Share of Dirichlet masks that show one modality and ask for others.", 0.75
+    )
+    mesh: str = flag(
+        "Pretrain on a mesh of this host's devices (a CPU simulates them): some of"
+        " data, fsdp and tensor, like data=4,tensor=2.",
+        "",
     )
     evaluate_every: int = flag("Steps between validations and checkpoints.", 250)
     test_clips: int = flag("Held-out clips to evaluate, at most.", 128)
@@ -94,7 +104,9 @@ class Config:
 # What each stage adds to what its results depend on.
 _DEPENDS = {
     "record": ("seed", "clips"),
-    "tokenize": ("video_steps", "trajectory_steps", "tokenizer_batch", "mirror"),
+    "tokenize": (
+        "video_steps", "trajectory_steps", "tokenizer_batch", "quantizer", "mirror",
+    ),
     "pretrain": (
         "size", "steps", "batch", "rate", "inputs", "targets_budget", "masking",
         "focus", "evaluate_every",
@@ -151,7 +163,7 @@ def tokenize(config: Config, workdir: Path) -> None:
     }
     if config.mirror:
         clips["train"] = tokens_of.with_mirrored(clips["train"])
-    tokens_of.train(
+    made = tokens_of.train(
         clips["train"],
         clips["validation"],
         workdir / "tokenizers",
@@ -159,8 +171,11 @@ def tokenize(config: Config, workdir: Path) -> None:
         video_steps=config.video_steps,
         trajectory_steps=config.trajectory_steps,
         batch=config.tokenizer_batch,
+        quantizer=config.quantizer,
         progress=config.progress,
     )
+    if config.progress:
+        print(reports.reconstructions(made))
     frozen = tokens_of.load(workdir / "tokenizers")
     for split, some in clips.items():
         path = workdir / "tokens" / f"{split}.npz"
@@ -187,10 +202,23 @@ def pretrain(config: Config, workdir: Path) -> None:
         settings_of(config),
         start=training.from_codebooks(frozen, config.seed),
         workdir=folder,
+        mesh=mesh_of(config),
         progress=config.progress,
     )
     (folder / "history.json").write_text(json.dumps(found.history))
     save_params(folder / "params", found.params)
+
+
+def mesh_of(config: Config) -> Mesh | None:
+    """The mesh of --mesh.
+
+    Raises:
+      ValueError: axes without sizes, or more of them than there are devices.
+    """
+    if not config.mesh:
+        return None
+    axes = sharding.parse_axes(config.mesh)
+    return sharding.make_mesh(axes, sharding.host_devices(math.prod(axes.values())))
 
 
 def save_params(path: Path, params: Any) -> None:

@@ -126,6 +126,17 @@ def against(found: Measured, model: str, other: str) -> str:
     return f"**{model}** against **{other}**: {counted(count)}.\n\n{rows}"
 
 
+def reconstructions(tokenizers: Mapping[str, Mapping[str, Any]]) -> str:
+    """How well clips survive tokenizers, from KIND.json by kind."""
+    rows = []
+    for kind, made in tokenizers.items():
+        quality = dict(made["quality"])
+        used, perplexity = quality.pop("used"), quality.pop("perplexity")
+        said = ", ".join(f"{k.replace('_', ' ')} {v:.3g}" for k, v in quality.items())
+        rows.append([kind, said, f"{100 * used:.0f} %", f"{perplexity:.0f}"])
+    return table(["", "reconstruction", "codes used", "perplexity"], rows)
+
+
 def text(
     found: Mapping[str, Any],
     frechet: Mapping[str, float],
@@ -136,12 +147,6 @@ def text(
     grid: bool,
 ) -> str:
     """The whole report.md; `tokenizers`: KIND.json by kind; `grid`: there is one."""
-    rows = []
-    for kind, made in tokenizers.items():
-        quality = dict(made["quality"])
-        used, perplexity = quality.pop("used"), quality.pop("perplexity")
-        said = ", ".join(f"{k.replace('_', ' ')} {v:.3g}" for k, v in quality.items())
-        rows.append([kind, said, f"{100 * used:.0f} %", f"{perplexity:.0f}"])
     groups = sorted(set(test.group))
     return "\n\n".join(
         [
@@ -158,7 +163,7 @@ def text(
                 for other in ("constant", "EgoM2P, shown another clip")
             ),
             "## Tokenizers, on validation clips",
-            table(["", "reconstruction", "codes used", "perplexity"], rows),
+            reconstructions(tokenizers),
             *(["![pictures](grid.png)"] if grid else []),
             "![learning curves](curves.png)",
         ]

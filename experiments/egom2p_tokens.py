@@ -44,13 +44,14 @@ def train(
     trajectory_steps: int,
     batch: int,
     temporal: int = 4,
+    quantizer: str = "vq",
     kinds: Sequence[str] = MODALITIES,
     progress: bool = True,
 ) -> dict[str, dict[str, Any]]:
     """Trains a tokenizer of each kind that `folder` lacks, on the clips that have it.
 
     Writes folder/KIND and folder/KIND.json: its curve, and how well validation clips
-    survive. Returns the latter, by kind.
+    survive. Returns the latter, by kind. `quantizer` is that of videos.
     """
     found = {}
     for i, kind in enumerate(kinds):
@@ -59,7 +60,8 @@ def train(
             rows = np.flatnonzero(clips.present[kind])
             if not len(rows):
                 raise ValueError(f"no training clip has {kind}; add some that do")
-            config = tokenizers.Config(kind, temporal=temporal if kind in VIDEO else 4)
+            own = {"temporal": temporal, "quantizer": quantizer}
+            config = tokenizers.Config(kind, **(own if kind in VIDEO else {}))
             data = clips.arrays[kind][rows]
             valid = validation.arrays[kind][validation.present[kind]]
             tokenizer, curve = tokenizers.fit(

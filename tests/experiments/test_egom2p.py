@@ -88,6 +88,13 @@ def test_a_second_run_does_nothing_anew_and_another_one_is_refused(found, config
         egom2p.run(other)
 
 
+def test_a_mesh_that_is_not_there_is_refused(tmp_path):
+    config = egom2p.Config(workdir=str(tmp_path), stage="pretrain", mesh="data=4096")
+    with pytest.raises(ValueError, match="needs 4096 devices"):
+        egom2p.mesh_of(config)
+    assert egom2p.mesh_of(dataclasses.replace(config, mesh="data=4,tensor=2")).size == 8
+
+
 def test_clips_that_came_later_are_seen(tmp_path):
     (tmp_path / "clips").mkdir()
     config = egom2p.Config(workdir=str(tmp_path))

@@ -249,3 +249,31 @@ def test_models_of_other_shapes_are_named(tmp_path, three):
             )
         )
     assert not (tmp_path / "moe").exists()
+
+
+@pytest.mark.filterwarnings("ignore:::torch", "ignore:::transformers")
+def test_transformers_loads_the_mixtral_and_copies_change_nothing(tmp_path):
+    torch = pytest.importorskip("torch", reason="pip install multitask-jax[torch]")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 50, "hidden_size": 32, "intermediate_size": 48,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "initializer_range": 0.3, "tie_word_embeddings": False,
+    }  # fmt: skip
+    dense = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).eval()
+    dense.save_pretrained(tmp_path / "llama")
+    upcycle.run(
+        upcycle.Config(
+            models=str(tmp_path / "llama"),
+            experts=4,
+            output=str(tmp_path / "moe"),
+            progress=False,
+        )
+    )
+    sparse = transformers.MixtralForCausalLM.from_pretrained(tmp_path / "moe").eval()
+    ids = torch.arange(24).reshape(2, 12) * 7 % 50
+    with torch.inference_mode():
+        expected, got = (m(input_ids=ids).logits.numpy() for m in (dense, sparse))
+    assert np.std(expected) > 0.1
+    np.testing.assert_allclose(got, expected, atol=2e-5)

@@ -46,7 +46,7 @@ class Config:
     quantizer: Quantizer | Literal[""] = ""
     codes: int = 0  # K, of "vq"
     latent: int = 32  # numbers an encoding, of "vq"
-    levels: tuple[int, ...] = (8, 5, 5, 5)  # of "fsq": K is their product
+    levels: tuple[int, ...] = (8, 8, 8)  # of "fsq": K is their product
     temporal: Literal[1, 4] = 4  # frames a token; 1: each frame by itself
     frames: int = 16  # F of a video
     size: int = 64  # pixels, the height and the width of a video
