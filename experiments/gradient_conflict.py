@@ -34,6 +34,7 @@ import numpy as np
 import optax
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from scipy.stats import t as student
 from tqdm import tqdm
 
 from experiments import flags, report_file, study_store
@@ -351,7 +352,28 @@ def report(result: Result, angles: list[float], config: Config) -> str:
             for name, x in by_variant.items()
         ]
         parts += [f"## {title}\n", table(header, rows), ""]
+    bottom, *others = result.loss
+    if config.seeds > 1:
+        title = f"Error less that of {bottom}, %: 95 % intervals of paired differences"
+        rows = [
+            [name, *map(paired, 100 * (result.loss[name] - result.loss[bottom]))]
+            for name in others
+        ]
+        head = ["", *header[2:], "all but 0° and 180°"]
+        between = [i for i, a in enumerate(angles) if a % 180]
+        for row, name in zip(rows, others, strict=True):
+            gap = 100 * (result.loss[name] - result.loss[bottom])[between]
+            row.append(paired(gap.mean(axis=0)) if between else "")
+        parts += [f"## {title}\n", table(head, rows), ""]
     return "\n".join(parts)
+
+
+def paired(difference: np.ndarray) -> str:
+    """Mean and Student's interval of differences [S], each of one seed's two runs."""
+    n = len(difference)
+    half = student.ppf(0.975, n - 1) * difference.std(ddof=1) / n**0.5
+    mean = difference.mean()
+    return f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]"
 
 
 def _spread(x: np.ndarray) -> list[tuple[float, float]]:

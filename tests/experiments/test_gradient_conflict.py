@@ -113,3 +113,8 @@ def test_wrong_flags_are_named(tmp_path):
     for options in ({"hidden": 6}, {"steps": 3}):
         with pytest.raises(ValueError, match="multiple of 4"):
             conflict.run(conflict.Config(workdir=str(tmp_path), **options))
+
+
+def test_paired_differences_have_students_interval():
+    # Mean 2, standard deviation 1, three of them: 2 +- 4.303 / sqrt(3).
+    assert conflict.paired(np.array([1.0, 2.0, 3.0])) == "+2.0 [-0.5, +4.5]"
