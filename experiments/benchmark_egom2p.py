@@ -23,6 +23,7 @@ from experiments import flags, parsing, report_file, torch_side
 from experiments.egom2p_tokens import Tokens
 from experiments.flags import flag
 from multitask_jax import training
+from multitask_jax.host_memory import keep_freed_memory
 from multitask_jax.masked.modalities import (
     Modality,
     first_ids,
@@ -154,7 +155,7 @@ def run(config: Config) -> dict[str, float]:
         raise ValueError(f"got {config}, expected sizes, and a repeat at least")
     torch_side.use_cores(config.threads)
     if config.keep_memory:
-        training.keep_freed_memory()
+        keep_freed_memory()
     made = {name: ours(config, name) for name in sizes}
 
     timers: dict[str, Callable[[], float]] = {}

@@ -27,7 +27,7 @@ import optax
 from experiments import flags, report_file, torch_side
 from experiments.flags import flag
 from experiments.torch_side import Timer
-from multitask_jax import training
+from multitask_jax.host_memory import keep_freed_memory
 from multitask_jax.merging.report import table
 from multitask_jax.models import bert
 
@@ -166,7 +166,7 @@ def run(config: Config) -> dict[tuple[str, str], float]:
         raise ValueError(f"got {config}, expected sizes and repeats of at least 1")
     torch_side.use_cores(config.threads)
     if config.keep_memory:
-        training.keep_freed_memory()
+        keep_freed_memory()
     process = None
     sides = {}
     try:

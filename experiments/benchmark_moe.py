@@ -18,7 +18,8 @@ import jax.numpy as jnp
 
 from experiments import flags, report_file, torch_side
 from experiments.flags import flag
-from multitask_jax import moe, training
+from multitask_jax import moe
+from multitask_jax.host_memory import keep_freed_memory
 from multitask_jax.merging.report import table
 
 
@@ -115,7 +116,7 @@ def run(config: Config) -> dict[str, float]:
         raise ValueError(f"got {config}, expected sizes and repeats of at least 1")
     torch_side.use_cores(config.threads)
     if config.keep_memory:
-        training.keep_freed_memory()
+        keep_freed_memory()
     given = inputs(config)
     steps, process = ours(config, given), None
 

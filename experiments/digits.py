@@ -44,8 +44,8 @@ from experiments import flags, merge, report_file
 from experiments.flags import flag
 from multitask_jax import merging
 from multitask_jax.data import digits
+from multitask_jax.host_memory import keep_freed_memory
 from multitask_jax.models import digits_transformer as vit
-from multitask_jax.training import keep_freed_memory
 
 SHAPE = vit.Shape()
 TASKS = tuple(digits.TASKS)

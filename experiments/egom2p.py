@@ -42,10 +42,10 @@ from multitask_jax import checkpoints, evaluation, sharding
 from multitask_jax import tree as trees
 from multitask_jax.data import egocentric
 from multitask_jax.data.egocentric import MODALITIES, Clips
+from multitask_jax.host_memory import keep_freed_memory
 from multitask_jax.masked import modalities as mods
 from multitask_jax.masked import tokenizers
 from multitask_jax.models.egom2p import SHAPES, Shape
-from multitask_jax.training import keep_freed_memory
 
 _STEPS = {task.wanted: task.steps for task in TASKS}
 

@@ -46,10 +46,10 @@ from experiments.egom2p_study_runs import Measured, Study, both
 from experiments.egom2p_tokens import Tokens
 from experiments.flags import flag
 from multitask_jax.data.egocentric import Clips
+from multitask_jax.host_memory import keep_freed_memory
 from multitask_jax.masked import modalities as mods
 from multitask_jax.masked import tokenizers
 from multitask_jax.models.egom2p import SHAPES
-from multitask_jax.training import keep_freed_memory
 
 PARTS = ("coverage", "decoding", "specialists", "masking", "frames", "merging")
 FREE = ("parts", "seeds", "progress")  # may differ from an earlier run in the folder

@@ -41,8 +41,9 @@ from experiments import flags, report_file, study_store
 from experiments.flags import flag
 from experiments.parsing import numbers
 from multitask_jax import moe
+from multitask_jax.host_memory import keep_freed_memory
 from multitask_jax.merging.report import table
-from multitask_jax.training import gradients, keep_freed_memory
+from multitask_jax.training import gradients
 
 TASKS = 2
 WAVES = 4  # terms of the sum of sines

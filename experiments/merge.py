@@ -33,6 +33,7 @@ import multitask_jax
 from experiments import flags, merge_recipe, parsing, signals
 from experiments.flags import flag
 from multitask_jax import merging, sharding
+from multitask_jax.host_memory import keep_freed_memory
 from multitask_jax.merging import distributed
 from multitask_jax.merging.processes import ALONE, Group
 
@@ -463,23 +464,6 @@ def recipe_named(name: str) -> Callable[..., merging.Method]:
     return merging.METHODS[name]
 
 
-def _keep_freed_memory() -> None:
-    """Has glibc reuse freed chunk buffers, instead of giving them back each time.
-
-    Page faults of fresh memory otherwise cost about half of a merge's time.
-    """
-    import ctypes
-
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # not glibc
-        return
-    mmap_threshold, trim_threshold, arena_max = -3, -1, -8
-    mallopt(arena_max, 1)  # threads with a heap each would give it back too
-    mallopt(mmap_threshold, 1 << 30)
-    mallopt(trim_threshold, (1 << 31) - 1)
-
-
 def _interrupted(config: Config) -> str:
     if config.resume:
         return "what is finished is kept; the same command goes on from there"
@@ -488,7 +472,7 @@ def _interrupted(config: Config) -> str:
 
 if __name__ == "__main__":
     gc.freeze()  # modules stay: no collection needs to look at them again
-    _keep_freed_memory()
+    keep_freed_memory()  # chunks' buffers
     signals.as_interruption()
     signals.say_on_bus_error(
         "error: an input was cut shorter while it was read, or its disk failed (bus"

@@ -51,8 +51,8 @@ from experiments.study_training import JOINT, Data, Recipe, make_heads, train
 from multitask_jax import checkpoints
 from multitask_jax.data import text_tasks, tokens
 from multitask_jax.data.text_tasks import Rows
+from multitask_jax.host_memory import keep_freed_memory
 from multitask_jax.models import bert
-from multitask_jax.training import keep_freed_memory
 
 PARTS = (
     "methods",

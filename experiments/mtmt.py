@@ -42,9 +42,10 @@ from experiments import mtmt_training as training
 from experiments.flags import flag
 from multitask_jax.data import hillstrom, uplift_simulator
 from multitask_jax.data.uplift import Trial
+from multitask_jax.host_memory import keep_freed_memory
 from multitask_jax.models import mtmt
 from multitask_jax.models.uplift_baselines import BOOSTED, MODELS
-from multitask_jax.training import keep_freed_memory, writers
+from multitask_jax.training import writers
 
 ALL = (*MODELS, *BOOSTED)
 # What predictions do not depend on.

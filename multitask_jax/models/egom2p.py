@@ -88,22 +88,22 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mask: Array, context: Array | None = None) -> Array:
-        b, _, width = x.shape
+        width = x.shape[-1]
         # Heads are an axis of the kernel, so that a mesh can cut it.
         split = self.heads, width // self.heads
 
         def parts(name: str, count: int, x: Array) -> list[Array]:
             kernel = Kernel((width,), (count, *split), self.dtype, name=name)()
             found = (rows(x) @ columns(kernel[:, i]) for i in range(count))
-            return [y.reshape(b, -1, *split) for y in found]
+            return [y.reshape(*x.shape[:2], *split) for y in found]
 
         if context is None:
             q, k, v = parts("qkv", 3, x)
         else:
             (q,), (k, v) = parts("query", 1, x), parts("key_value", 2, context)
         kernel = Kernel(split, (width,), self.dtype, name="output")()
-        y = attend(q, k, v, mask).reshape(-1, width)
-        return (y @ kernel.reshape(width, width)).reshape(x.shape)
+        y = rows(attend(q, k, v, mask).reshape(*x.shape[:2], -1))
+        return (y @ kernel.reshape(-1, width)).reshape(x.shape)
 
 
 class SwiGLU(nn.Module):
@@ -123,7 +123,7 @@ class SwiGLU(nn.Module):
 
 def rows(x: Array) -> Array:
     """[B, N, D] -> [B N, D]: a CPU sums gradients over one axis faster than two."""
-    return x.reshape(-1, x.shape[-1])
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def columns(kernel: Array) -> Array:

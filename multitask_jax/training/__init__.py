@@ -9,7 +9,6 @@ Modules for tasks: `sampling`, `gradients`; for metrics: `writers`.
 """
 
 from multitask_jax.training import gradients, sampling, writers
-from multitask_jax.training.host_memory import keep_freed_memory
 from multitask_jax.training.loop import FitResult, fit
 from multitask_jax.training.optimizers import adamw, decayed
 from multitask_jax.training.saving import Best
@@ -27,7 +26,6 @@ __all__ = [
     "gradients",
     "init_state",
     "join",
-    "keep_freed_memory",
     "make_step",
     "sampling",
     "split",

@@ -8,10 +8,10 @@ import pytest
 PROGRAM = """
 import resource, sys
 import jax, jax.numpy as jnp
-from multitask_jax import training
+from multitask_jax import host_memory
 
 if sys.argv[1] == "keep":
-    assert training.keep_freed_memory()
+    assert host_memory.keep_freed_memory()
 
 @jax.jit
 def step(x):  # temporary memory of 64 MB
@@ -36,5 +36,6 @@ def faults(how: str) -> float:
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 def test_steps_cause_a_tenth_of_the_page_faults() -> None:
     given_back = faults("give back")
-    assert given_back > 1000  # else there is nothing to save here
+    if given_back < 1000:
+        pytest.skip("memory comes in huge pages here: nothing to save")
     assert faults("keep") < given_back / 10

@@ -1,6 +1,7 @@
 """The host's memory between steps, where glibc manages it (Linux)."""
 
 import ctypes
+import sys
 
 # Options of mallopt(3), by their numbers in malloc.h.
 _ARENA_MAX, _MMAP_MAX, _TRIM_THRESHOLD = -8, -4, -1
@@ -18,9 +19,10 @@ def keep_freed_memory() -> bool:
     otherwise. Accelerators have allocators of their own.
 
     Returns:
-      Whether it was done; False where there is no glibc.
+      Whether glibc took it: not on other systems, and no use beside another malloc.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    linux = sys.platform == "linux"
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if linux else None
     if mallopt is None:
         return False
     # One pool for all threads, that grows and never shrinks.
