@@ -12,7 +12,7 @@ every method; test rows are used once. The final merges go through `experiments.
       --flagfile=experiments/flagfiles/study/full.flags
 
 DATA has a folder a task: train.tsv, validation.tsv, test.tsv with a header and columns
-label, sentence (, sentence2). Two hours and more on 2 cores, less with --methods of
+label, sentence (, sentence2). About 90 minutes on 2 cores, less with --methods of
 your choice; a run that is stopped goes on where it was. Writes to --workdir:
 config.json, metrics.jsonl (all results), report.md, figures, and the specialists as
 Hugging Face directories.
