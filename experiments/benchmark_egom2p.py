@@ -23,7 +23,6 @@ from experiments import flags, parsing, report_file, torch_side
 from experiments.egom2p_tokens import Tokens
 from experiments.flags import flag
 from multitask_jax import training
-from multitask_jax.host_memory import keep_freed_memory
 from multitask_jax.masked.modalities import (
     Modality,
     first_ids,
@@ -52,9 +51,7 @@ class Config:
     targets: int = flag("Tokens asked.", 96)
     threads: int = flag("Threads of either side (cores, where the OS lets us).", 2)
     repeats: int = flag("Turns; the median counts.", 7)
-    keep_memory: bool = flag(
-        "Freed memory stays for the next step, as in our training commands.", True
-    )
+    keep_memory: bool = flag(torch_side.KEEP_MEMORY, True)
     output_dir: str = flag("Folder for report.md.", ".cache/benchmark_egom2p")
 
 
@@ -153,9 +150,7 @@ def run(config: Config) -> dict[str, float]:
         parsing.one_of("sizes", name, tuple(egom2p.SHAPES))
     if not sizes or min(config.repeats, config.batch) < 1:
         raise ValueError(f"got {config}, expected sizes, and a repeat at least")
-    torch_side.use_cores(config.threads)
-    if config.keep_memory:
-        keep_freed_memory()
+    torch_side.prepare(config.threads, keep_memory=config.keep_memory)
     made = {name: ours(config, name) for name in sizes}
 
     timers: dict[str, Callable[[], float]] = {}

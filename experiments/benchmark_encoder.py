@@ -13,7 +13,6 @@ nothing else: what is left to gain.
 
 import dataclasses
 import functools
-import math
 import statistics
 import subprocess
 import time
@@ -27,7 +26,6 @@ import optax
 from experiments import flags, report_file, torch_side
 from experiments.flags import flag
 from experiments.torch_side import Timer
-from multitask_jax.host_memory import keep_freed_memory
 from multitask_jax.merging.report import table
 from multitask_jax.models import bert
 
@@ -48,9 +46,7 @@ class Config:
     threads: int = flag("Threads of either side (cores, where the OS lets us).", 2)
     steps: int = flag("Steps of either side before the other's turn.", 5)
     repeats: int = flag("Turns; the median counts.", 7)
-    keep_memory: bool = flag(
-        "Freed memory stays for the next step, as in our training commands.", True
-    )
+    keep_memory: bool = flag(torch_side.KEEP_MEMORY, True)
     output_dir: str = flag("Folder for report.md.", ".cache/benchmark_encoder")
 
 
@@ -164,9 +160,7 @@ def run(config: Config) -> dict[tuple[str, str], float]:
     """Times both sides, prints the table and writes it to report.md."""
     if min(config.batch, config.length, config.steps, config.repeats) < 1:
         raise ValueError(f"got {config}, expected sizes and repeats of at least 1")
-    torch_side.use_cores(config.threads)
-    if config.keep_memory:
-        keep_freed_memory()
+    torch_side.prepare(config.threads, keep_memory=config.keep_memory)
     process = None
     sides = {}
     try:
@@ -181,10 +175,10 @@ def run(config: Config) -> dict[tuple[str, str], float]:
     rows = []
     for name in sides:
         line = [name]
-        for key in ((name, kind) for kind in KINDS):
-            ratio = rates.get(key, 0) / rates.get(("transformers", key[1]), math.inf)
-            times = f" ({ratio:.2f} x)" if ratio else ""
-            line.append(f"{rates[key]:.0f}{times}" if key in rates else "")
+        for kind in KINDS:
+            rate, other = rates.get((name, kind)), rates.get(("transformers", kind))
+            times = f" ({rate / other:.2f} x)" if rate and other else ""
+            line.append(f"{rate:.0f}{times}" if rate else "")
         rows.append(line)
     title = (
         f"Sentences a second, batches of {config.batch} x {config.length} tokens,"

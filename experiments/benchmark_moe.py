@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from experiments import flags, report_file, torch_side
 from experiments.flags import flag
 from multitask_jax import moe
-from multitask_jax.host_memory import keep_freed_memory
 from multitask_jax.merging.report import table
 
 
@@ -38,9 +37,7 @@ class Config:
     ragged: bool = flag("Also by lax.ragged_dot (slow on a CPU).", True)
     threads: int = flag("Threads of either side.", 2)
     repeats: int = flag("Turns; the median counts.", 7)
-    keep_memory: bool = flag(
-        "Freed memory stays for the next step, as in our training commands.", True
-    )
+    keep_memory: bool = flag(torch_side.KEEP_MEMORY, True)
     output_dir: str = flag("Folder for report.md.", ".cache/benchmark_moe")
 
 
@@ -114,9 +111,7 @@ def run(config: Config) -> dict[str, float]:
     """
     if min(config.tokens, config.repeats, config.experts, config.k) < 1:
         raise ValueError(f"got {config}, expected sizes and repeats of at least 1")
-    torch_side.use_cores(config.threads)
-    if config.keep_memory:
-        keep_freed_memory()
+    torch_side.prepare(config.threads, keep_memory=config.keep_memory)
     given = inputs(config)
     steps, process = ours(config, given), None
 

@@ -21,7 +21,6 @@ Legend: N clips.
 
 import dataclasses
 import json
-import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -217,8 +216,7 @@ def mesh_of(config: Config) -> Mesh | None:
     """
     if not config.mesh:
         return None
-    axes = sharding.parse_axes(config.mesh)
-    return sharding.make_mesh(axes, sharding.host_devices(math.prod(axes.values())))
+    return sharding.host_mesh(sharding.parse_axes(config.mesh))
 
 
 def save_params(path: Path, params: Any) -> None:

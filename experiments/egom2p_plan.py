@@ -76,9 +76,7 @@ def make(config: Config) -> Plan:
     Raises:
       ValueError: the mesh does not divide the batch or a parameter.
     """
-    axes = sharding.parse_axes(config.mesh)
-    devices = sharding.host_devices(math.prod(axes.values()), simulate=True)
-    mesh = sharding.make_mesh(axes, devices)
+    mesh = sharding.host_mesh(sharding.parse_axes(config.mesh), simulate=True)
     shape = egom2p.SHAPES[config.size]
     settings = runs.Settings(inputs=config.inputs, targets=config.targets)
     loss = runs.loss_fn(PAPER, shape, settings, mesh)

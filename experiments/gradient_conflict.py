@@ -356,15 +356,13 @@ def report(result: Result, angles: list[float], config: Config) -> str:
     bottom, *others = result.loss
     if config.seeds > 1:
         title = f"Error less that of {bottom}, %: 95 % intervals of paired differences"
-        rows = [
-            [name, *map(paired, 100 * (result.loss[name] - result.loss[bottom]))]
-            for name in others
-        ]
         head = ["", *header[2:], "all but 0° and 180°"]
         between = [i for i, a in enumerate(angles) if a % 180]
-        for row, name in zip(rows, others, strict=True):
-            gap = 100 * (result.loss[name] - result.loss[bottom])[between]
-            row.append(paired(gap.mean(axis=0)) if between else "")
+        rows = []
+        for name in others:
+            gap = 100 * (result.loss[name] - result.loss[bottom])
+            mean = paired(gap[between].mean(axis=0)) if between else ""
+            rows.append([name, *map(paired, gap), mean])
         parts += [f"## {title}\n", table(head, rows), ""]
     return "\n".join(parts)
 

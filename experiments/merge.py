@@ -360,10 +360,8 @@ def mesh_of(config: Config) -> tuple[Any, Any]:
             "--mesh: recipes of --mergekit_config are merged without a mesh; leave"
             " either out"
         )
-    axes = sharding.parse_axes(config.mesh)
-    rules = config.sharding_rules
-    devices = sharding.host_devices(math.prod(axes.values()), simulate=config.dry_run)
-    mesh = sharding.make_mesh(axes, devices)
+    axes, rules = sharding.parse_axes(config.mesh), config.sharding_rules
+    mesh = sharding.host_mesh(axes, simulate=config.dry_run)
     return mesh, None if rules is None else sharding.parse_rules(rules)
 
 

@@ -51,7 +51,6 @@ from experiments.study_training import JOINT, Data, Recipe, make_heads, train
 from multitask_jax import checkpoints
 from multitask_jax.data import text_tasks, tokens
 from multitask_jax.data.text_tasks import Rows
-from multitask_jax.host_memory import keep_freed_memory
 from multitask_jax.models import bert
 
 PARTS = (
@@ -296,5 +295,4 @@ def run(config: Config) -> Result:
 
 
 if __name__ == "__main__":
-    keep_freed_memory()
     flags.main(Config, flags.plain_errors(run, "the same command goes on from there"))

@@ -64,8 +64,7 @@ def make(config: Config) -> Plan:
     axes = sharding.parse_axes(config.mesh)
     if "expert" not in axes:
         raise ValueError(f"--mesh: got {config.mesh!r}, expected an axis called expert")
-    devices = sharding.host_devices(math.prod(axes.values()), simulate=True)
-    mesh = sharding.make_mesh(axes, devices)
+    mesh = sharding.host_mesh(axes, simulate=True)
     e, d, n = config.experts, config.width, config.tokens * mesh.size
     dtype = jnp.dtype(config.dtype)
     expert = moe.EXPERTS[config.kind]

@@ -10,13 +10,26 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from multitask_jax.host_memory import keep_freed_memory
+
 Timer = Callable[[str, int], float]  # kind, steps -> seconds
 
 
-def use_cores(count: int) -> None:
-    """Keeps this process, and what it starts, to so many cores where the OS lets us."""
+KEEP_MEMORY = (
+    "Our side keeps freed memory for the next step, as most commands that train do;"
+    " PyTorch runs as it comes."
+)
+
+
+def prepare(cores: int, *, keep_memory: bool) -> None:
+    """Keeps this process, and what it starts, to some cores where the OS lets us.
+
+    `keep_memory`: see KEEP_MEMORY; of this process alone.
+    """
     if hasattr(os, "sched_setaffinity"):  # XLA has as many threads as it sees cores
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+    if keep_memory:
+        keep_freed_memory()
 
 
 def timed(run: Callable[[], Any]) -> Callable[[], float]:

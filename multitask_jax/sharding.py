@@ -38,18 +38,23 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> 
     return Mesh(grid, tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
 
 
-def host_devices(count: int, *, simulate: bool = False) -> list[Any]:
-    """This process's devices; where JAX has not started yet, a CPU becomes `count`.
+def host_mesh(axes: Mapping[str, int], *, simulate: bool = False) -> Mesh:
+    """`make_mesh` of this process's devices; a CPU simulates them.
 
     Args:
-      count: of devices to simulate.
+      axes: names and sizes, as `parse_axes` gives them.
       simulate: CPU devices even where there are accelerators, to compile alone.
+
+    Raises:
+      ValueError: there are fewer devices than the axes ask for.
     """
+    count = math.prod(axes.values())
     # If JAX has started it is too late, and `make_mesh` tells if there are too few.
     with contextlib.suppress(RuntimeError):
         if jax.config.jax_num_cpu_devices < count:
             jax.config.update("jax_num_cpu_devices", count)
-    return jax.local_devices(backend="cpu") if simulate else jax.local_devices()
+    backend = "cpu" if simulate else None
+    return make_mesh(axes, jax.local_devices(backend=backend))
 
 
 def largest_axis(

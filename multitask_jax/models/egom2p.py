@@ -94,7 +94,7 @@ class Attention(nn.Module):
 
         def parts(name: str, count: int, x: Array) -> list[Array]:
             kernel = Kernel((width,), (count, *split), self.dtype, name=name)()
-            found = (rows(x) @ columns(kernel[:, i]) for i in range(count))
+            found = (rows(x) @ kernel[:, i].reshape(width, -1) for i in range(count))
             return [y.reshape(*x.shape[:2], *split) for y in found]
 
         if context is None:
@@ -124,11 +124,6 @@ class SwiGLU(nn.Module):
 def rows(x: Array) -> Array:
     """[B, N, D] -> [B N, D]: a CPU sums gradients over one axis faster than two."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-
-
-def columns(kernel: Array) -> Array:
-    """[D, H, d] -> [D, H d]."""
-    return kernel.reshape(kernel.shape[0], -1)
 
 
 def keep(x: Array, layout: Layout) -> Array:

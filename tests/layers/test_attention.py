@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,9 +38,7 @@ def test_values_and_gradients_are_those_of_jax(mask):
 
     got = both(functools.partial(attend, mask=MASKS[mask]))(*inputs())
     expected = both(theirs)(*inputs())
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=3e-6), got, expected
-    )
+    chex.assert_trees_all_close(got, expected, rtol=1e-7, atol=3e-6)
 
 
 def test_a_query_that_may_look_at_nothing_gets_the_mean():
