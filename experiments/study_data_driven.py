@@ -1,48 +1,53 @@
 """Merges that look at unlabelled rows: Fisher, RegMean, RegMean++, AdaMerging(++).
 
 They are given `apply_fn(tensors, inputs) -> logits` on tensors by Hugging Face names,
-so that statistics fit the checkpoints, and nothing about the architecture.
+so that statistics fit the checkpoints, and nothing about the architecture. Inputs bring
+their task's head along: one function, and so one compiled program, serves all tasks
+with as many sentences a row.
+
+Legend: B rows, S sentences a row, L tokens, F features, T tasks.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.study_tasks import NEVER, Head, logits
+from experiments.study_tasks import Head, row_features
 from multitask_jax import merging, tree
 from multitask_jax.data import tokens
 from multitask_jax.models import bert
 
 Tensors = dict[str, Any]
-Inputs = dict[str, Any]  # ids and mask [B, S, L]
+Inputs = dict[str, Any]  # ids and mask [B, S, L], kernel [B, F, classes] and bias
 
 
-def apply_fns(
-    heads: Mapping[str, Head], shape: bert.Shape
-) -> dict[str, Callable[[Tensors, Inputs], jax.Array]]:
-    """Logits of each task, of its own classes only."""
+@functools.cache
+def apply_fn(shape: bert.Shape) -> Callable[[Tensors, Inputs], jax.Array]:
+    """Logits [B, classes] of an encoder of that shape, by its tensors."""
 
-    def one(head: Head) -> Callable[[Tensors, Inputs], jax.Array]:
-        classes = int(np.sum(head.bias > NEVER / 2))
-        own = Head(head.kernel[:, :classes], head.bias[:classes])._asdict()
+    def apply(tensors: Tensors, inputs: Inputs) -> jax.Array:
+        params, _ = bert.from_hugging_face(tensors, shape=shape)
+        x = row_features(params, inputs, shape)
+        return jnp.einsum("bf,bfc->bc", x, inputs["kernel"]) + inputs["bias"]
 
-        def apply(tensors: Tensors, inputs: Inputs) -> jax.Array:
-            params, _ = bert.from_hugging_face(tensors, shape=shape)
-            return logits(params, inputs | own, shape)
-
-        return apply
-
-    return {name: one(head) for name, head in heads.items()}
+    return apply
 
 
 def unlabelled(
-    encoded: Mapping[str, tokens.Encoded], *, rows: int, batch_size: int, length: int
+    encoded: Mapping[str, tokens.Encoded],
+    heads: Mapping[str, Head],
+    *,
+    rows: int,
+    batch_size: int,
+    length: int,
 ) -> dict[str, list[Inputs]]:
-    """Batches of each task's first rows, all of one shape: one program a task.
+    """Batches of each task's first rows, all of one shape.
 
     Sentences are cut to `length` tokens (the last of them stays at the end).
     """
@@ -62,14 +67,17 @@ def unlabelled(
             tokens.pad(cut, np.arange(i, i + batch_size), buckets=(length,))
             for i in starts
         ]
-        out[name] = [{"ids": p.ids, "mask": p.mask} for p in padded]
+        head = {
+            k: np.broadcast_to(x, (batch_size, *x.shape))
+            for k, x in heads[name]._asdict().items()
+        }
+        out[name] = [{"ids": p.ids, "mask": p.mask, **head} for p in padded]
     return out
 
 
 def save_statistics(
     folder: Path,
     shape: bert.Shape,
-    heads: Mapping[str, Head],
     load: Callable[[str], Tensors],
     batches: Mapping[str, Sequence[Inputs]],
     *,
@@ -86,21 +94,7 @@ def save_statistics(
     Returns:
       {"gram", "fisher"}: what --statistics takes.
     """
-
-    # Heads are among the parameters, so that one program serves all tasks.
-    def apply(params: Any, inputs: Inputs) -> jax.Array:
-        encoder, _ = bert.from_hugging_face(params["encoder"], shape=shape)
-        return logits(encoder, inputs | params["head"], shape)
-
-    predict = jax.jit(apply)
-
-    def save(path: Path, found: Any, examples: int) -> None:
-        prefix = "encoder/"
-        own = {
-            k.removeprefix(prefix): x for k, x in found.items() if k.startswith(prefix)
-        }
-        merging.save_statistics(path, own, examples=examples)
-
+    apply = apply_fn(shape)
     files: dict[str, list[str]] = {"gram": [], "fisher": []}
     for i, name in enumerate(batches):
         paths = {kind: folder / name / f"{kind}.safetensors" for kind in files}
@@ -108,27 +102,38 @@ def save_statistics(
             files[kind].append(str(path))
         if all(path.exists() for path in paths.values()):
             continue
-        params = {"encoder": load(name), "head": heads[name]._asdict()}
+        params = load(name)
         size = len(batches[name][0]["ids"])
         if not paths["gram"].exists():
             found = merging.gram_matrices(apply, params, batches[name])
-            save(paths["gram"], found, size * len(batches[name]))
+            merging.save_statistics(
+                paths["gram"], found, examples=size * len(batches[name])
+            )
         if not paths["fisher"].exists():
             few = batches[name][: max(1, fisher_rows // size)]
             keys = jax.random.split(jax.random.key(1000 * seed + i), len(few))
             pairs = [
-                (b, jax.random.categorical(key, predict(params, b)))
+                (b, jax.random.categorical(key, _predict(apply, params, b)))
                 for b, key in zip(few, keys, strict=True)
             ]
             fisher = merging.fisher_diagonal(
                 apply, params, pairs, labels="given", examples_at_once=4
             )
-            save(paths["fisher"], tree.flatten(fisher), size * len(few))
+            merging.save_statistics(
+                paths["fisher"], tree.flatten(fisher), examples=size * len(few)
+            )
     return {kind: ",".join(made) for kind, made in files.items()}
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _predict(
+    apply: Callable[[Tensors, Inputs], jax.Array], params: Tensors, inputs: Inputs
+) -> jax.Array:
+    return apply(params, inputs)
+
+
 def in_memory(
-    functions: Mapping[str, Callable[..., Any]],
+    shape: bert.Shape,
     base: Tensors,
     models: Mapping[str, Tensors],
     batches: Mapping[str, Sequence[Inputs]],
@@ -137,8 +142,7 @@ def in_memory(
     off_diagonal: float,
 ) -> dict[str, Callable[[], Tensors]]:
     """Rows that have no streamed form, each a function that merges."""
-    names = list(models)
-    f = [functions[n] for n in names]
+    names, f = list(models), apply_fn(shape)
     many = [models[n] for n in names]
     data = [list(batches[n]) for n in names]
     adam = optax.adam(1e-2)  # the paper's 1e-3 takes 500 steps and more

@@ -24,13 +24,12 @@ import numpy as np
 
 from experiments import candidates, merge
 from experiments.benchmark_merge import measure
-from experiments.study_tasks import floats_of
+from experiments.study_tasks import Score, floats_of
 from multitask_jax import checkpoints, merging
 from multitask_jax.checkpoints import delta_file
 
 Coefficients = dict[str, Any]
 Tensors = Mapping[str, Any]
-Score = Callable[[Tensors], dict[str, float]]  # tensors -> accuracy by task
 
 # Of few models only, or of one task at a time: rows of their own or none.
 LEFT_OUT = {
@@ -44,10 +43,10 @@ LEFT_OUT = {
 }
 # lambda of methods that add up T task vectors, and of those that average or choose.
 SUMS = ("task_arithmetic", "magnitude_prune", "dare", "della", "breadcrumbs")
-SUM_SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
-SCALES = (0.3, 0.5, 0.8, 1.0, 1.3, 1.6, 2.0, 3.0)
-BETAS = (0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0, 1.5)
-TALL_LAMBDAS = ("0.2", "0.3", "0.4", "0.6")
+SUM_SCALES = (0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.1, 1.5)
+SCALES = (0.1, 0.3, 0.6, 1.0, 1.5, 2.2, 3.2, 5.0)
+BETAS = (0.05, 0.1, 0.2, 0.4, 0.7, 1.1, 1.7, 2.5)
+TALL_LAMBDAS = ("0.1", "0.2", "0.3", "0.4", "0.5", "0.6", "0.8", "1.0")
 # A second coefficient: its values share the budget.
 SECOND: dict[str, tuple[str, tuple[Any, ...]]] = {
     "ties": ("density", ("0.2", "0.5")),
@@ -81,7 +80,7 @@ class Tuned(NamedTuple):
     """What validation chose."""
 
     coefficients: Coefficients
-    scores: list[float]  # of all candidates, in the grid's order
+    scores: list[float]  # accuracies of all candidates, in the grid's order
     tensors: dict[str, np.ndarray]  # the best merge
 
 
@@ -125,6 +124,14 @@ def entries(budget: int) -> list[Entry]:
         label = f"{method} + LiNeS"
         out.append(Entry(label, flags, grid(method, lines=True, budget=budget)))
     return out
+
+
+def with_lines(
+    row: str, budget: int, tau: Callable[["Merger"], dict[str, np.ndarray]]
+) -> Entry:
+    """A row's task vector, scaled by LiNeS."""
+    betas = tuple({"lines_beta": x} for x in spread(BETAS, budget))
+    return Entry(f"{row} + LiNeS", {"lines_alpha": "norm"}, betas, tau)
 
 
 @jax.jit
@@ -196,10 +203,20 @@ class Merger:
         return {k: np.asarray(x) for k, x in found.items()} | self.rest
 
 
+def mean(scores: Mapping[str, Score]) -> Score:
+    """Over tasks."""
+    return Score(*(float(np.mean(x)) for x in zip(*scores.values(), strict=True)))
+
+
 def tune(
-    entry: Entry, merger: Merger, score: Score, known: Coefficients | None = None
+    entry: Entry,
+    merger: Merger,
+    score: Callable[[Tensors], Score],
+    known: Coefficients | None = None,
 ) -> Tuned:
-    """The candidate of the best mean accuracy over tasks; the first of equals.
+    """The candidate of the best mean accuracy over tasks.
+
+    Few rows make equals of many: these are told apart by the likelihood of the labels.
 
     Args:
       entry: the row.
@@ -223,14 +240,14 @@ def tune(
     if len(grid) == 1:
         found, tensors = model(grid[0])
         return Tuned(found, [], tensors)
-    best: tuple[float, Coefficients, Any] = (-1.0, {}, None)
+    best: tuple[Score, Coefficients, Any] = (Score(-1.0, 0.0), {}, None)
     scores = []
     for candidate in grid:
         found, tensors = model(candidate)
-        scores.append(float(np.mean(list(score(tensors).values()))))
+        scores.append(score(tensors))
         if scores[-1] > best[0]:
             best = scores[-1], found, tensors
-    return Tuned(best[1], scores, best[2])
+    return Tuned(best[1], [s.accuracy for s in scores], best[2])
 
 
 def quietly(config: merge.Config) -> None:

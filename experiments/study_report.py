@@ -15,6 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from experiments import report_file
+from experiments.study_merges import LEFT_OUT
 from multitask_jax.merging import report
 
 Record = Mapping[str, Any]
@@ -125,7 +126,7 @@ def write(
     records = Records(names, seeds, found)
     text, rows = main_table(records)
     paths = [f"![accuracy by method]({BARS})", ""]
-    parts = ["# Merging study", "", *paths, text]
+    parts = ["# Merging study", "", *paths, text, "", *_notes(found)]
     _bars(workdir / BARS, records, rows)
     if counted := records.rows("counts"):
         parts += ["", "## Number of tasks", "", f"![over tasks]({COUNTS})", ""]
@@ -175,36 +176,55 @@ def write(
     return text
 
 
+def _notes(found: Sequence[Record]) -> list[str]:
+    """What the table doesn't tell."""
+    few = [f"{m} ({why})" for m, why in LEFT_OUT.items() if "a task" not in why]
+    lines = [
+        f"Left out: {', '.join(few)}; LiNeS on EMR and TALL masks, which keep a model"
+        " a task: nothing of others is in them to be scaled down. Seconds and MB are of"
+        " the command line (first seed); without MB, of the merge in memory, compiling"
+        " included."
+    ]
+    spent = [r["seconds"] for r in found if r["part"] == "statistics"]
+    if spent:
+        lines.append(
+            f"Fisher's and RegMean's statistics took {spent[0]:.0f} s together, which"
+            " is not in their seconds."
+        )
+    return lines
+
+
 def _save(figure: Figure, path: Path) -> None:
     FigureCanvasAgg(figure)
     figure.savefig(path, dpi=120)
 
 
 def _bars(path: Path, records: Records, rows: Sequence[tuple[str, np.ndarray]]) -> None:
-    """Average accuracy, each method without LiNeS and with it."""
+    """What each method, without LiNeS and with it, has over the base."""
     reference = {k: 100 * v.mean() for k, v in records.references().items()}
     found = {row: 100 * accuracy.mean(axis=1) for row, accuracy in rows}
     plain = [row for row in found if not row.endswith("+ LiNeS")][::-1]
     figure = Figure((7, 0.27 * len(plain) + 1.2), layout="constrained")
     axes = figure.add_subplot()
-    for y, row in enumerate(plain):
-        for name, colour, shift in ((row, "C0", 0.17), (f"{row} + LiNeS", "C1", -0.17)):
-            if name in found:
-                axes.errorbar(
-                    found[name].mean(),
-                    y + shift,
-                    xerr=found[name].std(ddof=1) if len(found[name]) > 1 else None,
-                    fmt="o",
-                    color=colour,
-                    markersize=4,
-                )
-    axes.plot([], [], "o", color="C0", label="as it is")
-    axes.plot([], [], "o", color="C1", label="+ LiNeS")
+    for suffix, colour, shift in (("", "C0", 0.2), (" + LiNeS", "C1", -0.2)):
+        shown = {y + shift: found.get(r + suffix) for y, r in enumerate(plain)}
+        shown = {y: values for y, values in shown.items() if values is not None}
+        axes.barh(
+            list(shown),
+            [v.mean() - reference["base"] for v in shown.values()],
+            0.4,
+            left=reference["base"],
+            xerr=[v.std(ddof=1) if len(v) > 1 else 0 for v in shown.values()],
+            error_kw={"linewidth": 0.8},
+            color=colour,
+            label=suffix.strip() or "as it is",
+        )
     for (name, value), style in zip(reference.items(), ("-", "--", ":"), strict=True):
-        axes.axvline(value, color="0.5", linestyle=style, linewidth=1, label=name)
+        axes.axvline(value, color="0.2", linestyle=style, linewidth=1, label=name)
     axes.set_yticks(range(len(plain)), plain, fontsize=8)
-    axes.set_xlabel("accuracy on all tasks, % (test)")
-    axes.legend(fontsize=7, loc="upper left")
+    axes.set_ylim(-0.6, len(plain) - 0.4)
+    axes.set_xlabel("accuracy on all tasks, % (test); bars begin at the base's")
+    figure.legend(fontsize=7, loc="outside upper center", ncols=5)
     _save(figure, path)
 
 
@@ -258,6 +278,15 @@ def _trim(path: Path, records: Records, trimmed: Sequence[str]) -> str:
     return table(["kept", *(f"{100 * d:g} %" for d in densities)], body)
 
 
+def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points that no other one is better than in one and as good in the other."""
+    return [
+        (x, y)
+        for x, y in points
+        if not any(a >= x and b >= y and (a > x or b > y) for a, b in points)
+    ]
+
+
 def _forgetting(path: Path, records: Records, forgot: Sequence[str]) -> str:
     """Fronts of target against controls, and what the chosen alpha gives on test."""
     columns = min(3, len(forgot))
@@ -283,6 +312,19 @@ def _forgetting(path: Path, records: Records, forgot: Sequence[str]) -> str:
             test = record[way]["test"]
             mean = 100 * np.mean([test[n] for n in others])
             line.append(f"{100 * test[name]:.1f} / {mean:.1f} ({record[way]['alpha']})")
+        both = [
+            (100 * f[name], float(100 * np.mean([f[n] for n in others])))
+            for way in ("LiNeS", "WiSE-FT")
+            for f in record[way]["validation"]
+        ]
+        axes.plot(
+            *zip(*sorted(pareto(both)), strict=True),
+            "o",
+            markersize=8,
+            markerfacecolor="none",
+            color="0.3",
+            label="Pareto front",
+        )
         axes.set_title(name, fontsize=9)
         axes.set_xlabel("target, %", fontsize=8)
         axes.set_ylabel("controls, %", fontsize=8)

@@ -5,6 +5,7 @@ the seed that coefficients are chosen on if that is done once.
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from experiments import study_data_driven, study_merges
 from experiments.study_merges import Entry, Merger
-from experiments.study_tasks import Pool, floats_of
+from experiments.study_tasks import Pool, Score, floats_of
 from experiments.study_training import JOINT
 from multitask_jax import checkpoints
 
@@ -35,20 +36,23 @@ def chosen_before(study: Any, part: str, row: str, seed: Any, first: int) -> Any
 def tune_and_score(
     study: Any, part: str, entry: Entry, seed: Any, first: int, merger: Merger
 ) -> dict[str, Any]:
-    """Tunes a row and scores it; the main table's go through the command line."""
+    """Tunes a row and scores it; the main table's go through the command line.
+
+    But for those whose task vector no flag makes.
+    """
     names = [Path(m).name for m in merger.models]
     validation, test = (seed.pools[p][len(names)] for p in ("validation", "test"))
 
     def make() -> dict[str, Any]:
         known = chosen_before(study, part, entry.label, seed, first)
-        on_disk = part == "methods"
+        on_disk = part == "methods" and entry.tau is None
         out: dict[str, Any] = {}
         if on_disk and (known is not None or entry.grid == ({},)):
             # Nothing to choose: the command line's merge is the only one.
             coefficients, scores, tensors = known or {}, [], None
         else:
             coefficients, scores, tensors = study_merges.tune(
-                entry, merger, lambda x: study.accuracies(x, seed, validation), known
+                entry, merger, lambda x: study.score(x, seed, validation), known
             )
         if on_disk:
             final = study_merges.merge_on_disk(
@@ -87,16 +91,15 @@ def methods(study: Any, seed: Any, first: int, entries: Sequence[Entry]) -> None
         tune_and_score(study, "methods", entry, seed, first, seed.merger)
 
 
-def functions_and_batches(study: Any, seed: Any) -> Any:
-    """What data-driven methods are given: a function and batches a task."""
-    functions = study_data_driven.apply_fns(seed.heads, study.evaluator.shape)
-    batches = study_data_driven.unlabelled(
+def unlabelled(study: Any, seed: Any) -> dict[str, list[Any]]:
+    """Batches a task that data-driven methods are given."""
+    return study_data_driven.unlabelled(
         seed.data.encoded,
+        seed.heads,
         rows=study.config.unlabelled_rows,
         batch_size=16,
         length=min(UNLABELLED_LENGTH, study.config.max_length),
     )
-    return functions, batches
 
 
 def floats(path: Any) -> dict[str, Any]:
@@ -106,14 +109,12 @@ def floats(path: Any) -> dict[str, Any]:
 
 def statistics_files(study: Any, seed: Any) -> dict[str, str]:
     """Gram and Fisher files beside the specialists."""
-    _, batches = functions_and_batches(study, seed)
     start = time.perf_counter()
     files = study_data_driven.save_statistics(
         seed.folder,
         study.evaluator.shape,
-        seed.heads,
         lambda name: floats(seed.folder / name),
-        batches,
+        unlabelled(study, seed),
         fisher_rows=study.config.fisher_rows,
         seed=seed.index,
     )
@@ -125,15 +126,20 @@ def statistics_files(study: Any, seed: Any) -> dict[str, str]:
 def a_model_a_task(study: Any, seed: Any, first: int) -> None:
     """EMR and TALL masks: each task is scored on its own model."""
 
-    def score(models: Mapping[str, Any], pools: Mapping[str, Pool]) -> dict[str, float]:
-        return {n: study.accuracies(models[n], seed, pools[n])[n] for n in study.names}
+    def scores(
+        models: Mapping[str, Any], pools: Mapping[str, Pool]
+    ) -> dict[str, Score]:
+        return {n: study.scores(models[n], seed, pools[n])[n] for n in study.names}
+
+    def accuracies(models: Mapping[str, Any]) -> dict[str, float]:
+        found = scores(models, seed.own_test)
+        return {name: score.accuracy for name, score in found.items()}
 
     def emr() -> dict[str, Any]:
         models, final = study_merges.emr_models(
             seed.merger.config, seed.folder / "merged", study.names, measured=True
         )
-        test = score(models, seed.own_test)
-        return {"coefficients": {}, **final.record(), "test": test}
+        return {"coefficients": {}, **final.record(), "test": accuracies(models)}
 
     def tall_masks(tall_lambda: str) -> dict[str, Any]:
         flags = {"method": "tall_masks", "tall_lambda": tall_lambda}
@@ -145,46 +151,57 @@ def a_model_a_task(study: Any, seed: Any, first: int) -> None:
 
     def tall() -> dict[str, Any]:
         known = chosen_before(study, "methods", "TALL masks", seed, first)
-        scores = []
+        found = []
         if known is None:
-            for value in study_merges.TALL_LAMBDAS[: study.config.budget]:
-                own = score(tall_masks(value), seed.data.own)
-                scores.append(float(np.mean(list(own.values()))))
-            best = study_merges.TALL_LAMBDAS[int(np.argmax(scores))]
-            known = {"tall_lambda": best}
+            values = study_merges.spread(study_merges.TALL_LAMBDAS, study.config.budget)
+            for value in values:
+                own = scores(tall_masks(value), seed.data.own)
+                found.append(study_merges.mean(own))
+            known = {"tall_lambda": values[found.index(max(found))]}
         return {
             "coefficients": known,
-            "validation": scores,
-            "test": score(tall_masks(**known), seed.own_test),
+            "validation": [score.accuracy for score in found],
+            "test": accuracies(tall_masks(**known)),
         }
 
     study.store.once("methods", "EMR", seed.index, emr)
     study.store.once("methods", "TALL masks", seed.index, tall)
 
 
-def data_driven(study: Any, seed: Any) -> None:
-    """Rows without a streamed form."""
-    functions, batches = functions_and_batches(study, seed)
+def data_driven(study: Any, seed: Any, first: int) -> None:
+    """Rows without a streamed form; LiNeS scales their change of the base."""
     gram = study.store.records.get(("methods", "regmean", seed.index), {})
     found = gram.get("coefficients", {}).get("off_diagonal", 0.9)
     rows = study_data_driven.in_memory(
-        functions,
+        study.evaluator.shape,
         floats(study.config.model_dir),
         {n: floats(seed.folder / n) for n in study.names},
-        batches,
+        unlabelled(study, seed),
         steps=study.config.adamerging_steps,
         off_diagonal=float(found),
     )
     for row, make in rows.items():
-        study.store.once(
-            "methods",
-            row,
-            seed.index,
-            lambda make=make: {
+
+        @functools.cache
+        def made(make: Any = make) -> tuple[dict[str, Any], float]:
+            start = time.perf_counter()
+            tensors = {k: np.asarray(x) for k, x in make().items()}
+            return tensors, time.perf_counter() - start
+
+        def score(made: Any = made) -> dict[str, Any]:
+            tensors, seconds = made()
+            return {
                 "coefficients": {},
-                "test": study.accuracies(make(), seed, seed.test),
-            },
-        )
+                "merge_seconds": round(seconds, 2),
+                "test": study.accuracies(tensors, seed, seed.test),
+            }
+
+        def tau(merger: Merger, made: Any = made) -> dict[str, np.ndarray]:
+            return {k: made()[0][k] - x for k, x in merger.base.items()}
+
+        study.store.once("methods", row, seed.index, score)
+        scaled = study_merges.with_lines(row, study.config.budget, tau)
+        tune_and_score(study, "methods", scaled, seed, first, seed.merger)
 
 
 def counts(study: Any, seed: Any, first: int) -> None:

@@ -37,6 +37,13 @@ class Pool(NamedTuple):
     labels: dict[str, np.ndarray]  # task -> [N]
 
 
+class Score(NamedTuple):
+    """Of a task's rows; two scores compare by accuracy first."""
+
+    accuracy: float
+    likelihood: float  # mean log probability of the labels, in nats
+
+
 def features(u: Any) -> Any:
     """Embeddings [..., S, D] of a row's sentences -> features [..., 4 D].
 
@@ -52,12 +59,16 @@ def features(u: Any) -> Any:
     return jnp.concatenate(parts, axis=-1)
 
 
-def logits(params: Any, batch: Mapping[str, Any], shape: bert.Shape) -> jax.Array:
-    """Logits [N, classes] of a batch: ids and mask [N, S, L], kernel and bias."""
+def row_features(params: Any, batch: Mapping[str, Any], shape: bert.Shape) -> jax.Array:
+    """Features [N, 4 D] of a batch: ids and mask [N, S, L]."""
     n, s, l = batch["ids"].shape
     flat = (batch[key].reshape(n * s, l) for key in ("ids", "mask"))
-    u = bert.embed(params, *flat, shape=shape).reshape(n, s, -1)
-    return features(u) @ batch["kernel"] + batch["bias"][None]
+    return features(bert.embed(params, *flat, shape=shape).reshape(n, s, -1))
+
+
+def logits(params: Any, batch: Mapping[str, Any], shape: bert.Shape) -> jax.Array:
+    """Logits [N, classes] of a batch: ids, mask, and a head's kernel and bias."""
+    return row_features(params, batch, shape) @ batch["kernel"] + batch["bias"][None]
 
 
 def make_pool(
@@ -112,15 +123,27 @@ class Evaluator:
         u = self.embed(params, pool)
         return {name: np.asarray(features(u[p])) for name, p in pool.places.items()}
 
+    def scores(
+        self, params: Any, heads: Mapping[str, Head], pool: Pool
+    ) -> dict[str, Score]:
+        """How each task's rows are classified through its own head."""
+        out = {}
+        for name, x in self.features(params, pool).items():
+            z = x @ heads[name].kernel + heads[name].bias
+            labels = pool.labels[name]
+            z = z - z.max(axis=-1, keepdims=True)
+            right = z[np.arange(len(z)), labels]
+            likelihood = np.mean(right - np.log(np.exp(z).sum(axis=-1)))
+            accuracy = np.mean(np.argmax(z, axis=-1) == labels)
+            out[name] = Score(float(accuracy), float(likelihood))
+        return out
+
     def accuracies(
         self, params: Any, heads: Mapping[str, Head], pool: Pool
     ) -> dict[str, float]:
         """Share of each task's rows that are classified right, through its own head."""
-        out = {}
-        for name, x in self.features(params, pool).items():
-            guess = np.argmax(x @ heads[name].kernel + heads[name].bias, axis=-1)
-            out[name] = float(np.mean(guess == pool.labels[name]))
-        return out
+        found = self.scores(params, heads, pool)
+        return {name: score.accuracy for name, score in found.items()}
 
     def traces(self) -> int:
         """How many programs were compiled: one a length of batch."""

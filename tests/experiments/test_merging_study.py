@@ -13,6 +13,7 @@ from experiments import (
     study_analysis,
     study_data_driven,
     study_merges,
+    study_report,
     study_rows,
     study_tasks,
 )
@@ -91,6 +92,8 @@ def test_every_part_is_there(result, config, places):
         assert (out / f"{name}.png").stat().st_size > 5_000
     assert (out / "report.md").read_text() == result.report
     assert "| *base* |" in result.report
+    assert "Left out: slerp (two models)" in result.report
+    assert f"| {FITTED} + LiNeS |" in result.report
 
 
 def test_specialists_learn_and_heads_fit_the_base(result):
@@ -227,13 +230,110 @@ def test_lines_after_a_method_with_statistics(models, tmp_path):
     merger = study_merges.Merger(models, tmp_path)
     found = {e.label: e for e in study_merges.entries(2)}["fisher + LiNeS"]
     found = found._replace(flags=found.flags | {"statistics": ",".join(files)})
-    tuned = study_merges.tune(found, merger, lambda x: {"a": 0.5})
+    tuned = study_merges.tune(found, merger, lambda x: study_tasks.Score(0.5, -1.0))
     assert tuned.coefficients == {**found.grid[0], "lines_alpha": 1.0}
     flags = dataclasses.replace(models, **found.flags)
     final = study_merges.merge_on_disk(
         flags, tuned.coefficients, tmp_path / "out", measured=False
     )
     assert study_merges.difference(tuned.tensors, final.tensors) == 0
+
+
+def test_equal_accuracies_are_told_apart_by_likelihood(models, tmp_path):
+    merger = study_merges.Merger(models, tmp_path)
+    entry = study_merges.Entry(
+        "ties", {"method": "ties"}, tuple({"scale": x} for x in (0.5, 1.0, 2.0))
+    )
+    found = iter([(0.5, -1.0), (0.7, -0.9), (0.7, -0.8)])
+    tuned = study_merges.tune(entry, merger, lambda _: study_tasks.Score(*next(found)))
+    assert tuned.coefficients == {"scale": 2.0}
+    assert tuned.scores == [0.5, 0.7, 0.7]
+
+
+def test_likelihood_by_hand():
+    evaluator = study_tasks.Evaluator(SHAPE)
+    head = study_tasks.Head(np.eye(2, dtype=np.float32), np.zeros(2, np.float32))
+    x = np.array([[0.0, 2.0], [1.0, 0.0]], np.float32)
+    pool = study_tasks.Pool([], {"a": np.arange(2)[:, None]}, {"a": np.array([1, 1])})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluator, "features", lambda *_: {"a": x})
+        got = evaluator.scores(None, {"a": head}, pool)["a"]
+    wanted = (2 - np.log(1 + np.e**2)) / 2 - np.log(np.e + 1) / 2
+    assert got.accuracy == 0.5
+    np.testing.assert_allclose(got.likelihood, wanted, rtol=1e-6)
+
+
+def test_statistics_files_by_hand(places, tmp_path):
+    """One program for all tasks, and what `merging` computes without the study."""
+    base, tasks, _ = places
+    tensors = study_tasks.floats_of(checkpoints.read_tensors(base))
+    rows = {n: text_tasks.read(tasks / n).train for n in ("first", "second", "third")}
+    encoded = {
+        n: tokens.encode(str(base), r.sentences, max_length=16) for n, r in rows.items()
+    }
+    rng = np.random.default_rng(0)
+    heads = {
+        n: study_tasks.Head(
+            rng.standard_normal((64, 2)).astype(np.float32), np.zeros(2, np.float32)
+        )
+        for n in rows
+    }
+    batches = study_data_driven.unlabelled(
+        encoded, heads, rows=32, batch_size=16, length=8
+    )
+    for name in rows:
+        (tmp_path / name).mkdir()
+    files = study_data_driven.save_statistics(
+        tmp_path, SHAPE, lambda name: tensors, batches, fisher_rows=16, seed=0
+    )
+    assert files["gram"].split(",") == [
+        str(tmp_path / n / "gram.safetensors") for n in rows
+    ]
+    word = "embeddings.word_embeddings.weight"
+    for name, fisher in zip(rows, files["fisher"].split(","), strict=True):
+        gram = merging.load_statistics(tmp_path / name / "gram.safetensors")
+        assert "encoder.layer.0.attention.self.query.weight" in gram
+        found = merging.load_statistics(fisher)
+        seen = np.unique(batches[name][0]["ids"])
+        moved = np.flatnonzero(np.asarray(found[word]).any(axis=1))
+        assert set(moved) <= set(seen)
+        assert len(moved) > 3
+    before = {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*.safetensors")}
+    again = study_data_driven.save_statistics(
+        tmp_path, SHAPE, None, batches, fisher_rows=16, seed=0
+    )
+    assert again == files
+    assert {f: f.stat().st_mtime_ns for f in before} == before
+
+
+def test_pareto_front_by_hand():
+    points = [(1.0, 5.0), (2.0, 4.0), (2.0, 3.0), (1.5, 4.5), (0.5, 5.0)]
+    assert study_report.pareto(points) == [(1.0, 5.0), (2.0, 4.0), (1.5, 4.5)]
+
+
+def test_tasks_of_glue_by_name(places, monkeypatch):
+    from multitask_jax.data import text_builder
+
+    base, tasks, _ = places
+    made = text_tasks.read(tasks / "first")
+    asked = []
+
+    def glue(name):
+        asked.append(name)
+        return made._replace(name=name)
+
+    monkeypatch.setattr(text_builder, "glue", glue)
+    config = Config(model_dir=str(base), tasks="glue/sst2,glue/rte")
+    _, names, _ = merging_study.check(config)
+    assert names == ["glue/sst2", "glue/rte"]
+    mixed = dataclasses.replace(config, data_dir=str(tasks), tasks="second,glue/sst2")
+    _, names, _ = merging_study.check(mixed)
+    assert merging_study.read_task(str(tasks), names[0]).name == "second"
+    assert merging_study.read_task(str(tasks), names[1]).name == "sst2"
+    assert asked == ["sst2"]
+    twice = dataclasses.replace(config, tasks="glue/sst2,glue/sst2")
+    with pytest.raises(ValueError, match="expected each name once"):
+        merging_study.check(twice)
 
 
 def test_differences_are_seen():

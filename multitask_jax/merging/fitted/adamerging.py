@@ -17,13 +17,20 @@ from multitask_jax.merging.agreement import choose
 from multitask_jax.merging.arguments import check_choice
 from multitask_jax.merging.core import Array, Method, add_up, is_float
 from multitask_jax.merging.fitted.batching import check_batches
-from multitask_jax.merging.fitted.entropy import Progress, minimise_entropy, one_each
+from multitask_jax.merging.fitted.entropy import (
+    ApplyFn,
+    Data,
+    Progress,
+    entropy_gradient,
+    minimise_entropy,
+    one_each,
+)
 from multitask_jax.merging.transforms import elect_sign, trim
 
 if TYPE_CHECKING:  # imported on use: merging without data does without it
     import optax
 
-ApplyFns = Callable[[Any, Any], Array] | Sequence[Callable[[Any, Any], Array]]
+ApplyFns = ApplyFn | Sequence[ApplyFn]
 Level = Literal["task", "leaf", "block"]
 _AS_THEY_ARE = Method(())
 
@@ -87,17 +94,26 @@ def adamerging(
     base = jax.tree.map(jnp.asarray, base)
     taus = task_vectors(base, models, prepare)
 
-    def merged(coefficients: dict[str, Array], constants: Any) -> Any:
-        base, taus = constants
-        return add_task_vectors(base, taus, lambda path: coefficients[groups[path]])
+    def by_path(coefficients: dict[str, Array]) -> dict[str, Array]:
+        return {path: coefficients[group] for path, group in groups.items()}
+
+    @jax.jit
+    def by_group(coefficients: dict[str, Array], slopes: dict[str, Array]) -> Any:
+        return jax.vjp(by_path, coefficients)[1](slopes)[0]
+
+    def gradient(coefficients: dict[str, Array], data: Data) -> tuple[Array, Any]:
+        spread = by_path(coefficients)
+        params = _merged(spread, base, taus)
+        floats = _floats(params)
+        value, slopes = entropy_gradient(_predict, functions, floats, params, data)
+        return value, by_group(coefficients, _pulled(spread, base, taus, slopes))
 
     def project(coefficients: dict[str, Array]) -> dict[str, Array]:
         return jax.tree.map(lambda x: jnp.clip(x, *clip) if clip else x, coefficients)
 
     coefficients, entropy = minimise_entropy(
-        lambda c, constants, t, x: functions[t](merged(c, constants), x),
+        gradient,
         {g: jnp.full(count, init, jnp.float32) for g in groups.values()},
-        (base, taus),
         batches,
         steps=steps,
         learning_rate=1e-3,
@@ -105,7 +121,7 @@ def adamerging(
         project=project,
         progress=progress,
     )
-    params = jax.jit(merged)(coefficients, (base, taus))
+    params = _merged(by_path(coefficients), base, taus)
     return AdaMerging(params, coefficients, entropy)
 
 
@@ -157,6 +173,32 @@ def add_task_vectors(
             moves = [by_task[t] * change[path] for t, change in enumerate(changes)]
             leaves[path] = (theta + add_up(moves)).astype(theta.dtype)
     return tree.unflatten(base, leaves)
+
+
+# At the level of the module, so that all calls with models alike share programs.
+@jax.jit
+def _merged(coefficients: dict[str, Array], base: Any, taus: Sequence[Any]) -> Any:
+    return add_task_vectors(base, taus, lambda path: coefficients[path])
+
+
+@jax.jit
+def _pulled(
+    coefficients: dict[str, Array], base: Any, taus: Sequence[Any], slopes: Any
+) -> dict[str, Array]:
+    """dH / d lambda by path, from dH / d theta."""
+    _, pull = jax.vjp(lambda c: _floats(_merged(c, base, taus)), coefficients)
+    return pull(slopes)[0]
+
+
+def _floats(params: Any) -> dict[str, Array]:
+    return {p: x for p, x in tree.flatten(params).items() if is_float(x.dtype)}
+
+
+def _predict(
+    apply_fn: ApplyFn, floats: dict[str, Array], params: Any, inputs: Any
+) -> Array:
+    leaves = tree.flatten(params) | floats
+    return apply_fn(tree.unflatten(params, leaves), inputs)
 
 
 def _groups(

@@ -4,6 +4,7 @@ AdaMerging and WEMoE fit a few variables so that the merged model is sure of wha
 predicts on each task's inputs; no labels are needed.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from multitask_jax.merging.core import add_up
 from multitask_jax.merging.fitted.batching import padded
 
 if TYPE_CHECKING:  # imported on use: merging without data does without it
     import optax
 
+ApplyFn = Callable[[Any, Any], jax.Array]
+Predict = Callable[[ApplyFn, Any, Any, Any], jax.Array]
+Data = Sequence[tuple[Any, Any]]  # inputs and mask [B] of each task
 Progress = Callable[[int, jax.Array], None]
 
 
@@ -39,10 +42,58 @@ def one_each(apply_fn: Any, count: int) -> tuple[Callable[..., Any], ...]:
     return tuple(apply_fn)
 
 
-def minimise_entropy(
-    predict: Callable[[Any, Any, int, Any], jax.Array],
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _task_gradient(
+    predict: Predict,
+    apply_fn: ApplyFn,
     variables: Any,
     constants: Any,
+    inputs: Any,
+    mask: jax.Array,
+) -> tuple[jax.Array, Any]:
+    """mean_x H of one task's inputs, and its gradient by the variables."""
+
+    def loss(variables: Any) -> jax.Array:
+        h = prediction_entropy(predict(apply_fn, variables, constants, inputs))
+        h = h.reshape(h.shape[0], -1).mean(axis=1)  # of sequences: over positions
+        return jnp.sum(h * mask) / jnp.sum(mask)
+
+    return jax.value_and_grad(loss)(variables)
+
+
+_add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)
+
+
+def entropy_gradient(
+    predict: Predict,
+    functions: Sequence[ApplyFn],
+    variables: Any,
+    constants: Any,
+    data: Data,
+) -> tuple[jax.Array, Any]:
+    """sum_t mean_x H(predict(f_t, variables, constants, x)), and its gradient.
+
+    A task after another, so that activations are held of one only, and tasks that share
+    a function and the shape of their inputs share one compiled program.
+
+    Args:
+      predict: (apply_fn, variables, constants, inputs) -> logits; a function of a
+        module, not a closure, which would be compiled at each call.
+      functions: apply_fn of each task.
+      variables: pytree of floats that the gradient is by.
+      constants: pytree that it is not.
+      data: inputs and mask of each task.
+    """
+    total = None
+    for f, (inputs, mask) in zip(functions, data, strict=True):
+        found = _task_gradient(predict, f, variables, constants, inputs, mask)
+        total = found if total is None else _add(total, found)
+    return total  # type: ignore[return-value]
+
+
+def minimise_entropy(
+    gradient: Callable[[Any, Data], tuple[jax.Array, Any]],
+    variables: Any,
     batches: Sequence[Iterable[Any]],
     *,
     steps: int,
@@ -51,12 +102,11 @@ def minimise_entropy(
     project: Callable[[Any], Any] = lambda v: v,
     progress: Progress | None = None,
 ) -> tuple[Any, jax.Array]:
-    """Minimises sum_t mean_x H(predict(variables, constants, t, x)).
+    """Minimises the entropy of predictions over `variables`.
 
     Args:
-      predict: logits of task t's inputs.
+      gradient: (variables, data) -> entropy and its gradient (see `entropy_gradient`).
       variables: pytree that is fitted.
-      constants: pytree that is not (an argument, so that it is not compiled in).
       batches: for each task something to iterate over, again and again (see
         `check_batches`); the last batch of a round may be smaller.
       steps: optimiser steps, on one batch of each task.
@@ -78,26 +128,17 @@ def minimise_entropy(
 
     optimiser = optimiser or optax.adam(learning_rate)
 
-    def loss(variables: Any, constants: Any, data: Sequence[Any]) -> jax.Array:
-        terms = []
-        for t, (inputs, mask) in enumerate(data):
-            h = prediction_entropy(predict(variables, constants, t, inputs))
-            h = h.reshape(h.shape[0], -1).mean(axis=1)  # of sequences: over positions
-            terms.append(jnp.sum(h * mask) / jnp.sum(mask))
-        return add_up(terms)
-
     @jax.jit
-    def step(variables: Any, state: Any, constants: Any, data: Any) -> Any:
-        value, gradient = jax.value_and_grad(loss)(variables, constants, data)
-        updates, state = optimiser.update(gradient, state, variables)
-        return project(optax.apply_updates(variables, updates)), state, value
+    def update(variables: Any, state: Any, slopes: Any) -> tuple[Any, Any]:
+        updates, state = optimiser.update(slopes, state, variables)
+        return project(optax.apply_updates(variables, updates)), state
 
     state = optimiser.init(variables)
     streams = [_forever(b) for b in batches]
     history = []
     for i in range(steps):
-        data = [next(s) for s in streams]
-        variables, state, value = step(variables, state, constants, data)
+        value, slopes = gradient(variables, [next(s) for s in streams])
+        variables, state = update(variables, state, slopes)
         history.append(value)
         if progress is not None:
             progress(i, value)

@@ -32,12 +32,18 @@ from multitask_jax.merging.fitted.adamerging import (
     task_vectors,
 )
 from multitask_jax.merging.fitted.batching import check_batches
-from multitask_jax.merging.fitted.entropy import Progress, minimise_entropy, one_each
+from multitask_jax.merging.fitted.entropy import (
+    ApplyFn,
+    Data,
+    Progress,
+    entropy_gradient,
+    minimise_entropy,
+    one_each,
+)
 
 if TYPE_CHECKING:  # imported on use: merging without data does without it
     import optax
 
-ApplyFn = Callable[[Any, Any], Array]
 Router = tuple[tuple[Array, Array], ...]  # (W [in, out], b [out]) of each layer
 
 
@@ -256,13 +262,14 @@ def wemoe_fit(
     functions = one_each(apply_fn, count)
     check_batches(batches, count)
 
-    def predict(routers: Any, fixed: Wemoe, t: int, inputs: Any) -> Array:
-        return wemoe_apply(functions[t], fixed._replace(routers=routers), inputs)
+    fixed = moe._replace(routers={})
+
+    def gradient(routers: dict[str, Router], data: Data) -> tuple[Array, Any]:
+        return entropy_gradient(_predict, functions, routers, fixed, data)
 
     routers, entropy = minimise_entropy(
-        predict,
+        gradient,
         moe.routers,
-        moe._replace(routers={}),
         batches,
         steps=steps,
         learning_rate=1e-4,
@@ -270,3 +277,9 @@ def wemoe_fit(
         progress=progress,
     )
     return moe._replace(routers=routers), entropy
+
+
+def _predict(
+    apply_fn: ApplyFn, routers: dict[str, Router], fixed: Wemoe, inputs: Any
+) -> Array:
+    return wemoe_apply(apply_fn, fixed._replace(routers=routers), inputs)
