@@ -92,6 +92,7 @@ class Config:
     temperature: float = flag("Of sampling.", 0.01)
     top_p: float = flag("Of sampling.", 0.8)
     guidance: float = flag("Of classifier-free guidance; 1 is without.", 1.0)
+    schedule: Literal["linear", "cosine"] = flag("Sizes of parallel steps.", "linear")
     input: str = flag("generate: a clip's .npz with any of the modalities.", "")
     clip: int = flag("generate: which clip, if --input has several.", 0)
     given: str = flag("generate: what to use of it, comma list; by default all.", "")
@@ -276,6 +277,9 @@ def evaluate(config: Config, workdir: Path) -> dict[str, Any]:
     made: dict[str, np.ndarray] = {}
     frechet: dict[str, float] = {}
     for i, task in enumerate(TASKS):
+        if unknown := {task.given, task.wanted} - set(model.tokenizers):
+            print(f"{task.name}: left out, the model has no {' or '.join(unknown)}")
+            continue
         rows = test.present[task.given] & test.present[task.wanted]
         if rows.sum() < 2:  # one is shown another's
             print(f"{task.name}: left out, {rows.sum()} test clips have both")
@@ -349,10 +353,6 @@ def generate(config: Config) -> dict[str, Any]:
     row = slice(config.clip, config.clip + 1)
     arrays = {k: x[row] for k, x in clips.arrays.items() if clips.present[k][row][0]}
     given = parsing.paths(config.given) or [k for k in arrays if k not in targets]
-    for name, flag_name in [(n, "targets") for n in targets] + [
-        (n, "given") for n in given
-    ]:
-        parsing.one_of(flag_name, name, MODALITIES)
     if missing := [name for name in given if name not in arrays]:
         raise ValueError(
             f"--given={','.join(given)}: {config.input} has no {missing[0]} in clip"
@@ -364,6 +364,9 @@ def generate(config: Config) -> dict[str, Any]:
             " something given that is not a target too"
         )
     model = load_model(workdir, SHAPES[_as_trained(config, workdir).size])
+    for flag_name, names in (("targets", targets), ("given", given)):
+        for name in names:
+            parsing.one_of(flag_name, name, tuple(model.tokenizers))
     some = Clips(
         {k: arrays.get(k, clips.arrays[k][row]) for k in MODALITIES},
         {k: np.array([k in given]) for k in MODALITIES},
@@ -390,11 +393,12 @@ def generate(config: Config) -> dict[str, Any]:
     return made
 
 
-def _sampling(config: Config) -> dict[str, float]:
+def _sampling(config: Config) -> dict[str, Any]:
     return {
         "temperature": config.temperature,
         "p": config.top_p,
         "guidance": config.guidance,
+        "schedule": config.schedule,
     }
 
 
@@ -447,7 +451,7 @@ def _about(config: Config, train: Clips, history: list[Any]) -> list[str]:
         f" on validation), {config.inputs} tokens shown and {config.targets_budget}"
         f" asked at most, {config.masking} masks, focus {config.focus:g}.",
         f"Generated with temperature {config.temperature}, top-p {config.top_p},"
-        f" guidance {config.guidance}.",
+        f" guidance {config.guidance}, {config.schedule} schedule.",
     ]
 
 

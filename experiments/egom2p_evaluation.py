@@ -154,7 +154,7 @@ def predict(
     *,
     seed: int = 0,
     batch: int = 32,
-    **sampling: float,
+    **sampling: Any,
 ) -> dict[str, np.ndarray]:
     """Codes of the targets by name [N, *grid], given some of the clips' tokens.
 
@@ -200,7 +200,7 @@ def means(
 
 
 def of_model(
-    model: Model, task: Task, tokens: Tokens, *, seed: int, **sampling: float
+    model: Model, task: Task, tokens: Tokens, *, seed: int, **sampling: Any
 ) -> dict[str, np.ndarray]:
     """What the model makes of clips, by method, in the data's units [N, ...].
 

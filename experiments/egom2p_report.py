@@ -111,8 +111,12 @@ def _over_seeds(values: np.ndarray) -> str:
 
 
 def only(found: Measured, method: str) -> Measured:
-    """What was measured of one method."""
-    return {task: {method: methods[method]} for task, methods in found.items()}
+    """What was measured of one method, in the tasks that have it."""
+    return {
+        task: {method: methods[method]}
+        for task, methods in found.items()
+        if method in methods
+    }
 
 
 def counted(count: Mapping[str, int]) -> str:
@@ -122,7 +126,9 @@ def counted(count: Mapping[str, int]) -> str:
 
 def against(found: Measured, model: str, other: str) -> str:
     """How often one method is better than another, by paired intervals, and a table."""
-    rows, count = compared([only(found, model)], [only(found, other)], (model, other))
+    second = only(found, other)
+    first = {task: x for task, x in only(found, model).items() if task in second}
+    rows, count = compared([first], [second], (model, other))
     return f"**{model}** against **{other}**: {counted(count)}.\n\n{rows}"
 
 
@@ -160,7 +166,12 @@ def text(
             _PAIRED,
             *(
                 against(found, "EgoM2P, mean", other)
-                for other in ("constant", "EgoM2P, shown another clip")
+                for other in (
+                    "constant",
+                    "constant of least AbsRel",
+                    "EgoM2P, shown another clip",
+                    "first held",
+                )
             ),
             "## Tokenizers, on validation clips",
             reconstructions(tokenizers),

@@ -51,19 +51,32 @@ def train(
     """Trains a tokenizer of each kind that `folder` lacks, on the clips that have it.
 
     Writes folder/KIND and folder/KIND.json: its curve, and how well validation clips
-    survive. Returns the latter, by kind. `quantizer` is that of videos.
+    survive (where none has it, the last training clips). A kind that no training clip
+    has gets no tokenizer. Returns what is in the files, by kind. `quantizer` is that of
+    videos.
+
+    Raises:
+      ValueError: fewer than two kinds are there.
     """
+    there = [kind for kind in kinds if clips.present[kind].any()]
+    if len(there) < min(2, len(kinds)):
+        raise ValueError(
+            f"training clips have {there}, expected two or more of {', '.join(kinds)}"
+        )
+    if left := sorted(set(kinds) - set(there)):
+        print(f"no training clip has {', '.join(left)}: the model will not know it")
     found = {}
     for i, kind in enumerate(kinds):
+        if kind in left:
+            continue
         report = folder / f"{kind}.json"
         if not report.exists():
             rows = np.flatnonzero(clips.present[kind])
-            if not len(rows):
-                raise ValueError(f"no training clip has {kind}; add some that do")
             own = {"temporal": temporal, "quantizer": quantizer}
             config = tokenizers.Config(kind, **(own if kind in VIDEO else {}))
             data = clips.arrays[kind][rows]
             valid = validation.arrays[kind][validation.present[kind]]
+            valid = valid if len(valid) else data[-max(1, len(data) // 10) :]
             tokenizer, curve = tokenizers.fit(
                 config,
                 data,

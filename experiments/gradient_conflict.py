@@ -10,7 +10,7 @@ is shared in four ways at equal active parameters: one network for both tasks
 (shared bottom), MMoE, the top-1 of several experts beside a shared one (ScaleZero), and
 one expert a task without a gate (H-M2oE). At each angle: the cosine of the two tasks'
 gradients at the trunk (Yu et al. 2020, arXiv 2001.06782), the share of dormant units
-(Sokar et al. 2023, arXiv 2302.12902) and the loss on new data.
+(Sokar et al. 2023, arXiv 2302.12902), the loss on new data, and who uses which expert.
 
     python -m experiments.gradient_conflict
 
@@ -32,23 +32,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from scipy.stats import t as student
 from tqdm import tqdm
 
-from experiments import flags, report_file, study_store
+from experiments import flags, study_store
+from experiments import gradient_conflict_report as reports
 from experiments.flags import flag
+from experiments.gradient_conflict_report import Result
 from experiments.parsing import numbers
 from multitask_jax import moe
 from multitask_jax.host_memory import keep_freed_memory
-from multitask_jax.merging.report import table
 from multitask_jax.training import gradients
 
 TASKS = 2
 WAVES = 4  # terms of the sum of sines
 DORMANT = 0.025  # of the mean activation of the units: Sokar et al., their tau
 STRETCHES = 20  # the run is measured after each of them
+EXPERTS = {  # measures of their use, in `moe.losses.statistics`
+    "specialisation": "specialisation",
+    "entropy": "entropy/token",
+    "busiest": "load/max",
+}
 FREE = ("workdir", "angles", "seeds")  # may differ from an earlier run in the folder
 
 
@@ -82,15 +85,6 @@ class Config:
     inputs: int = flag("Width of an input.", 32)
     hidden: int = flag("Active hidden units of the trunk; a multiple of 4.", 16)
     features: int = flag("What the trunk gives each task's linear head.", 8)
-
-
-class Result(NamedTuple):
-    """By variant, [angles, seeds]."""
-
-    cosine: dict[str, np.ndarray]  # of the tasks' gradients, mean over the training
-    dormant: dict[str, np.ndarray]  # share of hidden units, at the end
-    loss: dict[str, np.ndarray]  # mean squared error over the variance, new data
-    report: str
 
 
 class World(NamedTuple):
@@ -194,6 +188,14 @@ def cosine(params: Any, world: World, x: jax.Array, variant: Variant) -> jax.Arr
     return found.cosines[0, 1]
 
 
+def use_of_experts(params: Any, x: jax.Array, variant: Variant) -> dict[str, jax.Array]:
+    """How far experts are chosen by the task, how surely, and how evenly."""
+    both = jax.tree.map(lambda *xs: jnp.concatenate(xs), *routings(params, x, variant))
+    tasks = jnp.repeat(jnp.arange(TASKS), len(x))
+    found = moe.losses.statistics(both, tasks=tasks, task_count=TASKS, weighted=True)
+    return {name: found[of] for name, of in EXPERTS.items()}
+
+
 def make_stretch(variant: Variant, config: Config, steps: int) -> Any:
     """Some steps of all runs, then a measurement; one compiled program."""
     optimizer = optax.adam(config.rate)
@@ -222,6 +224,7 @@ def make_stretch(variant: Variant, config: Config, steps: int) -> Any:
             "loss": jnp.mean(error),
             "cosine": cosine(state[0], world, x, variant),
             "dormant": dormant(state[0], x, variant),
+            **use_of_experts(state[0], x, variant),
         }
         return state, found
 
@@ -294,7 +297,11 @@ def run(config: Config) -> Result:
     store = study_store.Store(workdir)
     grid = [(a, s) for a in angles for s in range(config.seeds)]
     left = {
-        name: [(a, s) for a, s in grid if (name, str(a), s) not in store.records]
+        name: [
+            (a, s)
+            for a, s in grid
+            if not set(EXPERTS) <= store.records.get((name, str(a), s), {}).keys()
+        ]
         for name in VARIANTS
     }
     total = STRETCHES * sum(map(bool, left.values()))
@@ -320,99 +327,15 @@ def run(config: Config) -> Result:
         {n: x.mean(axis=-1) for n, x in measured("cosine").items()},
         {n: x[..., -1] for n, x in measured("dormant").items()},
         {n: x[..., -1] for n, x in measured("loss").items()},
-        "",
+        {n: (x < 0).mean(axis=-1) for n, x in measured("cosine").items()},
+        {m: {n: x[..., -1] for n, x in measured(m).items()} for m in EXPERTS},
+        {name: active(v, config) for name, v in VARIANTS.items()},
     )
-    result = result._replace(report=report(result, angles, config))
+    result = result._replace(report=reports.text(result, angles, config.steps))
     (workdir / "report.md").write_text(result.report)
-    draw(result, angles).savefig(workdir / "gradient_conflict.png", dpi=120)
+    reports.draw(result, angles).savefig(workdir / "gradient_conflict.png", dpi=120)
     print(result.report)
     return result
-
-
-def report(result: Result, angles: list[float], config: Config) -> str:
-    """Three tables in Markdown: mean and standard deviation over seeds."""
-    header = ["", "active parameters", *(f"{a:g}°" for a in angles)]
-    parts = [
-        "# Gradient conflict\n",
-        f"*Synthetic* regression, two tasks, {config.seeds} seeds, {config.steps}"
-        " steps; mean ± standard deviation over seeds.\n",
-    ]
-    for title, by_variant in (
-        ("Cosine of the tasks' gradients at the trunk, over the run", result.cosine),
-        ("Dormant units of the trunk, %", result.dormant),
-        ("Squared error on new data over the targets' variance, %", result.loss),
-    ):
-        scale = 1 if by_variant is result.cosine else 100
-        digits = 2 if scale == 1 else 1
-        rows = [
-            [
-                name,
-                f"{active(VARIANTS[name], config):,}",
-                *(report_file.over_seeds(scale * seeds, digits) for seeds in x),
-            ]
-            for name, x in by_variant.items()
-        ]
-        parts += [f"## {title}\n", table(header, rows), ""]
-    bottom, *others = result.loss
-    if config.seeds > 1:
-        title = f"Error less that of {bottom}, %: 95 % intervals of paired differences"
-        head = ["", *header[2:], "all but 0° and 180°"]
-        between = [i for i, a in enumerate(angles) if a % 180]
-        rows = []
-        for name in others:
-            gap = 100 * (result.loss[name] - result.loss[bottom])
-            mean = paired(gap[between].mean(axis=0)) if between else ""
-            rows.append([name, *map(paired, gap), mean])
-        parts += [f"## {title}\n", table(head, rows), ""]
-    return "\n".join(parts)
-
-
-def paired(difference: np.ndarray) -> str:
-    """Mean and Student's interval of differences [S], each of one seed's two runs."""
-    n = len(difference)
-    half = student.ppf(0.975, n - 1) * difference.std(ddof=1) / n**0.5
-    mean = difference.mean()
-    return f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]"
-
-
-def _spread(x: np.ndarray) -> list[tuple[float, float]]:
-    return [(float(r.mean()), float(r.std(ddof=min(1, len(r) - 1)))) for r in x]
-
-
-def draw(result: Result, angles: list[float]) -> Figure:
-    """The three quantities over the angle: means, and bands of a standard deviation."""
-    figure = Figure(figsize=(10, 3.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, 3)
-    colours = ("#8a8a8a", "#5fa2ce", "#e15c00", "#222222")
-    for axes, (title, by_variant, scale) in zip(
-        panels,
-        (
-            ("cosine of gradients at the trunk", result.cosine, 1),
-            ("dormant units, %", result.dormant, 100),
-            ("squared error / variance, %", result.loss, 100),
-        ),
-        strict=True,
-    ):
-        # Fewer variants than colours are no error.
-        for (name, x), colour in zip(by_variant.items(), colours, strict=False):
-            mean, spread = np.array(_spread(scale * x)).T
-            axes.plot(angles, mean, "o-", color=colour, markersize=4, label=name)
-            axes.fill_between(
-                angles, mean - spread, mean + spread, color=colour, alpha=0.15, lw=0
-            )
-        axes.set_title(title, fontsize=10)
-        axes.set_xlabel("angle between tasks, degrees")
-        axes.set_xticks(angles)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].axhline(0, color="0.85", lw=1, zorder=0)
-    figure.legend(
-        *panels[0].get_legend_handles_labels(),
-        loc="outside upper center",
-        ncols=4,
-        frameon=False,
-    )
-    return figure
 
 
 if __name__ == "__main__":

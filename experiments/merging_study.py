@@ -6,7 +6,8 @@ specialists are merged by every method, with and without LiNeS. The table is tha
 TIES (Yadav et al. 2023, arXiv 2306.01708) and LiNeS (Wang et al. 2025, arXiv
 2410.17146): the base is the zero-point, the specialists are 100 %, joint training is
 the upper bound. Coefficients are chosen on validation rows, with the same budget for
-every method; test rows are used once. The final merges go through `experiments.merge`.
+every method; test rows are used once. Where they are chosen, the final merges go
+through `experiments.merge`.
 
     python -m experiments.merging_study --data_dir=DATA \
       --flagfile=experiments/flagfiles/study/full.flags
@@ -144,6 +145,11 @@ def check(config: Config) -> tuple[list[int], list[str], list[str]]:
             )
         found = text_tasks.find(config.data_dir, of_folders)
         tasks = given or found
+    for name in given:
+        if name.startswith(GLUE):
+            from multitask_jax.data import text_builder  # tensorflow-datasets
+
+            text_builder.check_glue(name.removeprefix(GLUE))
     names = [t.removeprefix(GLUE) for t in tasks]
     if len(set(names)) < len(names):
         raise ValueError(f"got tasks {tasks}, expected each name once")
@@ -171,7 +177,7 @@ def check(config: Config) -> tuple[list[int], list[str], list[str]]:
 def read_task(data_dir: str, name: str) -> text_tasks.Task:
     """A task's folder, or a task of GLUE."""
     if name.startswith(GLUE):
-        from multitask_jax.data import text_builder  # tensorflow-datasets, on use only
+        from multitask_jax.data import text_builder  # tensorflow-datasets
 
         return text_builder.glue(name.removeprefix(GLUE))
     return text_tasks.read(Path(data_dir) / name)
@@ -303,8 +309,9 @@ def run(config: Config) -> Result:
     told = dataclasses.replace(config, tasks=",".join(tasks))
     # Coefficients that all seeds share are the first one's.
     free = FREE if config.tune_every_seed else tuple(set(FREE) - {"seeds"})
-    remember(told, Path(config.workdir), free)
     study = Study(config, tasks)
+    known = study_merges.protocol(config.budget)
+    remember(told, Path(config.workdir), free, protocol=known)
     for index in seeds:
         seed = study.prepare(index)
         study.references(seed)

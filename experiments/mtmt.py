@@ -44,7 +44,7 @@ from multitask_jax.data import hillstrom, uplift_simulator
 from multitask_jax.data.uplift import Trial
 from multitask_jax.host_memory import keep_freed_memory
 from multitask_jax.models import mtmt
-from multitask_jax.models.uplift_baselines import BOOSTED, MODELS
+from multitask_jax.models.uplift_baselines import BOOSTED, FULL_SIZE, MODELS
 from multitask_jax.training import writers
 
 ALL = (*MODELS, *BOOSTED)
@@ -64,7 +64,9 @@ class Config:
         " ../shared."
     )
     rows: int | None = flag("People, drawn by chance; everyone if not given.")
-    models: str | None = flag(f"Comma list of {', '.join(ALL)}; all if not given.")
+    models: str | None = flag(
+        f"Comma list of {', '.join(ALL)}; all but {FULL_SIZE} if not given."
+    )
     folds: int = flag("Of cross-validation.", 5)
     seeds: str = flag("Comma list: folds and networks of each.", "0,1,2")
     epochs: int = flag("Passes over the training rows.", 10)
@@ -107,7 +109,7 @@ def run(config: Config) -> Result | None:
             config.policy_outcome,
         )
         return None
-    names = parsing.paths(config.models) or list(ALL)
+    names = parsing.paths(config.models) or [n for n in ALL if n != FULL_SIZE]
     for name in names:
         parsing.one_of("models", name, ALL)
     seeds = _seeds(config.seeds)

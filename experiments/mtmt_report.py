@@ -99,8 +99,8 @@ def write(
         _opening(trial, predictions, bootstrap, notes),
         _rankings(trial, measured, best),
         *(_differences(trial, measured, r) for r in REFERENCES if r in measured),
-        _calibration(trial, means[main], main, outcome),
-        _errors(trial, predictions),
+        _calibration(trial, means[main], main),
+        _errors(trial, predictions, main),
         policies(trial, means, counts, main, outcome),
         segments(trial, means[main], main, outcome),
     ]
@@ -319,28 +319,30 @@ def _differences(trial: Trial, measured: Mapping[str, Measured], reference: str)
     )
 
 
-def _calibration(trial: Trial, prediction: np.ndarray, name: str, outcome: int) -> str:
-    parts = [f"## Is {name} calibrated?\n"]
-    parts.append(
-        f"Tenths of people by predicted effect on {trial.outcomes[outcome]}, mean"
-        " prediction of the seeds; observed: difference of means and its 95%"
-        " interval.\n"
-    )
+def _calibration(trial: Trial, prediction: np.ndarray, name: str) -> str:
+    parts = [
+        f"## Is {name} calibrated?\n",
+        "Tenths of people by predicted effect, mean prediction of the seeds; observed:"
+        " difference of means and its 95% interval.\n",
+        "![Effects by decile](deciles.png)\n",
+    ]
+    for o, outcome in enumerate(trial.outcomes):
+        parts += [f"### Tenths by effect on {outcome}\n", _tenths(trial, prediction, o)]
+    return "\n".join(parts)
+
+
+def _tenths(trial: Trial, prediction: np.ndarray, outcome: int) -> str:
     cells, said = [], []
     for a, arm in enumerate(trial.arms[1:], start=1):
         c = calibration_of(trial, prediction, a, outcome)
+        half = evaluation.uplift.NORMAL * c.error
         cells.append(
             [
-                (f"{PER * p:.1f}", span(PER * y, PER * (y - e), PER * (y + e)))
-                for p, y, e in zip(
-                    c.predicted,
-                    c.observed,
-                    evaluation.uplift.NORMAL * c.error,
-                    strict=True,
-                )
+                (f"{PER * p:.1f}", span(PER * y, PER * (y - h), PER * (y + h)))
+                for p, y, h in zip(c.predicted, c.observed, half, strict=True)
             ]
         )
-        inside = np.abs(c.predicted - c.observed) <= evaluation.uplift.NORMAL * c.error
+        inside = np.abs(c.predicted - c.observed) <= half
         said.append(
             f"{arm}: mean distance {PER * c.distance:.1f}, {inside.sum()} of"
             f" {len(inside)} predictions within the interval."
@@ -352,11 +354,11 @@ def _calibration(trial: Trial, prediction: np.ndarray, name: str, outcome: int) 
         [str(i + 1), *(x for pair in row for x in pair)]
         for i, row in enumerate(zip(*cells, strict=True))
     ]
-    figure = "![Effects by decile](deciles.png)"
-    return "\n".join([*parts, table(header, rows), "", " ".join(said), "", figure, ""])
+    return "\n".join([table(header, rows), "", " ".join(said), ""])
 
 
-def _errors(trial: Trial, predictions: Predictions) -> str:
+def _errors(trial: Trial, predictions: Predictions, main: str) -> str:
+    """PEHE, and where the main model's squared errors are smaller or larger."""
     if trial.effects is None:
         return ""
     rows = []
@@ -365,12 +367,39 @@ def _errors(trial: Trial, predictions: Predictions) -> str:
         cells = each.transpose(2, 1, 0).reshape(-1, len(p))  # [outcomes and arms, S]
         rows.append([name, *map(report_file.over_seeds, cells)])
     header = [f"{o}: {a}" for o in trial.outcomes for a in trial.arms[1:]]
-    return "\n".join(
-        [
-            "## Error of individual effects (PEHE), *synthetic*\n",
-            "Root mean squared error of predicted uplifts; mean ± standard deviation"
-            " over seeds.\n",
-            table(["", *header], rows),
+    own = _squares(trial, predictions[main])
+    paired = []
+    for name, p in predictions.items():
+        if name == main:
+            continue
+        gap = _squares(trial, p) - own  # above 0: the main model errs less
+        mean = gap.mean(axis=0)
+        error = evaluation.uplift.NORMAL * gap.std(axis=0, ddof=1) / np.sqrt(len(gap))
+        better, worse = (mean > error).sum(), (mean < -error).sum()
+        paired.append([name, *map(str, (better, worse, mean.size - better - worse))])
+    parts = [
+        "## Error of individual effects (PEHE), *synthetic*\n",
+        "Root mean squared error of predicted uplifts; mean ± standard deviation over"
+        " seeds.\n",
+        table(["", *header], rows),
+        "",
+    ]
+    if paired:
+        parts += [
+            f"In how many of these {len(header)} columns {main} is better, by 95 %"
+            " intervals of the difference of squared errors, paired by person (seeds"
+            " averaged and held fixed):\n",
+            table([f"{main} against", "better", "worse", "undecided"], paired),
             "",
         ]
-    )
+    return "\n".join(parts)
+
+
+def _squares(trial: Trial, prediction: np.ndarray) -> np.ndarray:
+    """Squared errors of uplifts, a mean over seeds: [S, N, A, O] -> [N, A - 1, O]."""
+    assert trial.effects is not None
+    found = 0.0
+    for p in prediction:
+        error = (p - trial.effects).astype(np.float64)
+        found = found + (error[:, 1:] - error[:, :1]) ** 2 / len(prediction)
+    return np.asarray(found)

@@ -10,6 +10,7 @@ Legend: T tasks.
 
 import contextlib
 import dataclasses
+import hashlib
 import io
 import shutil
 import sys
@@ -61,6 +62,8 @@ SECOND: dict[str, tuple[str, tuple[Any, ...]]] = {
     "sce": ("topk", (0.1, 1.0)),
     "consensus": ("tall_lambda", ("0.2", "0.4")),
 }
+# Half of the default: a minute of a two-core machine a merge, and seven merges.
+FIXED: dict[str, Coefficients] = {"wudi": {"iterations": 200}}
 OFF_DIAGONALS = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 QUIET = {"progress": False, "report": False, "overwrite": True}
 SWEPT = ("scale", "lines_alpha", "lines_beta")  # applied in memory
@@ -116,9 +119,9 @@ def entries(budget: int) -> list[Entry]:
     for method in merging.METHODS:
         if method in LEFT_OUT:
             continue
-        flags: Coefficients = {"method": method}
+        flags = {"method": method, **FIXED.get(method, {})}
         out.append(Entry(method, flags, grid(method, lines=False, budget=budget)))
-        flags = {"method": method, "lines_alpha": "norm"}
+        flags = flags | {"lines_alpha": "norm"}
         if "scale" in candidates.takes(method):
             flags["scale"] = 1.0  # LiNeS is all the scale there is
         label = f"{method} + LiNeS"
@@ -132,6 +135,13 @@ def with_lines(
     """A row's task vector, scaled by LiNeS."""
     betas = tuple({"lines_beta": x} for x in spread(BETAS, budget))
     return Entry(f"{row} + LiNeS", {"lines_alpha": "norm"}, betas, tau)
+
+
+def protocol(budget: int) -> str:
+    """A short name of all candidates: results of others are not to be mixed in."""
+    told = [(e.label, e.flags, e.grid) for e in entries(budget)]
+    told.append(("TALL masks", {}, spread(TALL_LAMBDAS, budget)))
+    return hashlib.sha256(repr(told).encode()).hexdigest()[:12]
 
 
 @jax.jit

@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from experiments import report_file
-from experiments.study_merges import LEFT_OUT
+from experiments.study_merges import FIXED, LEFT_OUT
 from multitask_jax.merging import report
 
 Record = Mapping[str, Any]
@@ -182,9 +182,12 @@ def _notes(found: Sequence[Record]) -> list[str]:
     lines = [
         f"Left out: {', '.join(few)}; LiNeS on EMR and TALL masks, which keep a model"
         " a task: nothing of others is in them to be scaled down. Seconds and MB are of"
-        " the command line (first seed); without MB, of the merge in memory, compiling"
-        " included."
+        " the command line (first seed); without MB, of the merge in memory, where the"
+        " first of alike rows compiles."
     ]
+    for method, options in FIXED.items():
+        said = ", ".join(f"{k} {v}" for k, v in options.items())
+        lines.append(f"{method} has {said}.")
     spent = [r["seconds"] for r in found if r["part"] == "statistics"]
     if spent:
         lines.append(

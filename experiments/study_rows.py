@@ -7,7 +7,7 @@ the seed that coefficients are chosen on if that is done once.
 import dataclasses
 import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments import study_data_driven, study_merges
-from experiments.study_merges import Entry, Merger
+from experiments.study_merges import Entry, Merger, Tensors
 from experiments.study_tasks import Pool, Score, floats_of
 from experiments.study_training import JOINT
 from multitask_jax import checkpoints
@@ -36,20 +36,22 @@ def chosen_before(study: Any, part: str, row: str, seed: Any, first: int) -> Any
 def tune_and_score(
     study: Any, part: str, entry: Entry, seed: Any, first: int, merger: Merger
 ) -> dict[str, Any]:
-    """Tunes a row and scores it; the main table's go through the command line.
+    """Tunes a row and scores it.
 
-    But for those whose task vector no flag makes.
+    Where coefficients of the main table are chosen its final merges go through the
+    command line, but for those whose task vector no flag makes. Coefficients of another
+    seed are merged in memory, with the same result: there it was compared.
     """
     names = [Path(m).name for m in merger.models]
     validation, test = (seed.pools[p][len(names)] for p in ("validation", "test"))
 
     def make() -> dict[str, Any]:
         known = chosen_before(study, part, entry.label, seed, first)
-        on_disk = part == "methods" and entry.tau is None
+        on_disk = part == "methods" and entry.tau is None and known is None
         out: dict[str, Any] = {}
-        if on_disk and (known is not None or entry.grid == ({},)):
+        if on_disk and entry.grid == ({},):
             # Nothing to choose: the command line's merge is the only one.
-            coefficients, scores, tensors = known or {}, [], None
+            coefficients, scores, tensors = {}, [], None
         else:
             coefficients, scores, tensors = study_merges.tune(
                 entry, merger, lambda x: study.score(x, seed, validation), known
@@ -181,27 +183,34 @@ def data_driven(study: Any, seed: Any, first: int) -> None:
         off_diagonal=float(found),
     )
     for row, make in rows.items():
+        in_memory(study, row, make, seed, first)
 
-        @functools.cache
-        def made(make: Any = make) -> tuple[dict[str, Any], float]:
-            start = time.perf_counter()
-            tensors = {k: np.asarray(x) for k, x in make().items()}
-            return tensors, time.perf_counter() - start
 
-        def score(made: Any = made) -> dict[str, Any]:
-            tensors, seconds = made()
-            return {
-                "coefficients": {},
-                "merge_seconds": round(seconds, 2),
-                "test": study.accuracies(tensors, seed, seed.test),
-            }
+def in_memory(
+    study: Any, row: str, make: Callable[[], Tensors], seed: Any, first: int
+) -> None:
+    """Two rows of a merge that no flag makes: as it is, and scaled by LiNeS."""
 
-        def tau(merger: Merger, made: Any = made) -> dict[str, np.ndarray]:
-            return {k: made()[0][k] - x for k, x in merger.base.items()}
+    @functools.cache
+    def made() -> tuple[Tensors, float]:
+        start = time.perf_counter()
+        tensors = {k: np.asarray(x) for k, x in make().items()}
+        return tensors, time.perf_counter() - start
 
-        study.store.once("methods", row, seed.index, score)
-        scaled = study_merges.with_lines(row, study.config.budget, tau)
-        tune_and_score(study, "methods", scaled, seed, first, seed.merger)
+    def score() -> dict[str, Any]:
+        tensors, seconds = made()
+        return {
+            "coefficients": {},
+            "merge_seconds": round(seconds, 2),
+            "test": study.accuracies(tensors, seed, seed.test),
+        }
+
+    def tau(merger: Merger) -> dict[str, np.ndarray]:
+        return {k: made()[0][k] - x for k, x in merger.base.items()}
+
+    study.store.once("methods", row, seed.index, score)
+    scaled = study_merges.with_lines(row, study.config.budget, tau)
+    tune_and_score(study, "methods", scaled, seed, first, seed.merger)
 
 
 def counts(study: Any, seed: Any, first: int) -> None:

@@ -69,19 +69,20 @@ def changed(
     }
 
 
-def remember(config: Any, workdir: Path, free: Sequence[str]) -> None:
+def remember(config: Any, workdir: Path, free: Sequence[str], **also: Any) -> None:
     """Writes config.json; refuses a folder whose results are of another config.
 
     Args:
       config: a dataclass.
       workdir: made if it is not there.
       free: fields that may differ from an earlier run.
+      **also: what results depend on besides the config.
 
     Raises:
       ValueError: other fields differ; tells them.
     """
     path = workdir / "config.json"
-    told = dataclasses.asdict(config)
+    told = dataclasses.asdict(config) | also
     if different := changed(path, told, free):
         raise ValueError(
             f"{workdir} has results of another run (there, here): {different};"

@@ -24,6 +24,7 @@ Legend: E experts, D width.
 
 import contextlib
 import dataclasses
+import inspect
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -33,7 +34,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from experiments import flags, parsing
+from experiments import flags, merge, parsing
 from experiments.flags import flag
 from multitask_jax import checkpoints, merging
 from multitask_jax.checkpoints import Reader
@@ -55,6 +56,8 @@ class Config:
     method: str = flag(
         "Merges everything else (or, --to_dense, the experts).", "linear"
     )
+    density: str | None = flag("Of the method, as for experiments.merge.")
+    scale: float | None = flag("Of the method, as for experiments.merge.")
     layout: Literal["auto", "mixtral", "names", "stacked"] = flag(
         "Names of the tensors; auto: stacked for names with slashes, mixtral for Llama"
         " and Mistral, else names.",
@@ -92,6 +95,7 @@ def run(config: Config) -> Result:
     if not models or not config.output:
         raise ValueError("--models and --output: got none; see --help")
     parsing.one_of("method", config.method, tuple(merging.METHODS))
+    _method(config)
     result = (to_dense if config.to_dense else to_experts)(config, models)
     print(f"wrote {result.output}: {result.experts} experts")
     for note in result.notes:
@@ -119,7 +123,7 @@ def to_experts(config: Config, models: Sequence[str]) -> Result:
                 )
             )
             merged = merging.merge_checkpoints(
-                merging.METHODS[config.method](),
+                _method(config),
                 config.base,
                 models,
                 f"{temporary}/rest",
@@ -153,7 +157,7 @@ def to_dense(config: Config, models: Sequence[str]) -> Result:
     with _opened(models[0]) as moe:
         layout = _layout(config, moe, models[0], dense=False)[1]
         views, gates = files.views(moe, layout)
-        method = merging.METHODS[config.method]()
+        method = _method(config)
         about = _config_json(models[0])
         if config.base is None and about is not None:
             # The merge copies the mixture's companions, config.json with them.
@@ -163,7 +167,12 @@ def to_dense(config: Config, models: Sequence[str]) -> Result:
             config.base,
             views,
             config.output,
-            recipe={"method": config.method, "experts of": models[0]},
+            recipe={
+                "method": config.method,
+                "density": config.density,
+                "scale": config.scale,
+                "experts of": models[0],
+            },
             max_shard_size=parsing.size_in_bytes(
                 "max_shard_size", config.max_shard_size
             ),
@@ -172,6 +181,20 @@ def to_dense(config: Config, models: Sequence[str]) -> Result:
         )
     left = f"left out {len(gates)} tensors of gates: {', '.join(gates[:3])}, ..."
     return Result(Path(config.output), len(views), (f"merged by {config.method}", left))
+
+
+def _method(config: Config) -> merging.Method:
+    """The method with its options.
+
+    Raises:
+      ValueError: an option that it does not take.
+    """
+    taken = inspect.signature(merging.METHODS[config.method]).parameters
+    for name in ("density", "scale"):
+        if getattr(config, name) is not None and name not in taken:
+            raise ValueError(f"--{name}: {config.method} does not take it")
+    options = {k: getattr(config, k) for k in ("base", "method", "density", "scale")}
+    return merge.build_method(merge.Config(**options))
 
 
 def _with_config(method: merging.Method, about: Mapping[str, Any]) -> merging.Method:
@@ -197,6 +220,8 @@ def _copies(config: Config, models: Sequence[str]) -> int:
                 f"--experts={config.experts}: each of {len(models)} models is an expert"
             )
         return 0
+    if config.density is not None or config.scale is not None:
+        raise ValueError("--density, --scale: nothing is merged of one model's copies")
     if config.experts is None or config.experts < 2 or config.gate_data:
         raise ValueError(
             "one model becomes experts that are copies: give their number by --experts"

@@ -137,8 +137,7 @@ def glue(
       ValueError: not a name of `GLUE`, or a share out of (0, 1).
       OSError: it can't be downloaded.
     """
-    if name not in GLUE:
-        raise ValueError(f"got GLUE task {name!r}, expected one of {', '.join(GLUE)}")
+    check_glue(name)
     if not 0 < validation < 1:
         raise ValueError(f"got validation={validation}, expected a share in (0, 1)")
     made = tfds.builder(
@@ -164,6 +163,12 @@ def glue(
     chosen[np.random.default_rng(seed).permutation(count)[:cut]] = True
     parts = [text_tasks.at(all_rows, np.flatnonzero(c)) for c in (~chosen, chosen)]
     return Task(name, tuple(made.info.features["label"].names), *parts, test)
+
+
+def check_glue(name: str) -> None:
+    """Raises ValueError for what is not a name of `GLUE`."""
+    if name not in GLUE:
+        raise ValueError(f"got GLUE task {name!r}, expected one of {', '.join(GLUE)}")
 
 
 def write(folder: str | os.PathLike[str], task: Task) -> None:

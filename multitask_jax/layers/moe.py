@@ -1,24 +1,26 @@
-"""A mixture of experts as a Linen layer around the functions of `multitask_jax.moe`.
+"""Mixtures of experts as Linen layers around the functions of `multitask_jax.moe`.
 
     y, sown = MoE(experts=8, k=2, hidden=1024).apply(variables, x, mutable="moe")
     loss += sum_of(sown, "load_balance") * 0.01
 
-Legend: D width, E routed experts, K experts a token.
+Legend: D width, E routed experts, K experts a token, N tokens, T tasks.
 """
 
 import functools
+import typing
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from multitask_jax import moe
 from multitask_jax import tree as trees
 from multitask_jax.moe.gates import Kind, Normalize
 
 Array = jax.Array
-Dispatch = Literal["everyone", "capacity", "dropless", "grouped"]
+Dispatch = Literal["everyone", "capacity", "dropless", "grouped", "expert_parallel"]
 
 
 class MoE(nn.Module):
@@ -36,21 +38,30 @@ class MoE(nn.Module):
     normalize: Normalize = "before_topk"
     shared_hidden: int = 0  # of an expert beside them that serves every token
     dispatch: Dispatch = "capacity"
-    factor: float = 1.25  # of capacity
+    factor: float = 1.25  # of capacity and expert_parallel
+    mesh: Mesh | None = None  # of expert_parallel, with an axis named "expert"
+    tasks: int = 0  # that ids tell, for the statistic "specialisation"
     noise: float = 0.0  # on the gate's logits, where there is a key named "gate"
     bias: bool = True  # of experts
     gate_bias: bool = False  # as gates made from data have it
 
     @nn.compact
     def __call__(self, x: Array, ids: Array | None = None) -> Array:
-        """`ids`: [...] of tasks or modalities, the experts of route="hard"."""
+        """`ids`: [...] of tasks or modalities, the experts of route="hard".
+
+        With `tasks`, any gate is told by its statistics how far it goes by them.
+        """
         tokens = x.reshape(-1, x.shape[-1])
         width = tokens.shape[1]
         params = self.param("experts", self._init, width)
-        if self.route == "hard":
-            if ids is None:
-                raise ValueError("route='hard' needs ids, the expert of each token")
+        flat = None
+        if self.tasks and ids is None:
+            raise ValueError(f"tasks={self.tasks} needs ids, the task of each token")
+        if ids is not None:
             flat = jnp.broadcast_to(ids, x.shape[:-1]).reshape(-1)
+        if self.route == "hard":
+            if flat is None:
+                raise ValueError("route='hard' needs ids, the expert of each token")
             routing = moe.route(flat, kind="hard", experts=self.experts)
         else:
             init_gate = functools.partial(moe.init_gate, bias=self.gate_bias)
@@ -65,7 +76,7 @@ class MoE(nn.Module):
                 key=self.make_rng("gate") if noisy else None,
             )
         served = self._dispatched(moe.EXPERTS[self.kind], params, tokens, routing)
-        self._sow(routing, served.kept)
+        self._sow(routing, served.kept, flat if self.tasks else None)
         y = served.y.reshape(x.shape)
         if self.shared_hidden:
             up = nn.Dense(self.shared_hidden, self.bias, name="shared_up")(x)
@@ -83,33 +94,99 @@ class MoE(nn.Module):
         )
 
     def _dispatched(self, *args: Any) -> moe.Served:
-        if self.route == "expert_choice" and self.dispatch in ("capacity", "dropless"):
-            tokens = len(args[2])  # each expert takes as many: none is dropped
+        known = typing.get_args(Dispatch)
+        if self.dispatch not in known:
+            raise ValueError(
+                f"dispatch: got {self.dispatch!r}, expected {', '.join(known)}"
+            )
+        if self.is_initializing():
+            return moe.everyone(*args)  # of an example, which no mesh need cut
+        tokens, room = len(args[2]), None
+        if self.route == "expert_choice":  # each expert takes as many
             room = min(tokens, -(-self.k * tokens // self.experts))
-            return moe.capacity(*args, room=room)
+            if self.dispatch in ("capacity", "dropless"):
+                return moe.capacity(*args, room=room)
+            if self.mesh is not None:  # perhaps all of them from one device
+                room = min(room, tokens // self.mesh.size)
         on_cpu = jax.default_backend() == "cpu"
         by_name = {
             "everyone": moe.everyone,
-            "capacity": functools.partial(moe.capacity, factor=self.factor),
+            "capacity": functools.partial(
+                moe.capacity, factor=self.factor, one_by_one=on_cpu
+            ),
             "dropless": functools.partial(moe.dropless, one_by_one=on_cpu),
             "grouped": moe.grouped,
+            "expert_parallel": functools.partial(
+                moe.expert_parallel, mesh=self.mesh, factor=self.factor, room=room
+            ),
         }
-        if self.dispatch not in by_name:
+        if self.dispatch == "expert_parallel" and self.mesh is None:
             raise ValueError(
-                f"dispatch: got {self.dispatch!r}, expected {', '.join(by_name)}"
+                "dispatch='expert_parallel' needs mesh=, with an axis named 'expert'"
             )
         return by_name[self.dispatch](*args)
 
-    def _sow(self, routing: moe.Routing, kept: Array) -> None:
+    def _sow(self, routing: moe.Routing, kept: Array, tasks: Array | None) -> None:
         if self.is_initializing():
             return  # `init` would keep them, and `apply` add to them
-        found = dict(moe.losses.statistics(routing, kept))
+        found = dict(
+            moe.losses.statistics(
+                routing,
+                kept,
+                tasks=tasks,
+                task_count=self.tasks,
+                weighted=self.route == "soft",
+            )
+        )
         found["load_balance"] = moe.losses.load_balance(routing)
         found["importance"] = moe.losses.importance(routing)
         if self.route != "hard":  # no gate, no logits
             found["router_z"] = moe.losses.router_z(routing)
         for name, value in found.items():
             self.sow("moe", name, value)
+
+
+class MMoE(nn.Module):
+    """Tokens [..., D] -> [T, ..., D]: a soft gate a task on the same experts.
+
+    Ma et al. 2018. Sows load, entropy and specialisation by task into "moe".
+    """
+
+    tasks: int
+    experts: int
+    hidden: int
+    kind: str = "mlp"  # of the experts, one of moe.EXPERTS
+    bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        tokens = x.reshape(-1, x.shape[-1])
+        width = tokens.shape[1]
+        params = self.param(
+            "experts",
+            lambda key: moe.experts.init(
+                key, self.kind, experts=self.experts, width=width, hidden=self.hidden,
+                bias=self.bias,
+            ),
+        )  # fmt: skip
+        init = nn.initializers.normal(0.02)
+        gates = self.param("gates", init, (self.tasks, width, self.experts))
+        routing = jax.vmap(
+            lambda g: moe.route(moe.gate_logits({"kernel": g}, tokens), kind="soft")
+        )(gates)
+        # Experts see each token once, whatever the number of tasks.
+        served = moe.EXPERTS[self.kind](params, tokens[None], moe.batched)  # [E, N, D]
+        weights = routing.weights.astype(served.dtype)  # [T, N, E]
+        if not self.is_initializing():
+            both = jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), routing)
+            tasks = jnp.repeat(jnp.arange(self.tasks), len(tokens))
+            found = moe.losses.statistics(
+                both, tasks=tasks, task_count=self.tasks, weighted=True
+            )
+            for name, value in found.items():
+                self.sow("moe", name, value)
+        y = jnp.einsum("tne,end->tnd", weights, served)
+        return y.reshape(self.tasks, *x.shape)
 
 
 def sum_of(sown: Any, name: str) -> Array:

@@ -25,7 +25,8 @@ class Block(nn.Module):
     mlp: nn.Module | None = None
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, ids: Array | None = None) -> Array:
+        """`ids`: of tasks or modalities, for an `mlp` that takes them."""
         b, l, _ = x.shape
         y = nn.LayerNorm(epsilon=self.epsilon, name="layernorm_before")(x)
         q, k, v = (
@@ -35,7 +36,9 @@ class Block(nn.Module):
         y = attend(q, k, v).reshape(b, l, self.width)
         x = x + nn.Dense(self.width, name="attention_output")(y)
         y = nn.LayerNorm(epsilon=self.epsilon, name="layernorm_after")(x)
+        if self.mlp is None and ids is not None:
+            raise ValueError("ids are for an mlp that takes them; there is none")
         if self.mlp is not None:
-            return x + self.mlp(y)
+            return x + (self.mlp(y) if ids is None else self.mlp(y, ids))
         y = nn.Dense(self.mlp_width, name="intermediate")(y)
         return x + nn.Dense(self.width, name="output")(nn.gelu(y, approximate=False))

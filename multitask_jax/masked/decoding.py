@@ -9,7 +9,7 @@ targets), V ids, M modalities.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,9 @@ Array = jax.Array
 Logits = Callable[[Array, Array, Array, Array, Array], Array]
 
 
+Kind = Literal["linear", "cosine"]
+
+
 class Schedule(NamedTuple):
     """Which slots each step decodes; the same for all samples."""
 
@@ -36,10 +39,33 @@ class Schedule(NamedTuple):
     valid: np.ndarray  # bool [S, Q]
 
 
-def linear_schedule(
-    modalities: Modalities, inputs: Sequence[str], targets: Mapping[str, int]
+def group_sizes(length: int, steps: int, kind: Kind = "linear") -> np.ndarray:
+    """Tokens of each step, at least one: int [steps].
+
+    linear: as many in each, to one (EgoM2P). cosine: few at first, when little is
+    known; cos(pi s / 2 S) of all are left after step s (MaskGIT, Chang et al. 2022,
+    arXiv 2202.04200, section 3.3).
+
+    Raises:
+      ValueError: another kind.
+    """
+    if kind == "linear":
+        return np.array([len(a) for a in np.array_split(np.arange(length), steps)])
+    if kind != "cosine":
+        raise ValueError(f"schedule: got {kind!r}, expected linear or cosine")
+    s = np.arange(steps + 1)
+    done = np.rint(length * (1 - np.cos(np.pi * s / (2 * steps)))).astype(int)
+    done = np.clip(done, s, length - steps + s)  # one a step at least
+    return np.diff(done)
+
+
+def make_schedule(
+    modalities: Modalities,
+    inputs: Sequence[str],
+    targets: Mapping[str, int],
+    kind: Kind = "linear",
 ) -> Schedule:
-    """Each target in its number of steps, groups of equal size (to one), in order.
+    """Each target in its number of steps, in order.
 
     Slots are those of the inputs, then those of each target in its order.
 
@@ -47,6 +73,7 @@ def linear_schedule(
       modalities: of the model.
       inputs: names of what is given.
       targets: name -> steps, at least 1 and at most its tokens.
+      kind: as for `group_sizes`.
 
     Raises:
       ValueError: unknown names, a name among both, no target, or steps out of range.
@@ -63,7 +90,8 @@ def linear_schedule(
             raise ValueError(
                 f"steps of {name}: got {steps}, expected 1 to {length}, its tokens"
             )
-        groups += np.array_split(np.arange(at, at + length), steps)
+        ends = np.cumsum(group_sizes(length, steps, kind))[:-1]
+        groups += np.split(np.arange(at, at + length), ends)
         at += length
     most = max(map(len, groups))
     slot = np.zeros((len(groups), most), np.int32)
@@ -121,6 +149,7 @@ def generate(
     temperature: float = 0.01,
     p: float = 0.8,
     guidance: float = 1.0,
+    schedule: Kind = "linear",
 ) -> Array:
     """Fills in the targets' ids, given the inputs'; int32 [B, L].
 
@@ -140,11 +169,12 @@ def generate(
       guidance: s of l = u + s (c - u), with c the logits given inputs and targets
         decoded so far and u those given the latter alone (Ho and Salimans 2022, arXiv
         2207.12598); 1 is without, and costs half.
+      schedule: sizes of a target's steps, see `group_sizes`.
 
     Raises:
-      ValueError: as `linear_schedule`.
+      ValueError: as `make_schedule`.
     """
-    schedule = linear_schedule(modalities, inputs, targets)
+    plan = make_schedule(modalities, inputs, targets, schedule)
     of = modality_of(modalities)
     b = len(ids)
     key_order, key_steps = jax.random.split(key)
@@ -206,6 +236,6 @@ def generate(
     # What is not given starts as its modality's first code: never read, always valid.
     known = np.isin(np.arange(len(of)), given)[None]
     ids = jnp.where(known, ids, jnp.asarray(first_ids(modalities)[of])[None])
-    keys = jax.random.split(key_steps, len(schedule.slot))
-    (ids, _), _ = jax.lax.scan(step, (ids, shown), (*schedule, keys))
+    keys = jax.random.split(key_steps, len(plan.slot))
+    (ids, _), _ = jax.lax.scan(step, (ids, shown), (*plan, keys))
     return ids

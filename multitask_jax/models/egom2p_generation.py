@@ -51,6 +51,7 @@ def logits(
     jax.jit,
     static_argnames=(
         "modalities", "shape", "inputs", "targets", "temperature", "p", "guidance",
+        "schedule",
     ),
 )  # fmt: skip
 def _generate(
@@ -82,6 +83,7 @@ def generate(
     temperature: float = 0.01,
     p: float = 0.8,
     guidance: float = 1.0,
+    schedule: decoding.Kind = "linear",
 ) -> dict[str, np.ndarray]:
     """Any modalities from any others, in one compiled loop.
 
@@ -91,7 +93,7 @@ def generate(
       targets: name -> steps of parallel decoding; later ones see earlier ones.
       modalities, shape: of the model.
       key: one for the batch.
-      temperature, p, guidance: see `masked.decoding.generate`.
+      temperature, p, guidance, schedule: see `masked.decoding.generate`.
 
     Returns:
       Codes of the targets by name, int32 [B, *grid].
@@ -103,7 +105,7 @@ def generate(
     out = _generate(
         params, ids, present, key, modalities=modalities, shape=shape,
         inputs=tuple(inputs), targets=tuple(targets.items()), temperature=temperature,
-        p=p, guidance=guidance,
+        p=p, guidance=guidance, schedule=schedule,
     )  # fmt: skip
     found = unflatten(modalities, np.asarray(out))
     return {name: found[name] for name in targets}

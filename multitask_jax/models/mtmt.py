@@ -161,8 +161,10 @@ class Mtmt(nn.Module):
             nn.initializers.lecun_normal(batch_axis=0),
             (s.outcomes, x.shape[1], s.experts),
         )
-        logits = jax.vmap(lambda g: moe.gate_logits({"kernel": g}, x))(gates)
-        u = jnp.einsum("kbe,eblc->kblc", jax.nn.softmax(logits), experts)
+        weights = jax.vmap(
+            lambda g: moe.route(moe.gate_logits({"kernel": g}, x), kind="soft").weights
+        )(gates)
+        u = jnp.einsum("kbe,eblc->kblc", weights, experts)
         natural = [
             nn.Dense(1, name=f"natural_{k}")(jnp.mean(u[k], axis=1))
             for k in range(s.outcomes)

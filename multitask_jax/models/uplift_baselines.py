@@ -181,6 +181,8 @@ def _mtmt(arms: int, outcomes: int, *, flat: bool = False, **options: Any) -> Le
     )
 
 
+# The authors' sizes: experts are ResNets, attention is 256 wide. Many times as slow.
+FULL_SIZE = "MTMT-ResNet"
 # Name -> (arms, outcomes) -> Learner.
 MODELS: dict[str, Callable[[int, int], Learner]] = {
     "MTMT": _mtmt,
@@ -192,6 +194,9 @@ MODELS: dict[str, Callable[[int, int], Learner]] = {
     "TARNet": lambda a, o: _plain(TarNet(a, o)),
     "DragonNet": _dragonnet,
     "interaction (EFIN-like)": lambda a, o: _plain(Interaction(a, o)),
+    FULL_SIZE: functools.partial(
+        _mtmt, expert="resnet", channels=128, queries=16, width=256
+    ),
 }
 BOOSTED = ("GBM S-learner", "GBM T-learner")
 

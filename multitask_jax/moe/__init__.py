@@ -11,6 +11,7 @@
 from multitask_jax.moe import experts, losses, upcycling
 from multitask_jax.moe.dispatch import (
     Served,
+    batched,
     capacity,
     dropless,
     everyone,
@@ -24,6 +25,7 @@ __all__ = [
     "EXPERTS",
     "Routing",
     "Served",
+    "batched",
     "capacity",
     "dropless",
     "everyone",

@@ -82,7 +82,7 @@ def capacity(
             capacity, expert, room=room, factor=factor, priority=priority,
             one_by_one=one_by_one,
         )  # fmt: skip
-        return _beside_shared(serve, expert, params, x, routing, shared)
+        return beside_shared(serve, expert, params, x, routing, shared)
     if room is None:
         room = capacity_of(routing, count, factor)
     plan = plan_buffers(routing, count, room, priority=priority)
@@ -96,7 +96,7 @@ def capacity(
     return Served(from_buffers(y, plan, routing.weights), plan.kept)
 
 
-def _beside_shared(
+def beside_shared(
     serve: Callable[..., Served],
     expert: Expert,
     params: Any,
@@ -104,8 +104,19 @@ def _beside_shared(
     routing: Routing,
     shared: int,
 ) -> Served:
-    """The last `shared` experts meet every token; the others serve by `serve`."""
+    """The last `shared` experts meet every token; the others serve by `serve`.
+
+    Args:
+      serve: (params, x, routing) of routed experts alone -> Served.
+      expert, params, x, routing: as for `capacity`, shared experts included.
+      shared: how many they are.
+
+    Raises:
+      ValueError: fewer experts than the gate has.
+    """
     e = routing.probabilities.shape[1]
+    if shared < 0:
+        raise ValueError(f"got {e + shared} experts for a gate of {e}")
     first, last = (
         jax.tree.map(lambda p, rows=rows: p[rows], params)
         for rows in (slice(e), slice(e, None))
@@ -156,7 +167,7 @@ def dropless(
         serve_own = functools.partial(
             dropless, expert, factors=factors, one_by_one=one_by_one
         )
-        return _beside_shared(serve_own, expert, params, x, routing, shared)
+        return beside_shared(serve_own, expert, params, x, routing, shared)
     rooms = sorted({capacity_of(routing, count, f) for f in (*factors, math.inf)})
     taken = jnp.sum(jax.nn.one_hot(routing.experts, count, dtype=int), axis=(0, 1))
     serve = [

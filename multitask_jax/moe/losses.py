@@ -13,11 +13,29 @@ from multitask_jax.moe.gates import Routing
 Array = jax.Array
 
 
-def load(routing: Routing) -> Array:
-    """f [E]: the share of filled slots of routed experts that each expert has."""
-    e = routing.probabilities.shape[1]
-    chosen = jnp.sum(jax.nn.one_hot(routing.experts, e), axis=(0, 1))
-    return chosen / jnp.maximum(jnp.sum(chosen), 1)
+def load(routing: Routing, *, weighted: bool = False) -> Array:
+    """f [E]: the share of filled slots of routed experts that each expert has.
+
+    Args:
+      routing: of N tokens.
+      weighted: slots count with their weights. Soft gates fill all slots of all tokens,
+        and only weights tell what they choose.
+    """
+    return _shares(jnp.sum(_slots(routing, weighted), axis=0))
+
+
+def _slots(routing: Routing, weighted: bool) -> Array:
+    """How often (or how much) each token is an expert's, [N, E]."""
+    each = jax.nn.one_hot(routing.experts, routing.probabilities.shape[1])
+    if weighted:
+        each *= routing.weights[..., None]
+    return jnp.sum(each, axis=1)
+
+
+def _shares(x: Array) -> Array:
+    """x over its sum; 0 where that is 0."""
+    total = jnp.sum(x)
+    return x / jnp.where(total > 0, total, 1)
 
 
 def load_balance(routing: Routing) -> Array:
@@ -54,7 +72,9 @@ def entropy(p: Array) -> Array:
     return -jnp.sum(jax.scipy.special.xlogy(p, p), axis=-1)
 
 
-def mutual_information(routing: Routing, tasks: Array, *, count: int) -> Array:
+def mutual_information(
+    routing: Routing, tasks: Array, *, count: int, weighted: bool = False
+) -> Array:
     """I(task; expert) in nats: 0 if all tasks use experts alike, at most log T.
 
     sum_te p(t, e) log(p(t, e) / (p(t) p(e))), p(t, e) the share of filled slots.
@@ -63,11 +83,9 @@ def mutual_information(routing: Routing, tasks: Array, *, count: int) -> Array:
       routing: of N tokens.
       tasks: [N] ids.
       count: T.
+      weighted: as for `load`.
     """
-    e = routing.probabilities.shape[1]
-    slots = jnp.sum(jax.nn.one_hot(routing.experts, e), axis=1)  # [N, E]
-    p = jax.nn.one_hot(tasks, count).T @ slots
-    p = p / jnp.maximum(jnp.sum(p), 1)
+    p = _shares(jax.nn.one_hot(tasks, count).T @ _slots(routing, weighted))
     apart = jnp.sum(p, axis=1, keepdims=True) * jnp.sum(p, axis=0, keepdims=True)
     return jnp.sum(jax.scipy.special.xlogy(p, p / jnp.where(apart > 0, apart, 1)))
 
@@ -78,6 +96,7 @@ def statistics(
     *,
     tasks: Array | None = None,
     task_count: int | None = None,
+    weighted: bool = False,
 ) -> Mapping[str, Array]:
     """Scalars to log, by name.
 
@@ -86,6 +105,7 @@ def statistics(
       kept: [N, K] of `Served`, for the share that was dropped.
       tasks: [N] ids, for the specialisation by task.
       task_count: T; needed with tasks.
+      weighted: as for `load`; load and specialisation of soft gates want it.
 
     Returns:
       load/0, ..., load/E-1 and load/max (times E: 1 is balanced), dropped (share of
@@ -97,7 +117,7 @@ def statistics(
       ValueError: tasks without their number.
     """
     e = routing.probabilities.shape[1]
-    f, p = load(routing), routing.probabilities
+    f, p = load(routing, weighted=weighted), routing.probabilities
     top = jnp.log(float(e)) if e > 1 else 1.0
     out = {f"load/{i}": f[i] for i in range(e)}
     out |= {
@@ -113,6 +133,6 @@ def statistics(
     if tasks is not None:
         if task_count is None:
             raise ValueError("tasks: needs task_count, the number of tasks")
-        found = mutual_information(routing, tasks, count=task_count)
+        found = mutual_information(routing, tasks, count=task_count, weighted=weighted)
         out["specialisation"] = found / jnp.log(max(task_count, 2))
     return out

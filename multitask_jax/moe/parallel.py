@@ -3,12 +3,13 @@
 Each device holds N / P tokens and E / P experts. It fills buffers for all E experts,
 an all_to_all takes them where the experts are, another brings the results back (GShard:
 Lepikhin et al. 2020, arXiv 2006.16668). Other axes of the mesh cut tokens further, and
-there the experts are copies.
+there the experts are copies. Shared experts serve each device's own tokens.
 
 Legend: N tokens, D width, E experts, K slots of a token, P devices of the expert axis,
 C tokens of one device that an expert has room for.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -40,7 +41,10 @@ def expert_parallel(
 
     Args:
       expert: from `experts`, or alike.
-      params: of E experts, cut along their leading axis over `axis`.
+      params: of E experts, cut along their leading axis over `axis`. With S shared ones
+        after them leave all whole, for cut through E + S the parts of routed experts
+        are not where their tokens go; or keep shared experts apart, as
+        `layers.moe.MoE` does.
       x: [N, D], cut along N over all axes of the mesh.
       routing: from `route`, cut likewise.
       mesh: from `sharding.make_mesh`.
@@ -52,14 +56,16 @@ def expert_parallel(
 
     Raises:
       ValueError: the mesh lacks the axis, or divides tokens or experts with a rest, or
-        there are shared experts: these need no routing, so apply them beside it.
+        there are fewer experts than the gate has.
     """
-    e = networks.count(params)
-    if e != routing.probabilities.shape[1]:
-        raise ValueError(
-            f"got {e} experts for a gate of {routing.probabilities.shape[1]}; expected"
-            " routed experts alone: apply shared ones to the tokens beside this"
-        )
+    e = routing.probabilities.shape[1]
+    shared = networks.count(params) - e
+    if shared:
+        serve = functools.partial(
+            expert_parallel, expert, mesh=mesh, axis=axis, room=room, factor=factor,
+            priority=priority,
+        )  # fmt: skip
+        return dispatch.beside_shared(serve, expert, params, x, routing, shared)
     if axis not in mesh.shape:
         raise ValueError(f"axis: got {axis!r}, the mesh has {', '.join(mesh.shape)}")
     for what, size, parts in (

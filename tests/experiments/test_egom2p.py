@@ -71,7 +71,8 @@ def test_everything_is_written(found, config):
                 assert values.shape == (2,), name  # 12 clips, 6 data sets
                 assert np.isfinite(values).any(), name
     assert "proxy" in report
-    assert "**EgoM2P, mean** against **constant**: better in" in report
+    for other in ("constant", "constant of least AbsRel", "first held"):
+        assert f"**EgoM2P, mean** against **{other}**: better in" in report
 
 
 def test_a_second_run_does_nothing_anew_and_another_one_is_refused(found, config):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from experiments import gradient_conflict as conflict
+from experiments import gradient_conflict_report
 
 
 @pytest.fixture(scope="module")
@@ -14,10 +15,7 @@ def result(tmp_path_factory):
     config = conflict.Config(
         workdir=str(workdir), angles="0,180", seeds=2, steps=200, batch_size=32
     )
-    with pytest.MonkeyPatch.context() as patch:  # each variant compiles for long
-        pair = {n: conflict.VARIANTS[n] for n in ("shared bottom", "expert a task")}
-        patch.setattr(conflict, "VARIANTS", pair)
-        return conflict.run(config), workdir
+    return conflict.run(config), workdir
 
 
 def test_experts_of_their_own_share_no_gradient(result):
@@ -35,9 +33,21 @@ def test_everything_is_written(result):
     for name in ("config.json", "metrics.jsonl", "gradient_conflict.png"):
         assert (workdir / name).stat().st_size
     assert (workdir / "report.md").read_text() == found.report
-    for name in ("shared bottom", "expert a task"):
+    for name in conflict.VARIANTS:
         assert f"| {name} |" in found.report
         assert np.isfinite(found.loss[name]).all()
+
+
+def test_use_of_experts_is_told(result):
+    told = result[0].experts["specialisation"]
+    np.testing.assert_allclose(told["expert a task"], 1, rtol=1e-5)
+    np.testing.assert_allclose(told["shared bottom"], 0, atol=1e-5)
+    for name in ("MMoE", "top-1 + shared"):
+        assert (told[name] > -1e-6).all()
+        assert (told[name] <= 1).all()
+        assert (result[0].experts["entropy"][name] > 0).all()
+        assert (result[0].experts["busiest"][name] > 1).all()
+    assert "## Specialisation of routed experts" in result[0].report
 
 
 def test_what_is_there_is_not_done_again(tmp_path, monkeypatch):
@@ -48,7 +58,7 @@ def test_what_is_there_is_not_done_again(tmp_path, monkeypatch):
         if len(done) == kill_at:
             raise KeyboardInterrupt
         done.append(runs)
-        quantities = ("cosine", "dormant", "loss")
+        quantities = ("cosine", "dormant", "loss", *conflict.EXPERTS)
         return [
             dict.fromkeys(quantities, [a + s] * conflict.STRETCHES) for a, s in runs
         ]
@@ -117,4 +127,7 @@ def test_wrong_flags_are_named(tmp_path):
 
 def test_paired_differences_have_students_interval():
     # Mean 2, standard deviation 1, three of them: 2 +- 4.303 / sqrt(3).
-    assert conflict.paired(np.array([1.0, 2.0, 3.0])) == "+2.0 [-0.5, +4.5]"
+    assert (
+        gradient_conflict_report.paired(np.array([1.0, 2.0, 3.0]))
+        == "+2.0 [-0.5, +4.5]"
+    )

@@ -16,6 +16,7 @@ from experiments import (
     study_report,
     study_rows,
     study_tasks,
+    study_training,
 )
 from experiments.merging_study import Config
 from experiments.study_stand_in import SHAPE, make_base, make_tasks
@@ -104,6 +105,17 @@ def test_specialists_learn_and_heads_fit_the_base(result):
         assert own > 0.6
 
 
+def test_fine_tuning_is_traced_once_a_shape_whatever_the_task(result, config):
+    """Three tasks, one of pairs: a program for each number of sentences and length."""
+    steps = tokens.steps_an_epoch(config.train_rows, config.batch_size)
+    step, _ = study_training.step_and_optimizer(
+        SHAPE, config.rate, config.epochs * steps
+    )
+    shapes = [batch["ids"] for batch in step.traced]
+    assert {s[1] for s in shapes} == {1, 2}
+    assert len(set(shapes)) == len(shapes)
+
+
 def test_tuned_in_memory_is_what_the_command_line_writes(result):
     compared = [r for r in rows(result, "methods").values() if "difference" in r]
     assert len(compared) >= 3
@@ -119,7 +131,7 @@ def test_a_second_run_does_nothing_again(result, config, monkeypatch):
     path = merging_study.Path(config.workdir) / "metrics.jsonl"
     before = path.read_bytes()
     monkeypatch.setattr(study_merges, "merge_on_disk", None)
-    monkeypatch.setattr(study_tasks.Evaluator, "accuracies", None)
+    monkeypatch.setattr(study_tasks.Evaluator, "scores", None)
     small = dataclasses.replace(config, parts="methods,redundancy,forgetting")
     again = merging_study.run(small)
     assert path.read_bytes() == before
@@ -140,6 +152,12 @@ def test_a_cut_off_line_is_done_again(result, config, tmp_path):
     assert {k: v for k, v in redone.items() if k != "spent"} == {
         k: v for k, v in last.items() if k != "spent"
     }
+
+
+def test_other_candidates_are_refused(result, config, monkeypatch):
+    monkeypatch.setattr(study_merges, "SCALES", (0.5, 1.0))
+    with pytest.raises(ValueError, match=r"another run .*'protocol': \("):
+        merging_study.run(config)
 
 
 def test_other_settings_are_refused(result, config):
@@ -264,7 +282,7 @@ def test_likelihood_by_hand():
 
 
 def test_statistics_files_by_hand(places, tmp_path):
-    """One program for all tasks, and what `merging` computes without the study."""
+    """One program for all tasks, with each task's own head."""
     base, tasks, _ = places
     tensors = study_tasks.floats_of(checkpoints.read_tensors(base))
     rows = {n: text_tasks.read(tasks / n).train for n in ("first", "second", "third")}
@@ -289,6 +307,15 @@ def test_statistics_files_by_hand(places, tmp_path):
     assert files["gram"].split(",") == [
         str(tmp_path / n / "gram.safetensors") for n in rows
     ]
+    # Heads alone differ, which Gram matrices do not know and Fisher does.
+    apply = study_data_driven.apply_fn(SHAPE)
+    inputs = batches["first"][0]
+    x = study_tasks.row_features(
+        bert.from_hugging_face(tensors, shape=SHAPE)[0], inputs, SHAPE
+    )
+    expected = x @ heads["first"].kernel + heads["first"].bias[None]
+    np.testing.assert_allclose(apply(tensors, inputs), expected, rtol=1e-4, atol=1e-5)
+    assert study_data_driven.apply_fn(SHAPE) is apply  # the same: programs are kept
     word = "embeddings.word_embeddings.weight"
     for name, fisher in zip(rows, files["fisher"].split(","), strict=True):
         gram = merging.load_statistics(tmp_path / name / "gram.safetensors")
@@ -334,6 +361,9 @@ def test_tasks_of_glue_by_name(places, monkeypatch):
     twice = dataclasses.replace(config, tasks="glue/sst2,glue/sst2")
     with pytest.raises(ValueError, match="expected each name once"):
         merging_study.check(twice)
+    unknown = dataclasses.replace(config, tasks="glue/sst2,glue/sts2")
+    with pytest.raises(ValueError, match="got GLUE task 'sts2'"):
+        merging_study.check(unknown)
 
 
 def test_differences_are_seen():

@@ -87,6 +87,11 @@ def test_report_says_what_the_data_decide(
     assert errors["MTMT"][0] == "0.0 ± 0.0"  # levels differ, effects do not
     two = 2000 * np.sqrt(np.mean(trial.effects[:, 1, 0] ** 2))
     assert errors["wrong"][0] == f"{two:.1f}"  # of one seed
+    paired = rows(text, "In how many of these")
+    assert set(paired) == set(predictions) - {"MTMT"}
+    better, worse, undecided = map(int, paired["wrong"])
+    assert (better > 0, worse) == (True, 0)
+    assert better + undecided == len(errors["MTMT"])
 
 
 def test_numbers_are_those_of_the_measures(

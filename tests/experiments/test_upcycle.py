@@ -145,6 +145,8 @@ def test_to_dense_merges_experts_by_any_method(tmp_path, three):
             models=str(tmp_path / "moe"),
             base=str(tmp_path / "base"),
             method="ties",
+            density="0.6",
+            scale=0.5,
             output=str(tmp_path / "dense"),
             progress=False,
         )
@@ -154,7 +156,8 @@ def test_to_dense_merges_experts_by_any_method(tmp_path, three):
         {n: np.float32(x if ".mlp." in n else rest[n]) for n, x in m.items()}
         for m in three.values()
     ]
-    expected = jax.jit(lambda b, m: merging.merge(merging.ties(), b, m))(base, views)
+    ties = merging.ties(density=0.6, scale=0.5)
+    expected = jax.jit(lambda b, m: merging.merge(ties, b, m))(base, views)
     found = read(tmp_path / "dense")
     assert found.keys() == expected.keys()
     for name, x in found.items():
@@ -221,6 +224,8 @@ def test_gates_from_data_send_tokens_to_their_specialist(tmp_path):
         ({"models": "a,b", "gate_data": "x"}, "got 1 files for 2 models"),
         ({"models": "a,b", "method": "tie"}, "expected one of"),
         ({"models": "a,b", "method": "ties"}, "needs a base"),
+        ({"models": "a,b", "density": "0.5"}, "--density: linear does not take it"),
+        ({"models": "a", "experts": 2, "method": "ties", "scale": 0.5}, "of one model"),
         ({"models": "a", "experts": 2, "mlp_pattern": "mlp"}, "expected groups"),
         ({"models": "a", "to_dense": True}, "got experts"),
         ({"models": "a,b", "k": 3}, "--k: got 3, expected 1 to 2"),

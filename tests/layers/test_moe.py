@@ -1,10 +1,13 @@
+import functools
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from multitask_jax import moe, tree
-from multitask_jax.layers.moe import MoE, sum_of
+from multitask_jax import moe, sharding, tree
+from multitask_jax.layers.moe import MMoE, MoE, sum_of
 from multitask_jax.layers.transformer import Block
 
 D = 8
@@ -121,3 +124,92 @@ def test_expert_choice_has_the_room_that_it_takes(x, dispatch):
     text = jax.jit(lambda p: layer.apply({"params": p}, x)).lower(params).as_text()
     assert f"tensor<5x4x{D}xf32>" in text  # 2 x 10 tokens over 5 experts
     assert f"tensor<5x10x{D}xf32>" not in text
+
+
+def test_experts_on_several_devices(x):
+    """The same layer with a mesh: outputs and gradients; and what is dropped."""
+    mesh = sharding.make_mesh({"data": 2, "expert": 4})
+    x = jnp.concatenate([x, x, x, x])  # 40 tokens, 5 a device
+    layer = MoE(experts=4, hidden=6, k=2, factor=4, shared_hidden=8)
+    apart = layer.clone(dispatch="expert_parallel", mesh=mesh)
+    params = init(apart, x[:1, :1])  # one token is enough to begin with
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def graded(layer, params, x):
+        def loss(params):
+            y, sown = layer.apply({"params": params}, x, mutable="moe")
+            return jnp.sum(jnp.sin(y)) + sum_of(sown, "load_balance"), sown
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    placed = jax.device_put(x, jax.NamedSharding(mesh, jax.P(("data", "expert"))))
+    (expected, _), slopes = graded(layer, params, x)
+    (found, sown), apart_slopes = graded(apart, params, placed)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert sum_of(sown, "dropped") == 0
+    chex.assert_trees_all_close(apart_slopes, slopes, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="needs mesh="):
+        apply(apart.clone(mesh=None), params, x)
+    (_, few), _ = graded(apart.clone(factor=0.5), params, placed)
+    assert 0 < sum_of(few, "dropped") < 1
+
+
+def test_expert_choice_on_several_devices(x):
+    mesh = sharding.make_mesh({"expert": 4})
+    x = jnp.concatenate([x, x, x, x])
+    layer = MoE(experts=4, hidden=6, k=2, route="expert_choice", dispatch="everyone")
+    params = init(layer, x)
+    apart = layer.clone(dispatch="expert_parallel", mesh=mesh)
+    found, sown = apply(apart, params, x, mutable="moe")
+    np.testing.assert_allclose(found, apply(layer, params, x), rtol=1e-4, atol=1e-5)
+    assert sum_of(sown, "dropped") == 0
+
+
+def test_a_gate_a_task_mixes_the_same_experts(x):
+    """MMoE by hand, and where tasks' gates are one, outputs are."""
+    layer = MMoE(tasks=3, experts=4, hidden=6)
+    params = init(layer, x)
+    y, sown = apply(layer, params, x, mutable="moe")
+    assert y.shape == (3, *x.shape)
+    tokens = x.reshape(-1, D)
+    for t in range(3):
+        gate = {"kernel": params["gates"][t]}
+        routing = moe.route(moe.gate_logits(gate, tokens), kind="soft")
+        expected = moe.everyone(moe.EXPERTS["mlp"], params["experts"], tokens, routing)
+        np.testing.assert_allclose(
+            y[t].reshape(-1, D), expected.y, rtol=1e-4, atol=1e-5
+        )
+    assert 0 <= sum_of(sown, "specialisation") <= 1
+    same = params | {"gates": jnp.broadcast_to(params["gates"][:1], (3, D, 4))}
+    y, sown = apply(layer, same, x, mutable="moe")
+    np.testing.assert_array_equal(y[0], y[2])
+    np.testing.assert_allclose(sum_of(sown, "specialisation"), 0, atol=1e-6)
+
+
+def test_tasks_of_tokens_tell_the_specialisation(x):
+    """1 where each task has experts of its own; through a block as well."""
+    ids = jnp.array([0, 1])[:, None]
+    layer = MoE(experts=2, hidden=6, tasks=2)
+    params = init(layer, x, ids)
+    _, sown = apply(layer, params, x, ids, mutable="moe")
+    routing = moe.route(moe.gate_logits(params["gate"], x.reshape(-1, D)))
+    expected = moe.losses.statistics(
+        routing, tasks=jnp.repeat(jnp.arange(2), 5), task_count=2
+    )
+    np.testing.assert_allclose(
+        sum_of(sown, "specialisation"), expected["specialisation"], rtol=1e-5, atol=1e-6
+    )
+    block = Block(D, 2, 16, mlp=MoE(experts=2, hidden=6, route="hard", tasks=2))
+    params = init(block, x, ids)
+    _, sown = apply(block, params, x, ids, mutable="moe")
+    np.testing.assert_allclose(sum_of(sown, "specialisation"), 1, rtol=1e-6)
+    with pytest.raises(ValueError, match="tasks=2 needs ids"):
+        apply(layer, init(layer, x, ids), x)
+    soft = MoE(experts=2, hidden=6, route="soft", tasks=2)
+    params = init(soft, x, ids)
+    params["gate"]["kernel"] = jnp.eye(D, 2) * 20  # by the first two features
+    turned = jnp.where(ids[..., None] == 0, jnp.eye(D)[0], jnp.eye(D)[1])
+    _, sown = apply(soft, params, jnp.broadcast_to(turned, x.shape), ids, mutable="moe")
+    np.testing.assert_allclose(sum_of(sown, "specialisation"), 1, atol=1e-3)
+    with pytest.raises(ValueError, match="there is none"):
+        init(Block(D, 2, 16), x, ids)

@@ -103,13 +103,29 @@ def test_guidance_is_linear_in_the_two_logits():
 
 
 def test_schedules_cover_each_target_once_in_groups_of_equal_size():
-    schedule = decoding.linear_schedule(MODALITIES, ["rgb"], {"camera": 4, "depth": 5})
+    schedule = decoding.make_schedule(MODALITIES, ["rgb"], {"camera": 4, "depth": 5})
     assert schedule.slot.shape == (9, 3)
     used = schedule.slot[schedule.valid]
     np.testing.assert_array_equal(np.sort(used), np.arange(24, 24 + 6 + 12))
     sizes = schedule.valid.sum(axis=1)
     assert sizes[:4].tolist() == [2, 2, 1, 1]
     assert sizes[4:].tolist() == [3, 3, 2, 2, 2]
+
+
+@given(st.integers(1, 300), st.integers(1, 300), st.sampled_from(["linear", "cosine"]))
+def test_steps_of_a_schedule_have_a_token_each_and_cover_all(length, steps, kind):
+    steps = min(steps, length)
+    sizes = decoding.group_sizes(length, steps, kind)
+    assert len(sizes) == steps
+    assert sizes.sum() == length
+    assert sizes.min() >= 1
+
+
+def test_a_cosine_schedule_begins_with_few():
+    # 64 (1 - cos(pi s / 8)): 4.9, 18.7, 39.5, 64.
+    assert decoding.group_sizes(64, 4, "cosine").tolist() == [5, 14, 21, 24]
+    with pytest.raises(ValueError, match="expected linear or cosine"):
+        decoding.group_sizes(64, 4, "square")
 
 
 @pytest.mark.parametrize(
@@ -124,7 +140,7 @@ def test_schedules_cover_each_target_once_in_groups_of_equal_size():
 )
 def test_schedules_that_cannot_be_are_told(inputs, targets, message):
     with pytest.raises(ValueError, match=message):
-        decoding.linear_schedule(MODALITIES, inputs, targets)
+        decoding.make_schedule(MODALITIES, inputs, targets)
 
 
 @functools.cache

@@ -283,3 +283,21 @@ def test_probabilities_are_those_that_one_step_of_generation_has():
     np.testing.assert_allclose(alone["depth"], found["depth"], atol=1e-6)
     with pytest.raises(ValueError, match="each once"):
         tell(given, ["rgb"])
+
+
+def test_products_in_bfloat16_change_little():
+    """The paper's precision: parameters and their gradients stay in float32."""
+    ids, masks = batch(8)
+    (loss, _), slopes = value_and_grad(params(), ids, masks)
+    shape = SHAPE._replace(dtype="bfloat16")
+    coarse = functools.partial(egom2p.loss, modalities=MODALITIES, shape=shape)
+    graded = jax.jit(jax.value_and_grad(coarse, has_aux=True), compiler_options=BRIEFLY)
+    (found, _), rough = graded(params(), ids, masks)
+    assert found.dtype == jnp.float32
+    assert float(found) == pytest.approx(float(loss), rel=1e-2)
+    a, b = (
+        np.concatenate([np.ravel(g) for g in jax.tree.leaves(x)])
+        for x in (slopes, rough)
+    )
+    assert b.dtype == np.float32
+    assert a @ b / np.linalg.norm(a) / np.linalg.norm(b) > 0.99

@@ -51,6 +51,25 @@ def test_arms_sum_their_tiers_and_the_control_has_no_effect(params, people, pred
     assert (np.abs(effects).mean(axis=0) > 1e-3).all()
 
 
+@pytest.mark.parametrize(("arms", "outcomes"), [(2, 1), (4, 2)])
+def test_any_number_of_arms_and_outcomes(people, arms, outcomes):
+    """Each arm is the natural response and its own tiers' effects."""
+    sizes = SIZES._replace(arms=arms, outcomes=outcomes, tiers=mtmt.tiered(arms))
+    x = people[0]
+
+    @jax.jit
+    def run(key):
+        params = mtmt.init(key, F, sizes)
+        both = mtmt.Mtmt(sizes).apply({"params": params}, x)
+        return both, mtmt.predict(params, x, sizes=sizes)
+
+    (natural, effects), found = run(jax.random.key(3))
+    assert found.shape == (B, arms, outcomes)
+    for arm, used in enumerate(mtmt.tiered(arms)):
+        expected = natural + sum(effects[:, j] * u for j, u in enumerate(used))
+        np.testing.assert_allclose(found[:, arm], expected, rtol=1e-5, atol=1e-6)
+
+
 def test_the_loss_is_the_papers(params, people, predict):
     x, arm, y = people
     rows = predict(params, x)[np.arange(B), arm]
@@ -95,7 +114,10 @@ def test_the_resnet_reads_as_many_features_as_there_are():
     assert run(jax.random.key(0)).shape == (2, 2, 3, 8)  # ceil(70 / 32) tokens
 
 
-@pytest.mark.parametrize("options", [{"attention": False}, {"experts": 1}])
+@pytest.mark.parametrize(
+    "options",
+    [{"attention": False}, {"experts": 1}, {"expert": "resnet", "channels": 8}],
+)
 def test_ablations_have_finite_gradients(people, options):
     sizes = SIZES._replace(**options)
 

@@ -96,29 +96,49 @@ def test_values_and_gradients_are_the_references(given, name):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["everyone", *sorted(DISPATCHERS)])
-def test_eager_is_jitted(name):
-    gate = GATES["expert_choice shared"]
-    serve = DISPATCHERS.get(name, moe.everyone)
+def every_way(params: Any, x: Any, routing: moe.Routing) -> dict[str, moe.Served]:
+    """All dispatchers in one program."""
+    ways = {"everyone": moe.everyone} | DISPATCHERS
+    return {n: f(moe.EXPERTS["swiglu"], params, x, routing) for n, f in ways.items()}
+
+
+def test_eager_gates_are_jitted_ones(gate):
     kernel, params, x = made(gate)
-    eager = out(serve, gate, kernel, params, x)
-    jitted = jax.jit(functools.partial(out, serve, gate))(kernel, params, x)
-    np.testing.assert_allclose(eager.y, jitted.y, rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(eager.kept, jitted.kept)
+    routing = routed(gate, kernel, x)
+    jitted = jax.jit(functools.partial(routed, gate))(kernel, x)
+    np.testing.assert_array_equal(routing.experts, jitted.experts)
+    np.testing.assert_allclose(routing.weights, jitted.weights, rtol=1e-5)
+    y = moe.everyone(moe.EXPERTS["swiglu"], params, x, routing).y
+    np.testing.assert_allclose(y, REFERENCE(params, x, jitted), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", sorted(DISPATCHERS))
-@pytest.mark.parametrize("given", ["top_2", "expert_choice", "hard shared"])
-def test_permuted_tokens_give_permuted_outputs(given, name):
-    gate = GATES[given]
+@pytest.mark.parametrize("given", ["top_2", "expert_choice shared"])
+def test_eager_dispatchers_are_jitted_ones(given):
+    kernel, params, x = made(GATES[given])
+    routing = routed(GATES[given], kernel, x)
+    jitted = jax.jit(every_way, compiler_options=BRIEFLY)(params, x, routing)
+    for name, eager in every_way(params, x, routing).items():
+        np.testing.assert_allclose(eager.y, jitted[name].y, rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(eager.kept, jitted[name].kept)
+
+
+def test_permuted_tokens_give_permuted_outputs(gate):
+    """Tokens go through the gate again, but where it looks at their places."""
     kernel, params, x = made(gate)
     order = np.random.default_rng(0).permutation(N)
-    serve = jax.jit(lambda x, r: DISPATCHERS[name](moe.EXPERTS["swiglu"], params, x, r))
     routing = routed(gate, kernel, x)
     turned = jax.tree.map(lambda a: a[order], routing)
-    np.testing.assert_allclose(
-        serve(x, routing).y[order], serve(x[order], turned).y, rtol=1e-5, atol=1e-5
-    )
+    if gate.get("kind") != "hard" and "noise" not in gate:
+        again = routed(gate, kernel, x[order])
+        np.testing.assert_array_equal(again.experts, turned.experts)
+        np.testing.assert_allclose(again.weights, turned.weights, rtol=1e-6)
+        turned = again
+    serve = jax.jit(every_way, compiler_options=BRIEFLY)
+    here, there = serve(params, x, routing), serve(params, x[order], turned)
+    for name, served in here.items():
+        np.testing.assert_allclose(
+            served.y[order], there[name].y, rtol=1e-5, atol=1e-5, err_msg=name
+        )
 
 
 def test_slots_are_filled_as_the_gate_says(gate):
@@ -177,8 +197,8 @@ def test_the_gate_learns(gate):
         assert not gradient(kernel, gate | {"normalize": "after_topk"}).any()
 
 
-@pytest.mark.parametrize("given", ["top_1", "top_2", "expert_choice", "soft", "hard"])
-@pytest.mark.parametrize("axes", [{"expert": 4}, {"data": 2, "expert": 4}])
+@pytest.mark.parametrize("given", sorted(GATES))
+@pytest.mark.parametrize("axes", [{"data": 2, "expert": 4}, {"data": 4, "expert": 2}])
 def test_experts_on_devices_are_the_reference(given, axes):
     gate = GATES[given]
     kernel, params, x = made(gate)
@@ -196,8 +216,9 @@ def test_experts_on_devices_are_the_reference(given, axes):
     routing = routed(gate, kernel, x)
     (_, expected), grads = graded(moe.everyone, params, x, routing)
     tokens = jax.NamedSharding(mesh, jax.P(tuple(axes)))
+    cut = jax.P() if gate.get("shared") else jax.P("expert")
     placed = (
-        jax.device_put(params, jax.NamedSharding(mesh, jax.P("expert"))),
+        jax.device_put(params, jax.NamedSharding(mesh, cut)),
         jax.device_put(x, tokens),
         jax.device_put(routing, tokens),
     )
@@ -207,6 +228,25 @@ def test_experts_on_devices_are_the_reference(given, axes):
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(sharded), strict=True):
         if a.dtype != jax.dtypes.float0:
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("given", ["top_2", "hard shared"])
+def test_devices_drop_what_capacity_drops_of_their_tokens(given):
+    gate, room = GATES[given], 2  # less than an equal share
+    kernel, params, x = made(gate)
+    mesh = sharding.make_mesh({"expert": 4})
+    routing = routed(gate, kernel, x)
+    serve = moe.EXPERTS["swiglu"], params
+    found = jax.jit(
+        lambda x, r: moe.expert_parallel(*serve, x, r, mesh=mesh, room=room)
+    )(x, routing)
+    parts = [slice(i * N // 4, (i + 1) * N // 4) for i in range(4)]
+    alone = jax.jit(lambda x, r: moe.capacity(*serve, x, r, room=room))
+    each = [alone(x[p], jax.tree.map(lambda a, p=p: a[p], routing)) for p in parts]
+    np.testing.assert_array_equal(found.kept, jnp.concatenate([s.kept for s in each]))
+    assert not found.kept.all()
+    expected = jnp.concatenate([s.y for s in each])
+    np.testing.assert_allclose(found.y, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_expert_parallel_program_moves_tokens_only():
@@ -260,13 +300,16 @@ def test_shared_experts_take_no_room_from_others(name):
     assert sizes[0] == sizes[1] != set()
 
 
-def test_shared_experts_are_not_cut_over_devices():
-    gate = {"kind": "hard", "experts": E, "shared": 4}
-    _, params, x = made(gate)
-    mesh = sharding.make_mesh({"expert": 4})
-    with pytest.raises(ValueError, match="got 8 experts for a gate of 4"):
+def test_fewer_experts_than_the_gate_has_are_refused():
+    _, params, x = made({})
+    few = jax.tree.map(lambda p: p[:2], params)
+    with pytest.raises(ValueError, match="got 2 experts for a gate of 4"):
         moe.expert_parallel(
-            moe.EXPERTS["swiglu"], params, x, routed(gate, None, x), mesh=mesh
+            moe.EXPERTS["swiglu"],
+            few,
+            x,
+            routed(GATES["hard"], None, x),
+            mesh=sharding.make_mesh({"expert": 4}),
         )
 
 

@@ -52,6 +52,24 @@ def test_mutual_information_of_tasks_and_experts():
     assert partly == pytest.approx(expected, rel=1e-5)
 
 
+def test_soft_gates_inform_by_their_weights():
+    logits = jnp.log(jnp.array([[0.75, 0.25], [0.25, 0.75]]))
+    routing, tasks = moe.route(logits, kind="soft"), jnp.array([0, 1])
+    slots = losses.mutual_information(routing, tasks, count=2)
+    assert slots == pytest.approx(0, abs=1e-6)  # every token fills every slot
+    found = losses.mutual_information(routing, tasks, count=2, weighted=True)
+    expected = 0.75 * np.log(1.5) + 0.25 * np.log(0.5)
+    assert found == pytest.approx(expected, rel=1e-5)
+    # Weights need not sum to 1: of half of them the information is the same.
+    half = routing._replace(weights=routing.weights * 0.1)
+    small = losses.mutual_information(half, tasks, count=2, weighted=True)
+    assert small == pytest.approx(expected, rel=1e-5)
+    one = moe.route(jnp.array([[9.0, -9.0], [9.0, -9.0]]), kind="soft")
+    load = losses.statistics(one, weighted=True)["load/max"]
+    assert load == pytest.approx(2, rel=1e-4)
+    assert losses.statistics(one)["load/max"] == pytest.approx(1)
+
+
 def test_statistics_are_scalars_by_name():
     routing = certain([0, 0, 0, 1])
     kept = jnp.array([[True], [True], [False], [True]])

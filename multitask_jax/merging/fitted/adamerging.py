@@ -67,7 +67,8 @@ def adamerging(
 
     Args:
       apply_fn: (params, inputs) -> logits [B, C] (or [B, L, C]); one for all tasks, or
-        one a task, where heads differ (and are not part of params).
+        one a task, where heads differ (and are not part of params). Each function is
+        compiled on its own and kept: heads among the inputs do with one.
       base, models: parameter pytrees, all in memory.
       batches: T lists (or re-iterables) of inputs with a leading axis of examples.
       level: coefficients by "task", by task and "leaf" (the paper's layer-wise), or by
@@ -186,8 +187,8 @@ def _pulled(
     coefficients: dict[str, Array], base: Any, taus: Sequence[Any], slopes: Any
 ) -> dict[str, Array]:
     """dH / d lambda by path, from dH / d theta."""
-    _, pull = jax.vjp(lambda c: _floats(_merged(c, base, taus)), coefficients)
-    return pull(slopes)[0]
+    floats, pull = jax.vjp(lambda c: _floats(_merged(c, base, taus)), coefficients)
+    return pull({p: slopes[p].astype(x.dtype) for p, x in floats.items()})[0]
 
 
 def _floats(params: Any) -> dict[str, Array]:

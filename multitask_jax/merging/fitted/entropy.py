@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from multitask_jax.merging.core import compute_dtype
 from multitask_jax.merging.fitted.batching import padded
 
 if TYPE_CHECKING:  # imported on use: merging without data does without it
@@ -33,13 +34,20 @@ def one_each(apply_fn: Any, count: int) -> tuple[Callable[..., Any], ...]:
     """A function for each task: one for all, or a list of them (heads that differ).
 
     Raises:
-      ValueError: another number of functions.
+      ValueError: another number of functions, or one that has no hash.
     """
-    if callable(apply_fn):
-        return (apply_fn,) * count
-    if len(apply_fn) != count:
-        raise ValueError(f"got {len(apply_fn)} functions for {count} models")
-    return tuple(apply_fn)
+    functions = (apply_fn,) * count if callable(apply_fn) else tuple(apply_fn)
+    if len(functions) != count:
+        raise ValueError(f"got {len(functions)} functions for {count} models")
+    for f in functions:
+        try:
+            hash(f)
+        except TypeError as e:
+            raise ValueError(
+                f"apply_fn: got {type(f).__name__} without a hash ({e}); wrap it:"
+                " lambda params, inputs: apply_fn(params, inputs)"
+            ) from None
+    return functions
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -58,7 +66,9 @@ def _task_gradient(
         h = h.reshape(h.shape[0], -1).mean(axis=1)  # of sequences: over positions
         return jnp.sum(h * mask) / jnp.sum(mask)
 
-    return jax.value_and_grad(loss)(variables)
+    value, slopes = jax.value_and_grad(loss)(variables)
+    # Sums over tasks are not to be rounded to the parameters' type.
+    return value, jax.tree.map(lambda g: g.astype(compute_dtype(g.dtype)), slopes)
 
 
 _add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)
@@ -79,10 +89,14 @@ def entropy_gradient(
     Args:
       predict: (apply_fn, variables, constants, inputs) -> logits; a function of a
         module, not a closure, which would be compiled at each call.
-      functions: apply_fn of each task.
+      functions: apply_fn of each task. Programs are kept by function: give the same
+        one each time, and heads that differ with the inputs.
       variables: pytree of floats that the gradient is by.
       constants: pytree that it is not.
       data: inputs and mask of each task.
+
+    Returns:
+      The entropy, and the gradient in float32 (float64 of such variables).
     """
     total = None
     for f, (inputs, mask) in zip(functions, data, strict=True):

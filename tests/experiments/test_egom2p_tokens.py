@@ -1,0 +1,68 @@
+"""Collections that lack a modality."""
+
+import numpy as np
+import pytest
+
+from experiments import egom2p_tokens
+from multitask_jax.data.egocentric import Clips
+from multitask_jax.masked import tokenizers
+
+KINDS = ("depth", "camera", "gaze")
+
+
+def clips(count: int, **present: bool) -> Clips:
+    """Clips of numbers that stand for them (*synthetic*)."""
+    return Clips(
+        {k: np.arange(count, dtype=np.float32) for k in KINDS},
+        {k: np.full(count, present.get(k, True)) for k in KINDS},
+        np.array([f"clip {i}" for i in range(count)]),
+        np.array(["mine"] * count),
+    )
+
+
+@pytest.fixture
+def fitted(monkeypatch):
+    """(kind, training clips, validation clips) of each tokenizer that is asked for."""
+    seen = []
+
+    def fit(config, data, valid, **_):
+        seen.append((config.kind, len(data), list(valid)))
+        return config.kind, []
+
+    monkeypatch.setattr(tokenizers, "fit", fit)
+    monkeypatch.setattr(tokenizers, "save", lambda tokenizer, path: path.mkdir())
+    monkeypatch.setattr(tokenizers, "reconstruction_report", lambda *_: {"used": 1})
+    return seen
+
+
+def train(tmp_path, some, validation):
+    return egom2p_tokens.train(
+        some,
+        validation,
+        tmp_path,
+        seed=0,
+        video_steps=1,
+        trajectory_steps=1,
+        batch=2,
+        kinds=KINDS,
+        progress=False,
+    )
+
+
+def test_a_modality_that_no_clip_has_is_left_out(tmp_path, fitted, capsys):
+    made = train(tmp_path, clips(20, gaze=False), clips(3, depth=False))
+    assert "no training clip has gaze" in capsys.readouterr().out
+    assert list(made) == ["depth", "camera"]
+    # Validation lacks depth: what survives is told of the last training clips.
+    assert fitted == [("depth", 20, [18, 19]), ("camera", 20, [0, 1, 2])]
+    again = train(tmp_path, clips(20, gaze=False), clips(3))
+    assert again == made
+    assert len(fitted) == 2
+
+
+def test_one_modality_is_nothing_to_make_others_of(tmp_path, fitted):
+    alone = clips(20, gaze=False, camera=False)
+    with pytest.raises(ValueError, match=r"training clips have \['depth'\], expected"):
+        train(tmp_path, alone, clips(3))
+    assert fitted == []
+    assert list(tmp_path.iterdir()) == []
