@@ -1,3 +1,4 @@
+import gc
 import json
 import time
 
@@ -161,7 +162,8 @@ def test_planning_and_reporting_take_time_by_the_tensor(tmp_path):
     def seconds(count, out):
         layout = large_sources.experts(count)
         readers = large_sources.lazy_models(layout, 2)
-        started = time.process_time()
+        gc.collect()
+        started = time.thread_time()  # of no other thread's work
         plan = plan_merge(merging.ties(), readers[0], readers[1:])
         names = [t.name for t in plan.outputs]
         assert relative_depths(names)[names[0]] == 0
@@ -172,7 +174,11 @@ def test_planning_and_reporting_take_time_by_the_tensor(tmp_path):
             for name in names:
                 writer.write(name, 0, np.zeros(1024, large_sources.BFLOAT16))
         checkpoints.open(tmp_path / out).close()
-        return time.process_time() - started
+        return time.thread_time() - started
 
     seconds(1000, "imports")
-    assert seconds(8000, "many") < 24 * seconds(1000, "few")
+    gc.disable()  # what other tests left would be looked through again and again
+    try:
+        assert seconds(8000, "many") < 24 * seconds(1000, "few")
+    finally:
+        gc.enable()
