@@ -33,6 +33,14 @@ def chosen_before(study: Any, part: str, row: str, seed: Any, first: int) -> Any
     return study.store.records[(part, row, first)]["coefficients"]
 
 
+def recorded(scores: Sequence[Score]) -> dict[str, list[float]]:
+    """Of all candidates on validation rows: accuracies, and what they are chosen by."""
+    return {
+        "validation": [s.accuracy for s in scores],
+        "likelihood": [round(s.likelihood, 6) for s in scores],
+    }
+
+
 def tune_and_score(
     study: Any, part: str, entry: Entry, seed: Any, first: int, merger: Merger
 ) -> dict[str, Any]:
@@ -70,7 +78,7 @@ def tune_and_score(
             tensors = final.tensors
         return {
             "coefficients": coefficients,
-            "validation": scores,
+            **recorded(scores),
             **out,
             "test": study.accuracies(tensors, seed, test),
         }
@@ -159,10 +167,11 @@ def a_model_a_task(study: Any, seed: Any, first: int) -> None:
             for value in values:
                 own = scores(tall_masks(value), seed.data.own)
                 found.append(study_merges.mean(own))
-            known = {"tall_lambda": values[found.index(max(found))]}
+            best = int(np.argmax([score.likelihood for score in found]))
+            known = {"tall_lambda": values[best]}
         return {
             "coefficients": known,
-            "validation": [score.accuracy for score in found],
+            **recorded(found),
             "test": accuracies(tall_masks(**known)),
         }
 

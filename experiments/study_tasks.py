@@ -38,7 +38,7 @@ class Pool(NamedTuple):
 
 
 class Score(NamedTuple):
-    """Of a task's rows; two scores compare by accuracy first."""
+    """Of a task's rows."""
 
     accuracy: float
     likelihood: float  # mean log probability of the labels, in nats

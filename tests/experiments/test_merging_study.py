@@ -257,15 +257,15 @@ def test_lines_after_a_method_with_statistics(models, tmp_path):
     assert study_merges.difference(tuned.tensors, final.tensors) == 0
 
 
-def test_equal_accuracies_are_told_apart_by_likelihood(models, tmp_path):
+def test_the_likeliest_candidate_is_chosen(models, tmp_path):
     merger = study_merges.Merger(models, tmp_path)
     entry = study_merges.Entry(
         "ties", {"method": "ties"}, tuple({"scale": x} for x in (0.5, 1.0, 2.0))
     )
-    found = iter([(0.5, -1.0), (0.7, -0.9), (0.7, -0.8)])
+    found = iter([(0.5, -1.0), (0.8, -0.9), (0.7, -0.8)])
     tuned = study_merges.tune(entry, merger, lambda _: study_tasks.Score(*next(found)))
     assert tuned.coefficients == {"scale": 2.0}
-    assert tuned.scores == [0.5, 0.7, 0.7]
+    assert [s.accuracy for s in tuned.scores] == [0.5, 0.8, 0.7]
 
 
 def test_likelihood_by_hand():
