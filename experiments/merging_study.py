@@ -223,8 +223,8 @@ class Study:
         self, tensors: Mapping[str, Any], seed: Seed, pool: Pool
     ) -> dict[str, float]:
         """By task."""
-        found = self.scores(tensors, seed, pool)
-        return {name: score.accuracy for name, score in found.items()}
+        params = self.evaluator.params(tensors)
+        return self.evaluator.accuracies(params, seed.heads, pool)
 
     def prepare(self, index: int) -> Seed:
         """Trains what a seed needs, or finds it done."""

@@ -367,12 +367,17 @@ def _errors(trial: Trial, predictions: Predictions, main: str) -> str:
         cells = each.transpose(2, 1, 0).reshape(-1, len(p))  # [outcomes and arms, S]
         rows.append([name, *map(report_file.over_seeds, cells)])
     header = [f"{o}: {a}" for o in trial.outcomes for a in trial.arms[1:]]
-    own = _squares(trial, predictions[main])
+
+    def squares(name: str) -> np.ndarray:  # [N, A - 1, O], a mean over seeds
+        each = [evaluation.squared_errors(x, trial.effects) for x in predictions[name]]
+        return np.mean(each, axis=0)
+
+    own = squares(main)
     paired = []
-    for name, p in predictions.items():
+    for name in predictions:
         if name == main:
             continue
-        gap = _squares(trial, p) - own  # above 0: the main model errs less
+        gap = squares(name) - own  # above 0: the main model errs less
         mean = gap.mean(axis=0)
         error = evaluation.uplift.NORMAL * gap.std(axis=0, ddof=1) / np.sqrt(len(gap))
         better, worse = (mean > error).sum(), (mean < -error).sum()
@@ -393,13 +398,3 @@ def _errors(trial: Trial, predictions: Predictions, main: str) -> str:
             "",
         ]
     return "\n".join(parts)
-
-
-def _squares(trial: Trial, prediction: np.ndarray) -> np.ndarray:
-    """Squared errors of uplifts, a mean over seeds: [S, N, A, O] -> [N, A - 1, O]."""
-    assert trial.effects is not None
-    found = 0.0
-    for p in prediction:
-        error = (p - trial.effects).astype(np.float64)
-        found = found + (error[:, 1:] - error[:, :1]) ** 2 / len(prediction)
-    return np.asarray(found)

@@ -29,8 +29,9 @@ Inputs = dict[str, Any]  # ids and mask [B, S, L], kernel [B, F, classes] and bi
 
 @functools.cache
 def apply_fn(shape: bert.Shape) -> Callable[[Tensors, Inputs], jax.Array]:
-    """Logits [B, classes] of an encoder of that shape, by its tensors."""
+    """Logits [B, classes] of an encoder of that shape, by its tensors; compiled."""
 
+    @jax.jit
     def apply(tensors: Tensors, inputs: Inputs) -> jax.Array:
         params, _ = bert.from_hugging_face(tensors, shape=shape)
         x = row_features(params, inputs, shape)
@@ -113,7 +114,7 @@ def save_statistics(
             few = batches[name][: max(1, fisher_rows // size)]
             keys = jax.random.split(jax.random.key(1000 * seed + i), len(few))
             pairs = [
-                (b, jax.random.categorical(key, _predict(apply, params, b)))
+                (b, jax.random.categorical(key, apply(params, b)))
                 for b, key in zip(few, keys, strict=True)
             ]
             fisher = merging.fisher_diagonal(
@@ -123,13 +124,6 @@ def save_statistics(
                 paths["fisher"], tree.flatten(fisher), examples=size * len(few)
             )
     return {kind: ",".join(made) for kind, made in files.items()}
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _predict(
-    apply: Callable[[Tensors, Inputs], jax.Array], params: Tensors, inputs: Inputs
-) -> jax.Array:
-    return apply(params, inputs)
 
 
 def in_memory(

@@ -62,7 +62,7 @@ SECOND: dict[str, tuple[str, tuple[Any, ...]]] = {
     "sce": ("topk", (0.1, 1.0)),
     "consensus": ("tall_lambda", ("0.2", "0.4")),
 }
-# Half of the default: a minute of a two-core machine a merge, and seven merges.
+# Half of the default, by which a merge takes a minute on two cores.
 FIXED: dict[str, Coefficients] = {"wudi": {"iterations": 200}}
 OFF_DIAGONALS = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 QUIET = {"progress": False, "report": False, "overwrite": True}

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from experiments import report_file
 from experiments.study_merges import FIXED, LEFT_OUT
+from multitask_jax import merging
 from multitask_jax.merging import report
 
 Record = Mapping[str, Any]
@@ -281,15 +282,6 @@ def _trim(path: Path, records: Records, trimmed: Sequence[str]) -> str:
     return table(["kept", *(f"{100 * d:g} %" for d in densities)], body)
 
 
-def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points that no other one is better than in one and as good in the other."""
-    return [
-        (x, y)
-        for x, y in points
-        if not any(a >= x and b >= y and (a > x or b > y) for a, b in points)
-    ]
-
-
 def _forgetting(path: Path, records: Records, forgot: Sequence[str]) -> str:
     """Fronts of target against controls, and what the chosen alpha gives on test."""
     columns = min(3, len(forgot))
@@ -315,13 +307,15 @@ def _forgetting(path: Path, records: Records, forgot: Sequence[str]) -> str:
             test = record[way]["test"]
             mean = 100 * np.mean([test[n] for n in others])
             line.append(f"{100 * test[name]:.1f} / {mean:.1f} ({record[way]['alpha']})")
-        both = [
-            (100 * f[name], float(100 * np.mean([f[n] for n in others])))
-            for way in ("LiNeS", "WiSE-FT")
-            for f in record[way]["validation"]
-        ]
+        both = np.array(
+            [
+                (100 * f[name], 100 * np.mean([f[n] for n in others]))
+                for way in ("LiNeS", "WiSE-FT")
+                for f in record[way]["validation"]
+            ]
+        )
         axes.plot(
-            *zip(*sorted(pareto(both)), strict=True),
+            *both[merging.pareto_front(both)].T,
             "o",
             markersize=8,
             markerfacecolor="none",

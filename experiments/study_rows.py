@@ -192,10 +192,10 @@ def data_driven(study: Any, seed: Any, first: int) -> None:
         off_diagonal=float(found),
     )
     for row, make in rows.items():
-        in_memory(study, row, make, seed, first)
+        rows_in_memory(study, row, make, seed, first)
 
 
-def in_memory(
+def rows_in_memory(
     study: Any, row: str, make: Callable[[], Tensors], seed: Any, first: int
 ) -> None:
     """Two rows of a merge that no flag makes: as it is, and scaled by LiNeS."""

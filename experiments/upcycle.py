@@ -95,15 +95,15 @@ def run(config: Config) -> Result:
     if not models or not config.output:
         raise ValueError("--models and --output: got none; see --help")
     parsing.one_of("method", config.method, tuple(merging.METHODS))
-    _method(config)
-    result = (to_dense if config.to_dense else to_experts)(config, models)
+    method = _method(config)
+    result = (to_dense if config.to_dense else to_experts)(config, models, method)
     print(f"wrote {result.output}: {result.experts} experts")
     for note in result.notes:
         print(f"- {note}")
     return result
 
 
-def to_experts(config: Config, models: Sequence[str]) -> Result:
+def to_experts(config: Config, models: Sequence[str], method: merging.Method) -> Result:
     """Dense checkpoints to a mixture."""
     copies = _copies(config, models)
     count = copies or len(models)
@@ -123,7 +123,7 @@ def to_experts(config: Config, models: Sequence[str]) -> Result:
                 )
             )
             merged = merging.merge_checkpoints(
-                _method(config),
+                method,
                 config.base,
                 models,
                 f"{temporary}/rest",
@@ -147,7 +147,7 @@ def to_experts(config: Config, models: Sequence[str]) -> Result:
     return Result(Path(config.output), len(origins), tuple(notes))
 
 
-def to_dense(config: Config, models: Sequence[str]) -> Result:
+def to_dense(config: Config, models: Sequence[str], method: merging.Method) -> Result:
     """A mixture's experts, merged."""
     if len(models) != 1 or config.gate_data or config.experts:
         raise ValueError(
@@ -157,7 +157,6 @@ def to_dense(config: Config, models: Sequence[str]) -> Result:
     with _opened(models[0]) as moe:
         layout = _layout(config, moe, models[0], dense=False)[1]
         views, gates = files.views(moe, layout)
-        method = _method(config)
         about = _config_json(models[0])
         if config.base is None and about is not None:
             # The merge copies the mixture's companions, config.json with them.

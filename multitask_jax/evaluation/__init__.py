@@ -27,6 +27,7 @@ from multitask_jax.evaluation.uplift import (
     qini_curve,
     ranking,
     resample,
+    squared_errors,
 )
 
 __all__ = [
@@ -51,5 +52,6 @@ __all__ = [
     "ranking",
     "relative_errors",
     "resample",
+    "squared_errors",
     "ssim",
 ]

@@ -260,7 +260,14 @@ def calibration(
 def pehe(predictions: np.ndarray, effects: np.ndarray) -> np.ndarray:
     """Root mean squared error of individual effects against the control, [A - 1, O].
 
-    Precision in estimating heterogeneous effects (Hill 2011).
+    Precision in estimating heterogeneous effects (Hill 2011); arguments and errors are
+    those of `squared_errors`.
+    """
+    return np.sqrt(np.mean(squared_errors(predictions, effects), axis=0))
+
+
+def squared_errors(predictions: np.ndarray, effects: np.ndarray) -> np.ndarray:
+    """Of each person's effects against the control, [N, A - 1, O].
 
     Args:
       predictions: [N, A, O] expected outcomes.
@@ -275,7 +282,7 @@ def pehe(predictions: np.ndarray, effects: np.ndarray) -> np.ndarray:
             " both [N, A, O]"
         )
     error = (predictions - effects).astype(np.float64)
-    return np.sqrt(np.mean((error[:, 1:] - error[:, :1]) ** 2, axis=0))
+    return (error[:, 1:] - error[:, :1]) ** 2
 
 
 def policy_value(

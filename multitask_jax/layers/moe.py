@@ -8,6 +8,7 @@ Legend: D width, E routed experts, K experts a token, N tokens, T tasks.
 
 import functools
 import typing
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -17,6 +18,7 @@ from jax.sharding import Mesh
 
 from multitask_jax import moe
 from multitask_jax import tree as trees
+from multitask_jax.moe.dispatch import batched
 from multitask_jax.moe.gates import Kind, Normalize
 
 Array = jax.Array
@@ -53,7 +55,7 @@ class MoE(nn.Module):
         """
         tokens = x.reshape(-1, x.shape[-1])
         width = tokens.shape[1]
-        params = self.param("experts", self._init, width)
+        params = self.param("experts", _init_experts(self), width)
         flat = None
         if self.tasks and ids is None:
             raise ValueError(f"tasks={self.tasks} needs ids, the task of each token")
@@ -82,16 +84,6 @@ class MoE(nn.Module):
             up = nn.Dense(self.shared_hidden, self.bias, name="shared_up")(x)
             y += nn.Dense(width, self.bias, name="shared_down")(nn.gelu(up))
         return y
-
-    def _init(self, key: Array, width: int) -> Any:
-        return moe.experts.init(
-            key,
-            self.kind,
-            experts=self.experts,
-            width=width,
-            hidden=self.hidden,
-            bias=self.bias,
-        )
 
     def _dispatched(self, *args: Any) -> moe.Served:
         known = typing.get_args(Dispatch)
@@ -127,8 +119,6 @@ class MoE(nn.Module):
         return by_name[self.dispatch](*args)
 
     def _sow(self, routing: moe.Routing, kept: Array, tasks: Array | None) -> None:
-        if self.is_initializing():
-            return  # `init` would keep them, and `apply` add to them
         found = dict(
             moe.losses.statistics(
                 routing,
@@ -142,8 +132,7 @@ class MoE(nn.Module):
         found["importance"] = moe.losses.importance(routing)
         if self.route != "hard":  # no gate, no logits
             found["router_z"] = moe.losses.router_z(routing)
-        for name, value in found.items():
-            self.sow("moe", name, value)
+        _sow_all(self, found)
 
 
 class MMoE(nn.Module):
@@ -162,31 +151,46 @@ class MMoE(nn.Module):
     def __call__(self, x: Array) -> Array:
         tokens = x.reshape(-1, x.shape[-1])
         width = tokens.shape[1]
-        params = self.param(
-            "experts",
-            lambda key: moe.experts.init(
-                key, self.kind, experts=self.experts, width=width, hidden=self.hidden,
-                bias=self.bias,
-            ),
-        )  # fmt: skip
+        params = self.param("experts", _init_experts(self), width)
         init = nn.initializers.normal(0.02)
         gates = self.param("gates", init, (self.tasks, width, self.experts))
         routing = jax.vmap(
             lambda g: moe.route(moe.gate_logits({"kernel": g}, tokens), kind="soft")
         )(gates)
         # Experts see each token once, whatever the number of tasks.
-        served = moe.EXPERTS[self.kind](params, tokens[None], moe.batched)  # [E, N, D]
+        served = moe.EXPERTS[self.kind](params, tokens[None], batched)  # [E, N, D]
         weights = routing.weights.astype(served.dtype)  # [T, N, E]
-        if not self.is_initializing():
-            both = jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), routing)
-            tasks = jnp.repeat(jnp.arange(self.tasks), len(tokens))
-            found = moe.losses.statistics(
-                both, tasks=tasks, task_count=self.tasks, weighted=True
-            )
-            for name, value in found.items():
-                self.sow("moe", name, value)
+        both = jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), routing)
+        tasks = jnp.repeat(jnp.arange(self.tasks), len(tokens))
+        found = moe.losses.statistics(
+            both, tasks=tasks, task_count=self.tasks, weighted=True
+        )
+        _sow_all(self, found)
         y = jnp.einsum("tne,end->tnd", weights, served)
         return y.reshape(self.tasks, *x.shape)
+
+
+def _init_experts(layer: MoE | MMoE) -> Callable[[Array, int], Any]:
+    """(key, D) -> parameters of the layer's experts."""
+
+    def init(key: Array, width: int) -> Any:
+        return moe.experts.init(
+            key,
+            layer.kind,
+            experts=layer.experts,
+            width=width,
+            hidden=layer.hidden,
+            bias=layer.bias,
+        )
+
+    return init
+
+
+def _sow_all(layer: nn.Module, found: Mapping[str, Array]) -> None:
+    """Sows by name into "moe"; `init` would keep them, and `apply` add to them."""
+    if not layer.is_initializing():
+        for name, value in found.items():
+            layer.sow("moe", name, value)
 
 
 def sum_of(sown: Any, name: str) -> Array:

@@ -11,7 +11,6 @@
 from multitask_jax.moe import experts, losses, upcycling
 from multitask_jax.moe.dispatch import (
     Served,
-    batched,
     capacity,
     dropless,
     everyone,
@@ -25,7 +24,6 @@ __all__ = [
     "EXPERTS",
     "Routing",
     "Served",
-    "batched",
     "capacity",
     "dropless",
     "everyone",

@@ -98,11 +98,11 @@ def entropy_gradient(
     Returns:
       The entropy, and the gradient in float32 (float64 of such variables).
     """
-    total = None
-    for f, (inputs, mask) in zip(functions, data, strict=True):
-        found = _task_gradient(predict, f, variables, constants, inputs, mask)
-        total = found if total is None else _add(total, found)
-    return total  # type: ignore[return-value]
+    each = (
+        _task_gradient(predict, f, variables, constants, *inputs_and_mask)
+        for f, inputs_and_mask in zip(functions, data, strict=True)
+    )
+    return functools.reduce(_add, each)
 
 
 def minimise_entropy(
