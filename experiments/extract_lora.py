@@ -32,7 +32,6 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
-from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from experiments import flags
@@ -41,6 +40,7 @@ from multitask_jax import checkpoints, tree
 from multitask_jax.checkpoints import CheckpointError, Reader, TensorInfo
 from multitask_jax.merging import task_arithmetic
 from multitask_jax.merging.low_rank import factorise
+from multitask_jax.merging.parallel import one_blas_thread
 from multitask_jax.merging.plan import Entry, human, plan_merge
 
 DTYPES = {
@@ -140,8 +140,7 @@ def run(config: Config) -> Result:
         return extract(config, e, base, model, keep=keep, whole=whole, flip=flip)
 
     threads = config.threads or min(8, os.cpu_count() or 1)
-    # Tensors in parallel, each on one thread: BLAS has nothing to wait for.
-    with threadpool_limits(1), ThreadPoolExecutor(threads) as pool:
+    with one_blas_thread(), ThreadPoolExecutor(threads) as pool:
         jobs = pool.map(work, plan.merged, chosen)
         bar = tqdm(jobs, "", len(names), unit="tensor", disable=not config.progress)
         found = list(bar)

@@ -237,6 +237,7 @@ def tune(
       known: coefficients chosen before: nothing is scored then.
     """
     own = None if entry.tau is None else entry.tau(merger)
+    alphas: dict[str, float] = {}  # by the norm rule, of each task vector
 
     def model(given: Coefficients) -> tuple[Coefficients, dict[str, np.ndarray]]:
         every = entry.flags | given
@@ -244,8 +245,11 @@ def tune(
         swept = {k: v for k, v in every.items() if k in SWEPT}
         tau = merger.task_vector(**flags) if own is None else own
         if swept.get("lines_alpha") == "norm":
-            swept["lines_alpha"] = merger.norm_alpha(tau)
-            given = given | {"lines_alpha": swept["lines_alpha"]}
+            key = repr(flags)
+            if key not in alphas:
+                alphas[key] = merger.norm_alpha(tau)
+            swept["lines_alpha"] = alphas[key]
+            given = given | {"lines_alpha": alphas[key]}
         return given, merger.at(tau, swept)
 
     grid = entry.grid if known is None else (known,)

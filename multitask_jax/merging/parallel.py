@@ -1,9 +1,25 @@
 """Work on many items by a few threads."""
 
+import contextlib
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+
+from threadpoolctl import threadpool_limits
+
+
+@contextlib.contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """Decompositions use one thread each: for work that has threads of its own.
+
+    BLAS's threads wait for each other in loops, and take the cores that other
+    decompositions need: two SVDs of [384, 1536] at a time took four times as long.
+    """
+    import scipy.linalg  # noqa: F401  JAX's LAPACK; only what is loaded is limited
+
+    with threadpool_limits(1, user_api="blas"):
+        yield
 
 
 def parallel(work: Callable[[Any], None], items: Iterable[Any], threads: int) -> None:
@@ -28,3 +44,19 @@ def parallel(work: Callable[[Any], None], items: Iterable[Any], threads: int) ->
                 future.result()
         finally:
             stop.set()
+
+
+def large_alone(
+    work: Callable[[Any], None],
+    items: Iterable[Any],
+    threads: int,
+    large: Callable[[Any], bool],
+) -> None:
+    """For decompositions: large items in turn, by all of BLAS's threads; then the rest.
+
+    Small matrices keep one thread busy at most; of large ones only one is in memory.
+    """
+    items = list(items)
+    parallel(work, filter(large, items), 1)
+    with one_blas_thread():
+        parallel(work, (i for i in items if not large(i)), threads)

@@ -1,6 +1,7 @@
 """What a merge from disk will do, decided and checked before any weights are read."""
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -19,6 +20,7 @@ from multitask_jax.merging.core import (
 from multitask_jax.merging.task_statistics import StatisticsFile
 
 CHUNK = 1 << 19  # entries that are computed at once
+_LARGE = 1 << 22  # entries of a tensor that is merged whole and alone
 # Chunks are padded to one of these, so that few programs are compiled.
 BUCKETS = (1 << 12, 1 << 16, 1 << 18, CHUNK)
 
@@ -287,8 +289,14 @@ def batches_of(entries: Sequence[Entry], size: int) -> Iterator[list[Entry]]:
 
 
 def threads_for(method: Method, threads: int) -> int:
-    """Whole tensors one after another: LAPACK and XLA use all cores for each."""
-    return 1 if any(t.needs == "tensor" for t in method.transforms) else threads
+    """Of whole tensors no more at a time than there are cores."""
+    whole = any(t.needs == "tensor" for t in method.transforms)
+    return min(threads, os.cpu_count() or 1) if whole else threads
+
+
+def is_large(c: Chunk) -> bool:
+    """Whether nothing else is merged meanwhile, where tensors are merged whole."""
+    return c.stop - c.start > _LARGE
 
 
 def peak_memory(
@@ -303,8 +311,13 @@ def peak_memory(
             return e.size
         return min(max(CHUNK, e.shape[-1] if rows and e.shape else 1), e.size)
 
-    at_once = sorted(map(chunk, plan.merged))[-threads:]
-    chunks = 4 * (models + 1) * sum(at_once) * 4
+    sizes = sorted(map(chunk, plan.merged))
+    if any(t.needs == "tensor" for t in method.transforms):
+        small = [n for n in sizes if n <= _LARGE]
+        at_once = max(sizes[-1], sum(small[-threads:]))
+    else:
+        at_once = sum(sizes[-threads:])
+    chunks = 4 * (models + 1) * at_once * 4
     kept = 3 * models * min(1 << 22, sum(e.size for e in plan.merged)) * 4
     ranked = any(p.tensor or p.model for p in plan.passes)
     # Large stored chunks (Orbax): each reader keeps one, and a thread that goes on to

@@ -18,7 +18,7 @@ from multitask_jax.merging import core, statistics
 from multitask_jax.merging.census import Census, mark_kept
 from multitask_jax.merging.checks import check_fits, refuse_nonfinite
 from multitask_jax.merging.journal import Past
-from multitask_jax.merging.parallel import parallel
+from multitask_jax.merging.parallel import large_alone, parallel
 from multitask_jax.merging.plan import (
     BUCKETS,
     CHUNK,
@@ -27,6 +27,7 @@ from multitask_jax.merging.plan import (
     Pass,
     Plan,
     batches_of,
+    is_large,
 )
 from multitask_jax.merging.processes import ALONE, Group
 from multitask_jax.merging.selection import (
@@ -89,7 +90,7 @@ class Stream:
         self._group, self._share = group, share or plan
         self._check = not allow_nonfinite
         needs = {t.needs for t in method.transforms}
-        self._rows = "row" in needs
+        self._rows, self._whole = "row" in needs, "tensor" in needs
         self._past = past or Past()
         self._unseen = self._past.unseen(self._share.merged)
         paths = [t.name for t in plan.outputs]
@@ -158,7 +159,8 @@ class Stream:
             self._ranks.clear()
 
     def _sweep(self, work: Callable[[Chunk], None], entries: Sequence[Entry]) -> None:
-        parallel(work, self._chunks(entries), self.threads)
+        whole = functools.partial(large_alone, large=is_large)
+        (whole if self._whole else parallel)(work, self._chunks(entries), self.threads)
         self._unseen.difference_update(e.path for e in entries)
 
     def _tensor_statistic(self, batch: Sequence[Entry], i: int, j: int) -> None:

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 
 from multitask_jax import tree
 from multitask_jax.merging import core
-from multitask_jax.merging.agreement import choose
 from multitask_jax.merging.arguments import check_choice
 from multitask_jax.merging.core import Array, Method, add_up, is_float
 from multitask_jax.merging.fitted.batching import check_batches
@@ -152,14 +151,27 @@ def task_vectors(
         lambda x: x.astype(core.compute_dtype(x.dtype)) if is_float(x.dtype) else x,
         base,
     )
-    # A method that ends with "parameters" leaves its value as it is: tau, no base.
-    alone = [
-        Method((*prepare.transforms, choose(t)), end="parameters")
-        for t in range(len(models))
-    ]
-    return jax.jit(lambda b, ms: [core.merge(one, b, ms) for one in alone])(
-        wide, list(models)
-    )
+
+    def stack(values: core.Values, leaf: core.Leaf, stats: tuple[Any, ...]) -> Any:
+        if len(values) != len(models):
+            raise ValueError(
+                f"prepare: the chain left {len(values)} values of {len(models)} models,"
+                " expected one a model"
+            )
+        return (jnp.stack(values),)
+
+    # A method that ends with "parameters" leaves its value as it is: no base is added.
+    every = Method((*prepare.transforms, core.Transform(stack)), end="parameters")
+
+    def task(found: Any, t: int) -> Any:
+        return jax.tree.map(lambda x: x[t] if is_float(x.dtype) else x, found)
+
+    @jax.jit
+    def made(base: Any, models: list[Any]) -> list[Any]:
+        found = core.merge(every, base, models)
+        return [task(found, t) for t in range(len(models))]
+
+    return made(wide, list(models))
 
 
 def add_task_vectors(
