@@ -128,14 +128,15 @@ def plain_errors(
     """The script for `main`: errors of input end in one message, without a traceback.
 
     Args:
-      run: raises ValueError or OSError for what the user got wrong.
+      run: raises ValueError or OSError for what the user got wrong, FloatingPointError
+        where training diverged.
       interrupted: what to say after ctrl-c, of a config perhaps.
     """
 
     def script(config: C) -> None:
         try:
             run(config)
-        except (ValueError, OSError) as e:
+        except (ValueError, OSError, FloatingPointError) as e:
             sys.exit(f"error: {e}")
         except KeyboardInterrupt:
             said = interrupted(config) if callable(interrupted) else interrupted

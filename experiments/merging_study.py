@@ -23,6 +23,8 @@ Legend: S seeds, T tasks.
 """
 
 import dataclasses
+import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,7 +42,7 @@ from experiments import (
     study_rows,
 )
 from experiments.flags import flag
-from experiments.study_merges import Entry, Merger
+from experiments.study_merges import Merger
 from experiments.study_store import Store, remember
 from experiments.study_tasks import (
     Evaluator,
@@ -97,10 +99,14 @@ class Config:
     rate: float = flag("Peak learning rate.", 1e-4)
     max_length: int = flag("Tokens of a sentence, at most.", 64)
     budget: int = flag("Evaluations on validation rows that a method gets.", 8)
-    methods: str = flag("Comma list of rows, like 'ties,ties + LiNeS' (all).", "")
+    methods: str = flag(
+        "Comma list of the main table's rows, like 'ties,ties + LiNeS,EMR' (all).", ""
+    )
     parts: str = flag(f"Comma list of {', '.join(PARTS)}.", ",".join(PARTS))
     unlabelled_rows: int = flag("Training rows that data-driven methods see.", 256)
-    fisher_rows: int = flag("Of these, rows that Fisher takes gradients of.", 256)
+    fisher_rows: int = flag(
+        "Of these, rows that Fisher takes gradients of (whole sixteens).", 256
+    )
     adamerging_steps: int = flag("Steps of AdaMerging on the entropy.", 60)
     progress: bool = flag("Show progress.", True)
 
@@ -155,13 +161,16 @@ def check(config: Config) -> tuple[list[int], list[str], list[str]]:
         raise ValueError(f"got tasks {tasks}, expected each name once")
     if len(tasks) < 2:
         raise ValueError(f"got tasks {tasks}, expected two or more to merge")
-    if JOINT in names or "base" in names:
-        raise ValueError(f"tasks can't be called {JOINT} or base; got {tasks}")
+    if taken := {JOINT, "base", "merged", "delta"} & set(names):
+        raise ValueError(f"tasks: {taken} are names of the study's own; rename them")
+    if commas := [x for x in (*names, config.workdir) if "," in x]:
+        raise ValueError(f"got {commas}: names of tasks and --workdir have no commas")
     parts = [p.strip() for p in config.parts.split(",") if p.strip()]
     if unknown := [p for p in parts if p not in PARTS]:
         raise ValueError(f"--parts: got {unknown}, expected some of {PARTS}")
     least = {"train_rows": 2 * config.batch_size, "validation_rows": 2, "epochs": 1}
-    least |= {"batch_size": 1, "budget": 1, "unlabelled_rows": 16, "fisher_rows": 1}
+    least |= {"batch_size": 1, "budget": 1, "unlabelled_rows": 16, "fisher_rows": 16}
+    least |= {"test_rows": 0, "adamerging_steps": 0, "max_length": 4}
     for name, wanted in least.items():
         if (got := getattr(config, name)) < wanted:
             raise ValueError(f"--{name}: got {got}, expected at least {wanted}")
@@ -183,30 +192,55 @@ def read_task(data_dir: str, name: str) -> text_tasks.Task:
     return text_tasks.read(Path(data_dir) / name)
 
 
-def chosen_entries(config: Config) -> list[Entry]:
-    """The rows of the main table."""
-    every = study_merges.entries(config.budget)
-    wanted = [m.strip() for m in config.methods.split(",") if m.strip()]
-    labels = [e.label for e in every]
-    if unknown := [m for m in wanted if m not in labels]:
-        raise ValueError(f"--methods: got {unknown}, expected some of {labels}")
-    return [e for e in every if not wanted or e.label in wanted]
+def chosen_rows(config: Config) -> list[str]:
+    """Labels of the main table's rows."""
+    every = study_rows.labels(config.budget)
+    # "AdaMerging, by leaf" is one row.
+    wanted = [m.strip() for m in re.split(r",(?! by )", config.methods) if m.strip()]
+    if unknown := [m for m in wanted if m not in every]:
+        raise ValueError(f"--methods: got {unknown}, expected some of {every}")
+    return wanted or every
 
 
 class Study:
     """What all parts share: tasks, evaluator, results."""
 
-    def __init__(self, config: Config, tasks: Sequence[str]):
-        self.config = config
+    def __init__(self, config: Config, tasks: Sequence[str], rows: Sequence[str]):
+        self.config, self.rows = config, rows
         self.workdir = Path(config.workdir)
         self.tasks = [read_task(config.data_dir, t) for t in tasks]
         self.names = [t.name for t in self.tasks]
+        for task in self.tasks:
+            few = min(config.train_rows, len(task.train.labels))
+            if few < config.batch_size or few < 16:
+                raise ValueError(
+                    f"{task.name}: got {few} training rows, expected a batch"
+                    f" ({max(16, config.batch_size)}) at least"
+                )
         self.classes = max(len(t.labels) for t in self.tasks)
         tensors = checkpoints.read_tensors(config.model_dir)
         self.evaluator = Evaluator(bert.read_shape(config.model_dir))
+        other = {str(x.dtype) for x in tensors.values() if x.dtype.kind not in "iub"}
+        if other != {"float32"}:
+            raise ValueError(
+                f"--model_dir: got weights of {', '.join(sorted(other))} in"
+                f" {config.model_dir}, expected float32, which fine-tuning needs: cast"
+                " them first"
+            )
         params, rest = bert.from_hugging_face(tensors, shape=self.evaluator.shape)
         self.base = (jax.tree.map(np.ascontiguousarray, params), rest)
         self.store = Store(self.workdir)
+
+    def digest(self) -> str:
+        """A short name of the base's and the tasks' bytes."""
+        found = hashlib.sha256()
+        for task in self.tasks:
+            for rows in (task.train, task.validation, task.test):
+                found.update(rows.labels.tobytes() + repr(rows.sentences).encode())
+        for name in ("model.safetensors", "tokenizer.json"):
+            path = Path(self.config.model_dir) / name
+            found.update(path.read_bytes() if path.exists() else b"")
+        return found.hexdigest()[:12]
 
     def scores(
         self, tensors: Mapping[str, Any], seed: Seed, pool: Pool
@@ -303,20 +337,21 @@ def run(config: Config) -> Result:
       ValueError: a flag, a task or the base is not as it should be; says which.
     """
     seeds, tasks, parts = check(config)
-    entries = chosen_entries(config)
+    rows = chosen_rows(config)
     first = seeds[0]
     # Tasks by name: a folder that comes later, or goes, makes another study.
     told = dataclasses.replace(config, tasks=",".join(tasks))
     # Coefficients that all seeds share are the first one's.
     free = FREE if config.tune_every_seed else tuple(set(FREE) - {"seeds"})
-    study = Study(config, tasks)
+    study = Study(config, tasks, rows)
     known = study_merges.protocol(config.budget)
-    remember(told, Path(config.workdir), free, protocol=known)
+    files = study.digest()
+    remember(told, Path(config.workdir), free, protocol=known, files=files)
     for index in seeds:
         seed = study.prepare(index)
         study.references(seed)
         if "methods" in parts:
-            study_rows.methods(study, seed, first, entries)
+            study_rows.methods(study, seed, first)
             study_rows.a_model_a_task(study, seed, first)
         if "data_driven" in parts:
             study_rows.data_driven(study, seed, first)
@@ -324,12 +359,12 @@ def run(config: Config) -> Result:
             study_rows.counts(study, seed, first)
         if "ablations" in parts:
             study_rows.ablations(study, seed, first)
+        if "forgetting" in parts:
+            study_analysis.forgetting(study, seed)
         if index == first:
             study_analysis.conflicts(study, seed)
             if "redundancy" in parts:
                 study_analysis.redundancy(study, seed)
-            if "forgetting" in parts:
-                study_analysis.forgetting(study, seed)
             if "gradients" in parts:
                 study_analysis.gradients(study, seed)
     records = [r for r in study.store.records.values() if r["seed"] in seeds]

@@ -1,9 +1,11 @@
 """What the study looks at besides the table: redundancy, forgetting, conflicts.
 
-All on the first seed's specialists. A `study` is experiments.merging_study.Study.
+All but forgetting on the first seed's specialists alone. A `study` is
+experiments.merging_study.Study.
 """
 
 import dataclasses
+import functools
 import json
 from typing import Any
 
@@ -27,9 +29,11 @@ def redundancy(study: Any, seed: Any) -> None:
             found = []
             for density in DENSITIES:
                 tau = merger.trimmed(merger.models[t], density)
-                pool = seed.data.own[name]
+                # Nothing is chosen by it, so that test rows, which are more, will do.
+                pool = seed.own_test[name]
                 found.append(study.accuracies(merger.at(tau, {}), seed, pool)[name])
-            return {"densities": DENSITIES, "validation": found}
+            base = study.store.records[("references", "base", seed.index)]
+            return {"densities": DENSITIES, "test": found, "base": base["test"][name]}
 
         study.store.once("redundancy", name, seed.index, make)
 
@@ -44,22 +48,23 @@ def forgetting(study: Any, seed: Any) -> None:
         "LiNeS": lambda a: {"lines_alpha": a, "lines_beta": 1.0 - a},
         "WiSE-FT": lambda a: {"scale": a},
     }
+    pool = seed.data.validation
+    base = functools.cache(lambda: study.accuracies(seed.merger.at({}, {}), seed, pool))
     for t, name in enumerate(study.names):
 
         def make(t: int = t, name: str = name) -> dict[str, Any]:
             others = [n for n in study.names if n != name]
             tau = seed.merger.own(t)
             out: dict[str, Any] = {"alphas": ALPHAS}
+            # Both end at the specialist itself; WiSE-FT starts at the base.
+            tuned = study.accuracies(seed.merger.at(tau, {}), seed, pool)
             for way, at in ways.items():
-                found = [
-                    study.accuracies(
-                        seed.merger.at(tau, at(a)), seed, seed.data.validation
-                    )
-                    for a in ALPHAS
+                start = 0 if way == "LiNeS" else 1
+                between = [
+                    study.accuracies(seed.merger.at(tau, at(a)), seed, pool)
+                    for a in ALPHAS[start:-1]
                 ]
-                out[way] = {"validation": found}
-            # WiSE-FT starts at the base, and ends at the specialist itself.
-            base, *_, tuned = out["WiSE-FT"]["validation"]
+                out[way] = {"validation": [*[base()][:start], *between, tuned]}
             for way, at in ways.items():
                 found = out[way]["validation"]
                 alpha = merging.select_alpha(
@@ -67,7 +72,7 @@ def forgetting(study: Any, seed: Any) -> None:
                     [f[name] for f in found],
                     [[f[n] for n in others] for f in found],
                     fine_tuned=tuned[name],
-                    zero_shot=[base[n] for n in others],
+                    zero_shot=[base()[n] for n in others],
                 )
                 model = seed.merger.at(tau, at(alpha))
                 out[way] |= {

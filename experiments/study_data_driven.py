@@ -23,6 +23,14 @@ from multitask_jax import merging, tree
 from multitask_jax.data import tokens
 from multitask_jax.models import bert
 
+# Rows that have no streamed form.
+IN_MEMORY = (
+    "RegMean++",
+    "AdaMerging, by task",
+    "AdaMerging, by leaf",
+    "AdaMerging++, by leaf",
+)
+OFF_DIAGONAL = 0.9  # of RegMean++, as the paper has it
 Tensors = dict[str, Any]
 Inputs = dict[str, Any]  # ids and mask [B, S, L], kernel [B, F, classes] and bias
 
@@ -76,6 +84,11 @@ def unlabelled(
     return out
 
 
+def real_tokens(inputs: Inputs) -> jax.Array:
+    """1 for a token, 0 for padding, which Gram matrices are not to count: [B S L]."""
+    return inputs["mask"].reshape(-1)
+
+
 def save_statistics(
     folder: Path,
     shape: bert.Shape,
@@ -106,7 +119,9 @@ def save_statistics(
         params = load(name)
         size = len(batches[name][0]["ids"])
         if not paths["gram"].exists():
-            found = merging.gram_matrices(apply, params, batches[name])
+            found = merging.gram_matrices(
+                apply, params, batches[name], rows=real_tokens
+            )
             merging.save_statistics(
                 paths["gram"], found, examples=size * len(batches[name])
             )
@@ -133,16 +148,17 @@ def in_memory(
     batches: Mapping[str, Sequence[Inputs]],
     *,
     steps: int,
-    off_diagonal: float,
 ) -> dict[str, Callable[[], Tensors]]:
-    """Rows that have no streamed form, each a function that merges."""
+    """`IN_MEMORY`, each a function that merges."""
     names, f = list(models), apply_fn(shape)
     many = [models[n] for n in names]
     data = [list(batches[n]) for n in names]
     adam = optax.adam(1e-2)  # the paper's 1e-3 takes 500 steps and more
 
     def regmean_plus_plus() -> Tensors:
-        return merging.regmean_plus_plus(f, many, data, off_diagonal=off_diagonal)
+        return merging.regmean_plus_plus(
+            f, many, data, off_diagonal=OFF_DIAGONAL, rows=real_tokens
+        )
 
     def adamerging(level: str) -> Tensors:
         found = merging.adamerging(
@@ -156,9 +172,6 @@ def in_memory(
         )
         return found.params
 
-    return {
-        "RegMean++": regmean_plus_plus,
-        "AdaMerging, by task": lambda: adamerging("task"),
-        "AdaMerging, by leaf": lambda: adamerging("leaf"),
-        "AdaMerging++, by leaf": adamerging_plus_plus,
-    }
+    by_task, by_leaf = (functools.partial(adamerging, x) for x in ("task", "leaf"))
+    made = (regmean_plus_plus, by_task, by_leaf, adamerging_plus_plus)
+    return dict(zip(IN_MEMORY, made, strict=True))

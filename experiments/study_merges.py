@@ -10,6 +10,7 @@ Legend: T tasks.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
 import shutil
@@ -42,11 +43,17 @@ LEFT_OUT = {
     "emr": "a model a task",
     "tall_masks": "a model a task",
 }
-# lambda of methods that add up T task vectors, and of those that average or choose.
+# lambda of methods that add up T task vectors, and of those that average or choose;
+# fewer where a second coefficient shares the budget.
 SUMS = ("task_arithmetic", "magnitude_prune", "dare", "della", "breadcrumbs")
+SUMS = (*SUMS, "consensus")
 SUM_SCALES = (0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.1, 1.5)
 SCALES = (0.1, 0.3, 0.6, 1.0, 1.5, 2.2, 3.2, 5.0)
-BETAS = (0.05, 0.1, 0.2, 0.4, 0.7, 1.1, 1.7, 2.5)
+FEW_SUM_SCALES, FEW_SCALES = (0.2, 0.3, 0.5, 0.8), (0.4, 0.7, 1.0, 1.5)
+# Of LiNeS: the mean scale over depth as a multiple m of alpha, beta = 2 alpha (m - 1),
+# since alpha by the norm rule differs by two orders between methods.
+DEPTH_MEANS = (1.0, 1.5, 2.0, 3.0, 4.5, 7.0, 10.0, 15.0)
+FEW_DEPTH_MEANS = (1.5, 2.5, 4.0, 7.0)
 TALL_LAMBDAS = ("0.1", "0.2", "0.3", "0.4", "0.5", "0.6", "0.8", "1.0")
 # A second coefficient: its values share the budget.
 SECOND: dict[str, tuple[str, tuple[Any, ...]]] = {
@@ -66,7 +73,7 @@ SECOND: dict[str, tuple[str, tuple[Any, ...]]] = {
 FIXED: dict[str, Coefficients] = {"wudi": {"iterations": 200}}
 OFF_DIAGONALS = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 QUIET = {"progress": False, "report": False, "overwrite": True}
-SWEPT = ("scale", "lines_alpha", "lines_beta")  # applied in memory
+SWEPT = ("scale", "lines_alpha", "lines_beta", "depth_mean")  # applied in memory
 
 
 class Entry(NamedTuple):
@@ -97,11 +104,12 @@ def spread(values: Sequence[Any], count: int) -> list[Any]:
 
 def grid(method: str, *, lines: bool, budget: int) -> tuple[Coefficients, ...]:
     """At most `budget` candidates of a method."""
-    scaled = "scale" in candidates.takes(method)
     if lines:
-        axis, along = "lines_beta", BETAS
-    elif scaled:
-        axis, along = "scale", SUM_SCALES if method in SUMS else SCALES
+        axis, along, few = "depth_mean", DEPTH_MEANS, FEW_DEPTH_MEANS
+    elif "scale" in candidates.takes(method):
+        axis, along, few = "scale", SCALES, FEW_SCALES
+        if method in SUMS:
+            along, few = SUM_SCALES, FEW_SUM_SCALES
     elif method == "regmean":
         return tuple({"off_diagonal": x} for x in spread(OFF_DIAGONALS, budget))
     else:
@@ -109,18 +117,26 @@ def grid(method: str, *, lines: bool, budget: int) -> tuple[Coefficients, ...]:
     name, values = SECOND.get(method, ("", ()))
     if not name or budget < 2 * len(values):
         return tuple({axis: x} for x in spread(along, budget))
-    part = spread(along, budget // len(values))
+    each = budget // len(values)
+    part = spread(few if each <= len(few) else along, each)
     return tuple({name: v, axis: x} for v in values for x in part)
 
 
 def entries(budget: int) -> list[Entry]:
-    """Every method that merges T models into one, without and with LiNeS."""
+    """Every method that merges T models into one, without and with LiNeS.
+
+    Methods that take no scale have a third row, their task vector scaled (by LiNeS'
+    flags, alike at all depths): what LiNeS has beyond a scale is against that.
+    """
     out = []
     for method in merging.METHODS:
         if method in LEFT_OUT:
             continue
         flags = {"method": method, **FIXED.get(method, {})}
-        out.append(Entry(method, flags, grid(method, lines=False, budget=budget)))
+        own = grid(method, lines=False, budget=budget)
+        out.append(Entry(method, flags, own))
+        if own == ({},) and method != "linear":  # that is task arithmetic
+            out.append(scaled(method, flags, budget))
         flags = flags | {"lines_alpha": "norm"}
         if "scale" in candidates.takes(method):
             flags["scale"] = 1.0  # LiNeS is all the scale there is
@@ -129,17 +145,24 @@ def entries(budget: int) -> list[Entry]:
     return out
 
 
+def scaled(row: str, flags: Coefficients, budget: int, tau: Any = None) -> Entry:
+    """A row's task vector, longer or shorter by the multiples that LiNeS has."""
+    flags = flags | {"lines_alpha": "norm", "lines_beta": 0.0}
+    lengths = tuple({"depth_mean": x} for x in spread(DEPTH_MEANS, budget))
+    return Entry(f"{row}, scaled", flags, lengths, tau)
+
+
 def with_lines(
     row: str, budget: int, tau: Callable[["Merger"], dict[str, np.ndarray]]
 ) -> Entry:
     """A row's task vector, scaled by LiNeS."""
-    betas = tuple({"lines_beta": x} for x in spread(BETAS, budget))
-    return Entry(f"{row} + LiNeS", {"lines_alpha": "norm"}, betas, tau)
+    means = tuple({"depth_mean": x} for x in spread(DEPTH_MEANS, budget))
+    return Entry(f"{row} + LiNeS", {"lines_alpha": "norm"}, means, tau)
 
 
 def protocol(budget: int) -> str:
     """A short name of all candidates: results of others are not to be mixed in."""
-    told = [(e.label, e.flags, e.grid) for e in entries(budget)]
+    told = [(e.label, e.flags, e.grid) for e in entries(budget) + ablations(budget, {})]
     told.append(("TALL masks", {}, spread(TALL_LAMBDAS, budget)))
     told.append(("chosen by", {}, "likelihood"))
     return hashlib.sha256(repr(told).encode()).hexdigest()[:12]
@@ -197,11 +220,15 @@ class Merger:
         model = checkpoints.read_tensors(self.models[t])
         return {k: model[k] - x for k, x in self.base.items()}
 
+    @functools.cached_property
+    def total(self) -> dict[str, np.ndarray]:
+        """sum_t tau_t."""
+        return self.task_vector(method="task_arithmetic")
+
     def norm_alpha(self, tau: Tensors) -> float:
         """LiNeS' alpha by the norm rule, to four digits, so that flags can tell it."""
-        total = self.task_vector(method="task_arithmetic")
-        alpha = merging.norm_rule(total, dict(tau), len(self.models))
-        return float(f"{float(alpha):.4g}")
+        alpha = merging.norm_rule(self.total, dict(tau), len(self.models))
+        return _four_digits(float(alpha))
 
     def at(self, tau: Tensors, swept: Coefficients) -> dict[str, np.ndarray]:
         """The model of a task vector at a scale or with LiNeS."""
@@ -248,10 +275,14 @@ def tune(
             key = repr(flags)
             if key not in alphas:
                 alphas[key] = merger.norm_alpha(tau)
-            swept["lines_alpha"] = alphas[key]
-            given = given | {"lines_alpha": alphas[key]}
+            scales = lines_of(alphas[key], swept)
+            swept |= scales
+            given = given | scales
         return given, merger.at(tau, swept)
 
+    if known is not None and entry.flags.get("lines_alpha") == "norm":
+        # The rule is this seed's own.
+        known = {k: v for k, v in known.items() if not k.startswith("lines_")}
     grid = entry.grid if known is None else (known,)
     if len(grid) == 1:
         found, tensors = model(grid[0])
@@ -264,6 +295,22 @@ def tune(
         if scores[-1].likelihood > best[0]:
             best = scores[-1].likelihood, found, tensors
     return Tuned(best[1], scores, best[2])
+
+
+def lines_of(alpha: float, swept: Coefficients) -> Coefficients:
+    """LiNeS' flags at a mean scale over depth of `depth_mean` alpha.
+
+    With lines_beta (0) there is no depth: that is all of the scale.
+    """
+    mean = swept["depth_mean"]
+    if "lines_beta" in swept:
+        return {"lines_alpha": _four_digits(mean * alpha), "lines_beta": 0.0}
+    beta = _four_digits(2 * alpha * (mean - 1))
+    return {"lines_alpha": alpha, "lines_beta": beta}
+
+
+def _four_digits(x: float) -> float:
+    return float(f"{x:.4g}")
 
 
 def quietly(config: merge.Config) -> None:
@@ -296,7 +343,8 @@ def merge_on_disk(
     config: merge.Config, coefficients: Coefficients, output: Path, *, measured: bool
 ) -> Final:
     """Runs `experiments.merge`, as a process of its own if it is to be measured."""
-    config = candidates.config_at(config, coefficients)
+    told = {k: v for k, v in coefficients.items() if k != "depth_mean"}
+    config = candidates.config_at(config, told)
     config = dataclasses.replace(config, output=str(output), **QUIET)
     command = [sys.executable, "-m", "experiments.merge", *merge.flags_of(config)]
     if measured:

@@ -87,7 +87,7 @@ def measures(accuracy: np.ndarray, reference: Mapping[str, np.ndarray]) -> list[
 
 def short(coefficients: Mapping[str, Any]) -> str:
     """Before/after: {"density": "0.2", "scale": 1.0} -> "density .2, scale 1"."""
-    words = {"lines_alpha": "alpha", "lines_beta": "beta"}
+    words = {"lines_alpha": "alpha", "lines_beta": "beta", "depth_mean": "mean"}
     words |= {"tall_lambda": "lambda", "off_diagonal": "off"}
     return ", ".join(f"{words.get(k, k)} {float(v):g}" for k, v in coefficients.items())
 
@@ -129,6 +129,8 @@ def write(
     paths = [f"![accuracy by method]({BARS})", ""]
     parts = ["# Merging study", "", *paths, text, "", *_notes(found)]
     _bars(workdir / BARS, records, rows)
+    if gains := _lines(dict(rows)):
+        parts += ["", "## What LiNeS adds", "", gains]
     if counted := records.rows("counts"):
         parts += ["", "## Number of tasks", "", f"![over tasks]({COUNTS})", ""]
         parts.append(_counts(workdir / COUNTS, records, counted))
@@ -146,12 +148,12 @@ def write(
         parts += ["", "## What each step of TIES is worth", "", table(head, body)]
     first = Records(names, seeds[:1], found)
     if trimmed := first.rows("redundancy"):
-        parts += ["", "## Trimmed specialists (validation rows)", ""]
+        parts += ["", "## Trimmed specialists (test rows, first seed)", ""]
         parts += [f"![trimming]({TRIM})", ""]
         parts.append(_trim(workdir / TRIM, first, trimmed))
-    if forgot := first.rows("forgetting"):
+    if forgot := records.rows("forgetting"):
         parts += ["", "## LiNeS against forgetting", "", f"![front]({FRONT})", ""]
-        parts.append(_forgetting(workdir / FRONT, first, forgot))
+        parts.append(_forgetting(workdir / FRONT, records, forgot))
     if first.rows("conflicts"):
         depths = first.get("conflicts", "ties")[0]["depths"]
         parts += ["", "## Sign conflicts by depth", "", f"![conflicts]({DEPTH})"]
@@ -175,6 +177,23 @@ def write(
     text = "\n".join(parts)
     (workdir / "report.md").write_text(text)
     return text
+
+
+def _lines(found: Mapping[str, np.ndarray]) -> str:
+    """Gains in average accuracy, paired by seed; "" without a pair."""
+    body = []
+    for row, accuracy in found.items():
+        stem = row.removesuffix(" + LiNeS")
+        others = [found.get(stem), found.get(f"{stem}, scaled")]
+        if stem == row or all(x is None for x in others):
+            continue
+        gains = [
+            "" if x is None else spread((accuracy - x).mean(axis=1)) for x in others
+        ]
+        body.append([stem, *gains])
+    if not body:
+        return ""
+    return table(["LiNeS has over", "the method as it is", "scaled alike"], body)
 
 
 def _notes(found: Sequence[Record]) -> list[str]:
@@ -207,7 +226,8 @@ def _bars(path: Path, records: Records, rows: Sequence[tuple[str, np.ndarray]]) 
     """What each method, without LiNeS and with it, has over the base."""
     reference = {k: 100 * v.mean() for k, v in records.references().items()}
     found = {row: 100 * accuracy.mean(axis=1) for row, accuracy in rows}
-    plain = [row for row in found if not row.endswith("+ LiNeS")][::-1]
+    stems = dict.fromkeys(row.removesuffix(" + LiNeS") for row in found)
+    plain = list(stems)[::-1]
     figure = Figure((7, 0.27 * len(plain) + 1.2), layout="constrained")
     axes = figure.add_subplot()
     for suffix, colour, shift in (("", "C0", 0.2), (" + LiNeS", "C1", -0.2)):
@@ -269,53 +289,57 @@ def _trim(path: Path, records: Records, trimmed: Sequence[str]) -> str:
     for name in trimmed:
         record = records.get("redundancy", name)[0]
         densities = record["densities"]
-        accuracy = [100 * v for v in record["validation"]]
-        axes.plot(
+        accuracy = [100 * v for v in record["test"]]
+        (line,) = axes.plot(
             [100 * d for d in densities], accuracy, "o-", markersize=4, label=name
         )
-        body.append([name, *(f"{a:.1f}" for a in accuracy)])
+        base = 100 * record["base"]
+        axes.axhline(base, color=line.get_color(), linestyle=":", linewidth=1)
+        body.append([name, *(f"{a:.1f}" for a in (*accuracy, base))])
     axes.set_xscale("log")
     axes.set_xlabel("largest changes kept, %")
-    axes.set_ylabel("own accuracy, % (validation)")
+    axes.set_ylabel("own accuracy, % (test; dotted: the base)")
     axes.legend(fontsize=8)
     _save(figure, path)
-    return table(["kept", *(f"{100 * d:g} %" for d in densities)], body)
+    return table(["kept", *(f"{100 * d:g} %" for d in densities), "base"], body)
 
 
 def _forgetting(path: Path, records: Records, forgot: Sequence[str]) -> str:
-    """Fronts of target against controls, and what the chosen alpha gives on test."""
+    """Fronts of target against controls (first seed), and what alpha gives on test."""
     columns = min(3, len(forgot))
     rows = -(-len(forgot) // columns)
     figure = Figure((3.1 * columns, 2.6 * rows), layout="constrained")
-    base = records.accuracy("references", "base")[0]
+    base = records.accuracy("references", "base")  # [S, T]
     body = []
     for i, name in enumerate(forgot):
-        record = records.get("forgetting", name)[0]
         others = [n for n in records.names if n != name]
         axes = figure.add_subplot(rows, columns, i + 1)
         t = records.names.index(name)
         rest = [j for j in range(len(records.names)) if j != t]
-        tuned = records.accuracy("references", f"expert: {name}")[0]
-        line = [name, f"{100 * base[t]:.1f} / {100 * base[rest].mean():.1f}"]
-        line.append(f"{100 * tuned[t]:.1f} / {100 * tuned[rest].mean():.1f}")
+
+        def both(accuracy: np.ndarray, t: int = t, rest: Any = rest) -> str:
+            return f"{spread(accuracy[:, t])} / {spread(accuracy[:, rest].mean(1))}"
+
+        line = [
+            name,
+            both(base),
+            both(records.accuracy("references", f"expert: {name}")),
+        ]
+        points = []
         for way, style in (("LiNeS", "o-"), ("WiSE-FT", "s--")):
-            found = record[way]["validation"]
-            control = [100 * np.mean([f[n] for n in others]) for f in found]
-            axes.plot(
-                [100 * f[name] for f in found], control, style, markersize=3, label=way
-            )
-            test = record[way]["test"]
-            mean = 100 * np.mean([test[n] for n in others])
-            line.append(f"{100 * test[name]:.1f} / {mean:.1f} ({record[way]['alpha']})")
-        both = np.array(
-            [
+            every = [r[way] for r in records.get("forgetting", name)]
+            found = [
                 (100 * f[name], 100 * np.mean([f[n] for n in others]))
-                for way in ("LiNeS", "WiSE-FT")
-                for f in record[way]["validation"]
+                for f in every[0]["validation"]
             ]
-        )
+            points += found
+            axes.plot(*np.transpose(found), style, markersize=3, label=way)
+            test = np.array([[r["test"][n] for n in records.names] for r in every])
+            alphas = ", ".join(f"{r['alpha']:g}" for r in every)
+            line.append(f"{both(test)} ({alphas})")
+        points = np.array(points)
         axes.plot(
-            *both[merging.pareto_front(both)].T,
+            *points[merging.pareto_front(points)].T,
             "o",
             markersize=8,
             markerfacecolor="none",
@@ -331,7 +355,7 @@ def _forgetting(path: Path, records: Records, forgot: Sequence[str]) -> str:
         body.append(line)
     _save(figure, path)
     header = ["target / controls, test", "base", "specialist"]
-    header += ["LiNeS (alpha)", "WiSE-FT (alpha)"]
+    header += ["LiNeS (alphas)", "WiSE-FT (alphas)"]
     return table(header, body)
 
 

@@ -16,11 +16,13 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments import study_data_driven, study_merges
+from experiments.study_data_driven import IN_MEMORY
 from experiments.study_merges import Entry, Merger, Tensors
 from experiments.study_tasks import Pool, Score, floats_of
 from experiments.study_training import JOINT
 from multitask_jax import checkpoints
 
+A_MODEL_A_TASK = ("EMR", "TALL masks")
 # Methods that are also merged for 2..T tasks.
 COUNTED = ("linear", "task_arithmetic", "ties", "ties + LiNeS", "iso_c")
 UNLABELLED_LENGTH = 32  # tokens that data-driven methods see of a sentence
@@ -69,7 +71,7 @@ def tune_and_score(
                 dataclasses.replace(merger.config, **entry.flags),
                 coefficients,
                 seed.folder / "merged",
-                measured=seed.index == first,
+                measured=seed.index == first and not entry.label.endswith("+ LiNeS"),
             )
             out = final.record()
             if tensors is not None:
@@ -86,8 +88,20 @@ def tune_and_score(
     return study.store.once(part, entry.label, seed.index, make)
 
 
-def methods(study: Any, seed: Any, first: int, entries: Sequence[Entry]) -> None:
-    """The main table."""
+def labels(budget: int) -> list[str]:
+    """All rows of the main table."""
+    fitted = [f"{row}{more}" for row in IN_MEMORY for more in ("", " + LiNeS")]
+    return [
+        *(e.label for e in study_merges.entries(budget)),
+        *A_MODEL_A_TASK,
+        *fitted,
+    ]
+
+
+def methods(study: Any, seed: Any, first: int) -> None:
+    """The main table, but for what looks at data in memory."""
+    every = study_merges.entries(study.config.budget)
+    entries = [e for e in every if e.label in study.rows]
     kind = {"fisher": "fisher", "regmean": "gram"}
     needed = {kind[m] for m in (e.flags["method"] for e in entries) if m in kind}
     files = statistics_files(study, seed) if needed else {}
@@ -175,21 +189,21 @@ def a_model_a_task(study: Any, seed: Any, first: int) -> None:
             "test": accuracies(tall_masks(**known)),
         }
 
-    study.store.once("methods", "EMR", seed.index, emr)
-    study.store.once("methods", "TALL masks", seed.index, tall)
+    for row, make in zip(A_MODEL_A_TASK, (emr, tall), strict=True):
+        if row in study.rows:
+            study.store.once("methods", row, seed.index, make)
 
 
 def data_driven(study: Any, seed: Any, first: int) -> None:
     """Rows without a streamed form; LiNeS scales their change of the base."""
-    gram = study.store.records.get(("methods", "regmean", seed.index), {})
-    found = gram.get("coefficients", {}).get("off_diagonal", 0.9)
+    if not any(row.startswith(IN_MEMORY) for row in study.rows):
+        return
     rows = study_data_driven.in_memory(
         study.evaluator.shape,
         floats(study.config.model_dir),
         {n: floats(seed.folder / n) for n in study.names},
         unlabelled(study, seed),
         steps=study.config.adamerging_steps,
-        off_diagonal=float(found),
     )
     for row, make in rows.items():
         rows_in_memory(study, row, make, seed, first)
@@ -217,9 +231,11 @@ def rows_in_memory(
     def tau(merger: Merger) -> dict[str, np.ndarray]:
         return {k: made()[0][k] - x for k, x in merger.base.items()}
 
-    study.store.once("methods", row, seed.index, score)
-    scaled = study_merges.with_lines(row, study.config.budget, tau)
-    tune_and_score(study, "methods", scaled, seed, first, seed.merger)
+    if row in study.rows:
+        study.store.once("methods", row, seed.index, score)
+    with_lines = study_merges.with_lines(row, study.config.budget, tau)
+    if with_lines.label in study.rows:
+        tune_and_score(study, "methods", with_lines, seed, first, seed.merger)
 
 
 def counts(study: Any, seed: Any, first: int) -> None:

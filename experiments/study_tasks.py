@@ -41,7 +41,8 @@ class Score(NamedTuple):
     """Of a task's rows."""
 
     accuracy: float
-    likelihood: float  # mean log probability of the labels, in nats
+    # Mean log probability of the labels in nats, of classes that the head knows.
+    likelihood: float
 
 
 def features(u: Any) -> Any:
@@ -133,7 +134,10 @@ class Evaluator:
             labels = pool.labels[name]
             z = z - z.max(axis=-1, keepdims=True)
             right = z[np.arange(len(z)), labels]
-            likelihood = np.mean(right - np.log(np.exp(z).sum(axis=-1)))
+            each = right - np.log(np.exp(z).sum(axis=-1))
+            # One that no training row had is wrong under every candidate.
+            known = heads[name].bias[labels] > NEVER
+            likelihood = np.mean(each[known]) if known.any() else 0.0
             accuracy = np.mean(np.argmax(z, axis=-1) == labels)
             out[name] = Score(float(accuracy), float(likelihood))
         return out

@@ -180,11 +180,16 @@ def step(game: Any, action: Sequence[float]) -> Tic | None:
     state = game.get_state()
     east, north, up, angle = state.game_variables
     eye = np.array([east / UNITS, north / UNITS, up * STRETCH / UNITS, angle])
-    seen = [label for label in state.labels if label.object_category in OBJECTS]
     target = np.full(2, np.nan)
-    if seen:
-        near = min(seen, key=lambda o: _distance(o, east, north))
-        target = bearing(angle, near.x + near.width / 2, near.y + near.height / 2)
+    nearest = np.inf
+    for label in state.labels:
+        if label.object_category not in OBJECTS:
+            continue
+        aim = bearing(angle, label.x + label.width / 2, label.y + label.height / 2)
+        away = _distance(label, east, north)
+        # The engine's picture is wider than the square one: not what is beside that.
+        if away < nearest and np.isfinite(project(angle, aim)).all():
+            nearest, target = away, aim
     return Tic(state.screen_buffer, state.depth_buffer, eye, target)
 
 

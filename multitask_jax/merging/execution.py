@@ -11,6 +11,7 @@ from multitask_jax.checkpoints import CheckpointError, Reader, TensorInfo, check
 from multitask_jax.merging import resuming, shares
 from multitask_jax.merging.census import Census
 from multitask_jax.merging.core import Method
+from multitask_jax.merging.parallel import cores
 from multitask_jax.merging.plan import Plan, human, peak_memory, threads_for
 from multitask_jax.merging.processes import ALONE, Group
 from multitask_jax.merging.streaming import Stream
@@ -38,7 +39,7 @@ def default_threads(threads: int | None, group: Group = ALONE) -> int:
     """
     if threads is not None and threads < 1:
         raise ValueError(f"threads: got {threads}, expected at least 1")
-    return threads or max(1, min(8, 2 * (os.cpu_count() or 1) // group.neighbours))
+    return threads or max(1, min(8, 2 * cores() // group.neighbours))
 
 
 def memory_of(jobs: Sequence[Job], threads: int, max_memory: int | None) -> int:

@@ -1,6 +1,7 @@
 """Work on many items by a few threads."""
 
 import contextlib
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -8,18 +9,39 @@ from typing import Any
 
 from threadpoolctl import threadpool_limits
 
+_lock, _users = threading.Lock(), 0
+_limits: Any = None
+
+
+def cores() -> int:
+    """Cores that this process may use, which schedulers of clusters cut down."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
 
 @contextlib.contextmanager
 def one_blas_thread() -> Iterator[None]:
     """Decompositions use one thread each: for work that has threads of its own.
 
     BLAS's threads wait for each other in loops, and take the cores that other
-    decompositions need: two SVDs of [384, 1536] at a time took four times as long.
+    decompositions need: two SVDs of [384, 1536] at a time took four times as long. The
+    limit is the process's; the last of several users to leave lifts it.
     """
     import scipy.linalg  # noqa: F401  JAX's LAPACK; only what is loaded is limited
 
-    with threadpool_limits(1, user_api="blas"):
+    global _users, _limits
+    with _lock:
+        if not _users:
+            _limits = threadpool_limits(1, user_api="blas")
+        _users += 1
+    try:
         yield
+    finally:
+        with _lock:
+            _users -= 1
+            if not _users:
+                _limits.restore_original_limits()
 
 
 def parallel(work: Callable[[Any], None], items: Iterable[Any], threads: int) -> None:

@@ -1,7 +1,6 @@
 """What a merge from disk will do, decided and checked before any weights are read."""
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -17,6 +16,7 @@ from multitask_jax.merging.core import (
     is_float,
     statistics_kind,
 )
+from multitask_jax.merging.parallel import cores
 from multitask_jax.merging.task_statistics import StatisticsFile
 
 CHUNK = 1 << 19  # entries that are computed at once
@@ -291,7 +291,7 @@ def batches_of(entries: Sequence[Entry], size: int) -> Iterator[list[Entry]]:
 def threads_for(method: Method, threads: int) -> int:
     """Of whole tensors no more at a time than there are cores."""
     whole = any(t.needs == "tensor" for t in method.transforms)
-    return min(threads, os.cpu_count() or 1) if whole else threads
+    return min(threads, cores()) if whole else threads
 
 
 def is_large(c: Chunk) -> bool:

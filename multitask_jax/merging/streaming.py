@@ -5,18 +5,24 @@ rather than arithmetic (thresholds, checks for NaN) is done by NumPy on the host
 """
 
 import functools
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from multitask_jax.checkpoints import CheckpointError, Reader, Writer
 from multitask_jax.merging import core, statistics
-from multitask_jax.merging.census import Census, mark_kept
+from multitask_jax.merging.census import Census
 from multitask_jax.merging.checks import check_fits, refuse_nonfinite
+from multitask_jax.merging.chunk_program import (
+    as_scalar,
+    compute_chunk,
+    for_jax,
+    from_jax,
+    pad,
+    to_compute,
+)
 from multitask_jax.merging.journal import Past
 from multitask_jax.merging.parallel import large_alone, parallel
 from multitask_jax.merging.plan import (
@@ -38,7 +44,6 @@ from multitask_jax.merging.selection import (
     keys_of,
     row_ranks,
 )
-from multitask_jax.merging.statistics import chunk_sum
 from multitask_jax.merging.task_statistics import StatisticsFile
 from multitask_jax.merging.totals import KthTotal, SumTotal
 
@@ -104,7 +109,7 @@ class Stream:
         count = census is not None and census.exact
         self.programs = programs or functools.cache(
             lambda stage: jax.jit(
-                functools.partial(_compute, method, stage, count),
+                functools.partial(compute_chunk, method, stage, count),
                 static_argnames=("compute", "out", "check"),
             )
         )
@@ -325,12 +330,12 @@ class Stream:
             shape = (next(b for b in BUCKETS if b >= size),)
         stats = [self._known(path, i) for i in range(len(self.method.transforms))]
         check = look and self._check and self.census is None and path in self._unseen
-        scalar = functools.partial(_scalar, c.entry.compute)
+        scalar = functools.partial(as_scalar, c.entry.compute)
         by_path = isinstance(self.weights, Mapping)
         weights = self.weights[path] if by_path else self.weights
         with jax.enable_x64(c.entry.compute == np.float64):
             out, bad = self.programs(stage)(
-                tuple(_pad(_for_jax(x), shape) for x in arrays),
+                tuple(pad(for_jax(x), shape) for x in arrays),
                 tuple(scalar(float(w)) for w in weights),
                 [jax.tree.map(scalar, s.get(path, ())) for s in self._settings],
                 stats,
@@ -339,7 +344,7 @@ class Stream:
                 self._statistics(c, shape),
                 self._row_ranks(c, arrays, shape),
                 compute=c.entry.compute.name,
-                out=_from_jax(c.entry).name,
+                out=from_jax(c.entry).name,
                 check=check,
             )
         if check and bad:
@@ -351,7 +356,7 @@ class Stream:
         files = [s for s in self.statistics if c.entry.path in s.specs]
         self.advance(sum(s.nbytes(c.entry.path) for s in files) * (c.start == 0))
         return tuple(
-            s.read(c.entry.path, c.start, c.stop, lambda x: _pad(x, shape))
+            s.read(c.entry.path, c.start, c.stop, lambda x: pad(x, shape))
             for s in files
         )
 
@@ -374,7 +379,7 @@ class Stream:
             ranks = tuple(row_ranks(x.reshape(-1, shape[-1])) for x in taus)
         if self._batched:
             self._ranks[c.entry.path, c.start, c.stop] = ranks
-        return tuple(_pad(x.reshape(-1), shape) for x in ranks)
+        return tuple(pad(x.reshape(-1), shape) for x in ranks)
 
     def _known(self, path: str, i: int) -> tuple[Any, ...]:
         """Statistics of transform i so far; None is unknown yet."""
@@ -411,88 +416,6 @@ class Stream:
                     ": integers are not merged, the base's are kept."
                 )
         return notes
-
-
-def _compute(
-    method: core.Method,
-    stage: tuple[str, int, int],
-    count: bool,
-    arrays: tuple[Any, ...],
-    weights: tuple[Any, ...],
-    settings: Sequence[Any],
-    stats: Sequence[Any],
-    offset: tuple[Any, Any],
-    size: Any,
-    statistics: tuple[Any, ...],
-    ranks: tuple[Any, ...],
-    *,
-    compute: str,
-    out: str,
-    check: bool,
-) -> tuple[Any, Any]:
-    """What JAX computes of a chunk: the merge, or the terms of a measure.
-
-    `stage`: ("apply", ..), ("reduce", i, j) or ("values", i, j). Also returns the
-    number of entries that are not finite (if `check`).
-    """
-    bad = None
-    if check:  # before the rest, which can then overwrite what both compute
-        base, *models = [x.astype(compute) for x in arrays]
-        total = base + core.add_up(core.start_values(method, base, tuple(models)))
-        bad = jnp.sum(~jnp.isfinite(total), dtype=jnp.int32)
-        arrays, bad = jax.lax.optimization_barrier((arrays, bad))
-    base, *models = [x.astype(compute) for x in arrays]
-    known = jax.tree.map(lambda x: x.astype(compute), statistics)
-    scaled = tuple(w.astype(compute) for w in weights)
-    leaf = core.Leaf(base, scaled, (), offset, size, known, ranks)
-    before = after = values = core.start_values(method, base, tuple(models))
-    what, stop, j = stage
-    if what == "apply":
-        for i, t in enumerate(method.transforms):
-            values = t.apply(values, core.at_transform(leaf, i, settings), stats[i])
-            if t.trims and len(values) == len(before):
-                after = values
-        theta = core.finish(method, values, base).astype(out)
-        counted = mark_kept(before, after) if count else None
-        return (theta, counted), bad
-    values = core.run_transforms(method, values, leaf, settings, stats, stop)
-    measure = method.transforms[stop].measures[j]
-    leaf = core.at_transform(leaf, stop, settings)
-    terms = measure.values(values, leaf, stats[stop][:j])
-    if what == "values":
-        return terms, bad
-    if measure.kind == "count":
-        terms = tuple(x.astype(jnp.int32) for x in terms)
-    return tuple(map(chunk_sum, terms)), bad
-
-
-def to_compute(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Any float dtype -> float32 or float64, on the host."""
-    return x.astype(dtype, copy=False)
-
-
-def _for_jax(x: np.ndarray) -> np.ndarray:
-    """float8 goes in as float32; XLA has it on few devices."""
-    return to_compute(x, np.dtype(np.float32)) if x.dtype.itemsize == 1 else x
-
-
-def _from_jax(e: Entry) -> np.dtype:
-    """What a program returns; the host casts to float8, and wider than computed."""
-    wider = e.out.itemsize > e.compute.itemsize
-    return e.compute if wider or e.out.itemsize == 1 else e.out
-
-
-def _pad(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    size = math.prod(shape)
-    if x.size == size:
-        return x.reshape(shape)
-    out = np.zeros(size, x.dtype)
-    out[: x.size] = x
-    return out.reshape(shape)
-
-
-def _scalar(dtype: np.dtype, x: Any) -> Any:
-    return np.uint32(x) if isinstance(x, int) else dtype.type(x)
 
 
 def _integer(k: Any) -> int:

@@ -49,23 +49,33 @@ def smoke(places, **changes):
 
 @pytest.fixture(scope="module")
 def config(places):
+    rows = "task_arithmetic,ties,ties + LiNeS,EMR,TALL masks"
+    fitted = f"{FITTED},{FITTED} + LiNeS"
     parts = ",".join(merging_study.PARTS)
-    return smoke(places, parts=parts)
+    return smoke(places, parts=parts, methods=f"{rows},{fitted}")
 
 
 @pytest.fixture(scope="module")
-def result(config):
-    """One run of all parts, with fewer rows in the longer ones."""
-    ablations, in_memory = study_merges.ablations, study_data_driven.in_memory
+def fewer():
+    """Fewer ablations, whose candidates belong to the protocol."""
+    ablations = study_merges.ablations
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(study_rows, "COUNTED", ("ties",))
-        patch.setattr(study_analysis, "DENSITIES", (1.0, 0.2))
-        patch.setattr(study_analysis, "ALPHAS", (0.0, 0.5, 1.0))
         patch.setattr(
             study_merges,
             "ablations",
             lambda *a: [e for e in ablations(*a) if e.label in ABLATED],
         )
+        yield
+
+
+@pytest.fixture(scope="module")
+def result(config, fewer):
+    """One run of all parts, with fewer rows in the longer ones."""
+    in_memory = study_data_driven.in_memory
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study_rows, "COUNTED", ("ties",))
+        patch.setattr(study_analysis, "DENSITIES", (1.0, 0.2))
+        patch.setattr(study_analysis, "ALPHAS", (0.0, 0.5, 1.0))
         patch.setattr(
             study_data_driven,
             "in_memory",
@@ -177,6 +187,8 @@ def test_other_settings_are_refused(result, config):
         ({"parts": "all"}, r"--parts: got \['all'\]"),
         ({"model_dir": "nowhere"}, "make minilm"),
         ({"budget": 0}, "--budget: got 0"),
+        ({"test_rows": -5}, "--test_rows: got -5"),
+        ({"adamerging_steps": -1}, "--adamerging_steps: got -1"),
     ],
 )
 def test_errors(config, changes, message, tmp_path):
@@ -196,7 +208,11 @@ def test_no_method_has_more_candidates_than_the_budget(budget):
         assert 1 <= len(entry.grid) <= budget
         assert len({repr(c) for c in entry.grid}) == len(entry.grid)
         for candidate in entry.grid:
-            merge.build_method(merge.Config(**entry.flags | candidate))
+            every = entry.flags | candidate
+            if "depth_mean" in every:
+                every |= study_merges.lines_of(0.5, every)
+                del every["depth_mean"]
+            merge.build_method(merge.Config(**every))
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +264,8 @@ def test_lines_after_a_method_with_statistics(models, tmp_path):
     found = {e.label: e for e in study_merges.entries(2)}["fisher + LiNeS"]
     found = found._replace(flags=found.flags | {"statistics": ",".join(files)})
     tuned = study_merges.tune(found, merger, lambda x: study_tasks.Score(0.5, -1.0))
-    assert tuned.coefficients == {**found.grid[0], "lines_alpha": 1.0}
+    expected = {"depth_mean": 1.0, "lines_alpha": 1.0, "lines_beta": 0.0}
+    assert tuned.coefficients == expected
     flags = dataclasses.replace(models, **found.flags)
     final = study_merges.merge_on_disk(
         flags, tuned.coefficients, tmp_path / "out", measured=False
@@ -267,6 +284,51 @@ def test_the_likeliest_candidate_is_chosen(models, tmp_path):
     assert [s.accuracy for s in tuned.scores] == [0.5, 0.8, 0.7]
 
 
+def test_lines_rule_is_each_seeds_own(models, tmp_path):
+    """Of coefficients chosen elsewhere the multiple is kept, alpha is not."""
+    merger = study_merges.Merger(models, tmp_path)
+    every = {e.label: e for e in study_merges.entries(2)}
+    known = {"depth_mean": 3.0, "lines_alpha": 9.0, "lines_beta": 9.0}
+    tau = merger.task_vector(method="ties")
+    alpha = merger.norm_alpha(tau)
+    found = study_merges.tune(every["ties + LiNeS"], merger, None, known)
+    beta = float(f"{4 * alpha:.4g}")
+    assert found.coefficients == {
+        "depth_mean": 3.0, "lines_alpha": alpha, "lines_beta": beta
+    }  # fmt: skip
+    # Alike at all depths: the mean scale that LiNeS has, by the command line's flags.
+    found = study_merges.tune(every["karcher, scaled"], merger, None, known)
+    swept = found.coefficients
+    assert swept["lines_beta"] == 0.0
+    own = merger.norm_alpha(merger.task_vector(method="karcher"))
+    assert swept["lines_alpha"] == float(f"{3 * own:.4g}")
+    final = study_merges.merge_on_disk(
+        dataclasses.replace(models, method="karcher"),
+        swept,
+        tmp_path / "out",
+        measured=False,
+    )
+    assert study_merges.difference(found.tensors, final.tensors) == 0
+
+
+def test_rows_are_chosen_by_name():
+    config = Config(methods="ties,EMR,AdaMerging, by leaf,AdaMerging, by task + LiNeS")
+    assert merging_study.chosen_rows(config) == [
+        "ties", "EMR", "AdaMerging, by leaf", "AdaMerging, by task + LiNeS"
+    ]  # fmt: skip
+
+
+def test_other_bytes_are_another_study(places, config, result, tmp_path):
+    tasks = tmp_path / "tasks"
+    shutil.copytree(places[1], tasks)
+    path = tasks / "first" / "test.tsv"
+    head, first, *rest = path.read_text().splitlines()
+    path.write_text("\n".join([head, f"{first} more", *rest]) + "\n")
+    changed = dataclasses.replace(config, data_dir=str(tasks))
+    with pytest.raises(ValueError, match=r"'data_dir': .*'files': \("):
+        merging_study.run(changed)
+
+
 def test_likelihood_by_hand():
     evaluator = study_tasks.Evaluator(SHAPE)
     head = study_tasks.Head(np.eye(2, dtype=np.float32), np.zeros(2, np.float32))
@@ -278,6 +340,14 @@ def test_likelihood_by_hand():
     wanted = (2 - np.log(1 + np.e**2)) / 2 - np.log(np.e + 1) / 2
     assert got.accuracy == 0.5
     np.testing.assert_allclose(got.likelihood, wanted, rtol=1e-6)
+    # A class that no training row had says nothing about candidates.
+    unknown = head._replace(bias=np.array([0.0, study_tasks.NEVER], np.float32))
+    pool = pool._replace(labels={"a": np.array([1, 0])})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluator, "features", lambda *_: {"a": x})
+        got = evaluator.scores(None, {"a": unknown}, pool)["a"]
+    assert got.accuracy == 0.5
+    assert got.likelihood == pytest.approx(0.0)
 
 
 def test_statistics_files_by_hand(places, tmp_path):

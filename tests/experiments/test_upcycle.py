@@ -215,6 +215,35 @@ def test_gates_from_data_send_tokens_to_their_specialist(tmp_path):
     np.testing.assert_allclose(served, weight * expected, rtol=1e-3, atol=1e-4)
 
 
+def test_gates_from_data_of_hugging_face_names(tmp_path, three, capsys):
+    """Mixtral's gates have no bias: rows point to what each specialist's data are."""
+    names = [f"model.layers.{i}.mlp.gate_proj.weight" for i in range(2)]
+    rng = np.random.default_rng(1)
+    data = [rng.normal(size=(64, D)).astype(np.float32) + 3 * s for s in (1, -1)]
+
+    def apply(params, x):
+        return sum(x @ params[name].T for name in names)
+
+    for name, x in zip("ab", data, strict=True):
+        moments = merging.input_moments(apply, {n: three[name][n] for n in names}, [x])
+        merging.save_moments(tmp_path / f"{name}.moments.safetensors", moments)
+    upcycle.run(
+        upcycle.Config(
+            models=f"{tmp_path}/a,{tmp_path}/b",
+            gate_data=",".join(f"{tmp_path}/{n}.moments.safetensors" for n in "ab"),
+            k=1,
+            output=str(tmp_path / "moe"),
+            progress=False,
+        )
+    )
+    assert "directions alone" in capsys.readouterr().out
+    found = read(tmp_path / "moe")
+    for i in range(2):
+        gate = found[f"model.layers.{i}.block_sparse_moe.gate.weight"]
+        for e, x in enumerate(data):
+            assert (np.argmax(x @ gate.T, axis=1) == e).all()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

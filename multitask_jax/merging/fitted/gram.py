@@ -1,7 +1,7 @@
 """Gram matrices X^T X of the inputs of a model's dense layers, for RegMean."""
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +13,7 @@ from multitask_jax.merging.fitted.batching import batch_size, check_list
 from multitask_jax.merging.task_statistics import Gram
 
 Measure = Callable[[jax.Array], jax.Array]
+RowsFn = Callable[[Any], jax.Array]  # inputs -> weight of each row of X
 
 
 class Dense(NamedTuple):
@@ -37,9 +38,15 @@ def squares(x: jax.Array) -> jax.Array:
 class _Record:
     """Grams of the products seen so far, and what else leaves are used for."""
 
-    def __init__(self, params: dict[str, Any], measure: Measure = squares):
+    def __init__(
+        self,
+        params: dict[str, Any],
+        measure: Measure = squares,
+        wanted: Mapping[str, jax.Array] | None = None,
+    ):
         self.params = params
         self.measure = measure
+        self.wanted = wanted  # bool [] by path; all without it
         self.grams: dict[str, Gram] = {}
         self.reasons: dict[str, str] = {}
         self.order: dict[str, None] = {}
@@ -54,7 +61,17 @@ class _Record:
         if found is None:
             self.reasons.setdefault(path, "a product contracts parts of its axes")
             return
-        matrix = self.measure(capture.inputs_of(product))
+        x = capture.inputs_of(product)
+        if self.wanted is None:
+            matrix = self.measure(x)
+        else:
+            like = jax.eval_shape(self.measure, x)
+            matrix = jax.lax.cond(
+                self.wanted[path],
+                self.measure,
+                lambda _: jnp.zeros(like.shape, like.dtype),
+                x,
+            )
         self.add(path, Gram(matrix, *found))
 
     def add(self, path: str, new: Gram) -> None:
@@ -97,7 +114,7 @@ class _Record:
             )
 
         def body(carried: Any, xs: Any) -> Any:
-            inner = _Record(self.params, self.measure)
+            inner = _Record(self.params, self.measure, self.wanted)
             now = [*values[:consts], *carried, *xs]
             args = [
                 x if v is None else v._replace(replay=lambda _, x=x: x)
@@ -126,19 +143,24 @@ class _Record:
 
 
 def captured(
-    apply_fn: Callable[..., Any], params: Any, inputs: Any, measure: Measure = squares
+    apply_fn: Callable[..., Any],
+    params: Any,
+    inputs: Any,
+    measure: Measure = squares,
+    wanted: Mapping[str, jax.Array] | None = None,
 ) -> tuple[dict[str, Gram], _Record]:
     """What `measure` makes of the inputs of each dense layer, summed over its uses.
 
     Args:
       apply_fn, params, inputs: as for `gram_matrices`.
       measure: [..., rows, n] -> [..., m, n], to be added up.
+      wanted: bool [] by leaf path: others are 0 and not computed. All by default.
 
     Returns:
       By leaf path, as the matrix of a Gram, and what else was found out.
     """
     leaves = tree.flatten(params)
-    record = _Record({p: jnp.asarray(x) for p, x in leaves.items()}, measure)
+    record = _Record({p: jnp.asarray(x) for p, x in leaves.items()}, measure, wanted)
     capture.evaluate(
         lambda by_path, inputs: apply_fn(tree.unflatten(params, by_path), inputs),
         record.params,
@@ -172,7 +194,12 @@ def dense_leaves(apply_fn: Callable[..., Any], params: Any, inputs: Any) -> Dens
 
 
 def gram_matrices(
-    apply_fn: Callable[..., Any], params: Any, batches: Iterable[Any]
+    apply_fn: Callable[..., Any],
+    params: Any,
+    batches: Iterable[Any],
+    *,
+    rows: RowsFn | None = None,
+    only: Collection[str] | None = None,
 ) -> dict[str, Gram]:
     """Sums of X^T X over batches, for each dense layer that apply_fn turns out to have.
 
@@ -189,40 +216,76 @@ def gram_matrices(
       params: any pytree of arrays.
       batches: inputs with a leading axis of examples. A smaller last batch is compiled
         on its own. Give all models as many examples, or weigh them in the merge.
+      rows: inputs -> the weight of each row of X, such as a mask's [B L] where 0 is
+        padding, a function of a module (programs are kept by it). Grams are then means
+        over rows, not sums: however many tokens a model's examples have.
+      only: leaf paths; others are not computed, and left out.
 
     Returns:
       {leaf path: Gram}, summed in float32.
 
     Raises:
-      ValueError: no batches, or one that is not in a list; no dense layer in apply_fn.
+      ValueError: no batches, or one that is not in a list; no dense layer in apply_fn;
+        weights of another number of rows than a dense layer has.
     """
     check_list(batches)
-    total: dict[str, Gram] | None = None
+    total: tuple[dict[str, Gram], jax.Array] | None = None
+    wanted = None if only is None else {p: p in only for p in tree.flatten(params)}
     for batch in batches:
         batch_size(batch)
         if total is None:
-            shapes = _grams.eval_shape(apply_fn, params, batch)
+            shapes = _grams.eval_shape(apply_fn, rows, params, batch, wanted)
             total = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        total = _add_grams(apply_fn, total, params, batch)
+        total = _add_grams(apply_fn, rows, total, params, batch, wanted)
     if total is None:
         raise ValueError("got no batches, expected at least one")
-    return total
+    grams, weight = total
+    if rows is not None:
+        grams = jax.tree.map(lambda x: x / weight, grams)
+    return {p: g for p, g in grams.items() if only is None or p in only}
 
 
 # Jitted, and so one trace and one compilation serve all models of a function.
-@functools.partial(jax.jit, static_argnums=0)
-def _grams(apply_fn: Callable[..., Any], params: Any, inputs: Any) -> dict[str, Gram]:
-    grams, record = captured(apply_fn, params, inputs)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _grams(
+    apply_fn: Callable[..., Any],
+    rows: RowsFn | None,
+    params: Any,
+    inputs: Any,
+    wanted: Mapping[str, jax.Array] | None,
+) -> tuple[dict[str, Gram], jax.Array]:
+    """Sums over rows, and the sum of their weights."""
+    measure, weight = squares, jnp.float32(0)
+    if rows is not None:
+        weights = rows(inputs).astype(jnp.float32)
+        measure, weight = functools.partial(_weighted, weights), jnp.sum(weights)
+    grams, record = captured(apply_fn, params, inputs, measure, wanted)
     if not grams:
         raise ValueError(
             "apply_fn multiplies its inputs with no parameter (or only by parts);"
             f" how leaves are used: {record.reasons}"
         )
-    return grams
+    return grams, weight
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _weighted(weights: jax.Array, x: jax.Array) -> jax.Array:
+    """sum_r w_r x_r x_r^T."""
+    if x.shape[-2:-1] != weights.shape:
+        raise ValueError(
+            f"rows: got weights {list(weights.shape)} for a dense layer's inputs"
+            f" {list(x.shape)}; expected one for each of its rows"
+        )
+    return squares(x * jnp.sqrt(weights)[:, None].astype(x.dtype))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
 def _add_grams(
-    apply_fn: Callable[..., Any], total: dict[str, Gram], params: Any, inputs: Any
-) -> dict[str, Gram]:
-    return jax.tree.map(jnp.add, total, _grams(apply_fn, params, inputs))
+    apply_fn: Callable[..., Any],
+    rows: RowsFn | None,
+    total: tuple[dict[str, Gram], jax.Array],
+    params: Any,
+    inputs: Any,
+    wanted: Mapping[str, jax.Array] | None,
+) -> tuple[dict[str, Gram], jax.Array]:
+    found = _grams(apply_fn, rows, params, inputs, wanted)
+    return jax.tree.map(jnp.add, total, found)

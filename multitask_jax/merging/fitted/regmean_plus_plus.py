@@ -19,7 +19,7 @@ from multitask_jax.merging.arguments import check_choice
 from multitask_jax.merging.fitted.adamerging import depths_of
 from multitask_jax.merging.fitted.batching import check_batches
 from multitask_jax.merging.fitted.entropy import one_each
-from multitask_jax.merging.fitted.gram import dense_leaves, gram_matrices
+from multitask_jax.merging.fitted.gram import RowsFn, dense_leaves, gram_matrices
 from multitask_jax.merging.fitted.regmean import regmean
 from multitask_jax.merging.transforms import weighted_sum
 
@@ -33,6 +33,7 @@ def regmean_plus_plus(
     weights: Sequence[float] | None = None,
     level: Literal["block", "leaf"] = "block",
     block_pattern: str | None = None,
+    rows: RowsFn | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Any:
     """Merges dense layers in the order of execution; averages all other leaves.
@@ -50,6 +51,7 @@ def regmean_plus_plus(
       weights: one a model (1 each).
       level: merge a "block" at a time (the paper), or every dense "leaf" on its own.
       block_pattern: as for LiNeS, where block names are unusual.
+      rows: as for `gram_matrices`: which rows are no padding.
       progress: called with a layer's number and how many there are.
 
     Returns:
@@ -82,8 +84,8 @@ def regmean_plus_plus(
                 p: merged[p] if place.get(p, start) < start else x
                 for p, x in mine.items()
             }
-            g = gram_matrices(f, tree.unflatten(models[0], mixed), data)
-            grams.append({p: g[p] for p in paths})
+            params = tree.unflatten(models[0], mixed)
+            grams.append(gram_matrices(f, params, data, rows=rows, only=paths))
         merged |= core.merge(
             regmean(off_diagonal=off_diagonal),
             {p: own[0][p] for p in paths},
