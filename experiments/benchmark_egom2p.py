@@ -61,7 +61,8 @@ def clips(count: int) -> Tokens:
     of = modality_of(MODALITIES)
     sizes = np.array([m.vocabulary for m in MODALITIES])
     ids = rng.integers(0, sizes[of], (count, len(of))) + first_ids(MODALITIES)[of]
-    return Tokens(ids.astype(np.int32), np.ones((count, len(MODALITIES)), bool))
+    present = np.ones((count, len(MODALITIES)), bool)
+    return Tokens(ids.astype(np.int32), present, np.ones(ids.shape, bool))
 
 
 def ours(config: Config, name: str) -> tuple[Any, Callable[[], Any], Callable[[], Any]]:

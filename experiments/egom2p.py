@@ -121,6 +121,7 @@ def run(config: Config) -> dict[str, Any]:
       ValueError: a flag is out of range, or --workdir is of another run.
       FileNotFoundError: a stage finds nothing to start from.
     """
+    check(config)
     if config.stage == "generate":
         return generate(config)
     workdir = Path(config.workdir)
@@ -140,6 +141,19 @@ def run(config: Config) -> dict[str, Any]:
         if config.progress:
             print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
     return found
+
+
+def check(config: Config) -> None:
+    """Raises ValueError for a number that makes no sense, by name."""
+    least = {"batch": 1, "inputs": 1, "targets_budget": 1, "test_clips": 2}
+    least |= {"tokenizer_batch": 1, "video_steps": 1, "trajectory_steps": 1}
+    least |= {"steps": 1, "evaluate_every": 1, "clip": 0, "temperature": 0, "rate": 0}
+    for name, wanted in least.items():
+        if (got := getattr(config, name)) < wanted:
+            raise ValueError(f"--{name}: got {got}, expected at least {wanted}")
+    for name in ("focus", "top_p"):
+        if not 0 <= (got := getattr(config, name)) <= 1:
+            raise ValueError(f"--{name}: got {got}, expected a share from 0 to 1")
 
 
 def record(config: Config, workdir: Path) -> None:
@@ -177,6 +191,7 @@ def tokenize(config: Config, workdir: Path) -> None:
     if config.progress:
         print(reports.reconstructions(made))
     frozen = tokens_of.load(workdir / "tokenizers")
+    _same(config, workdir / "tokens", ("record", "tokenize"))
     for split, some in clips.items():
         path = workdir / "tokens" / f"{split}.npz"
         if not path.exists():
@@ -268,7 +283,12 @@ def evaluate(config: Config, workdir: Path) -> dict[str, Any]:
     """
     _tokenized(workdir)
     config = _as_trained(config, workdir)
-    _same(config, workdir / "tokenizers", ("record", "tokenize"))
+    for folder, stages in (
+        ("tokenizers", ("record", "tokenize")),
+        ("tokens", ("record", "tokenize")),
+        ("model", ("record", "tokenize", "pretrain")),
+    ):
+        _same(config, workdir / folder, stages)
     model = load_model(workdir, SHAPES[config.size])
     train = tokens_of.read_clips(workdir / "clips" / "train")
     test = tokens_of.read_clips(workdir / "clips" / "test", config.test_clips)
@@ -422,7 +442,10 @@ def _same(config: Config, folder: Path, stages: Sequence[str]) -> None:
     """Writes folder/settings.json; refuses one whose results are of other settings."""
     names = [name for stage in stages for name in _DEPENDS[stage]]
     settings = {name: getattr(config, name) for name in names}
-    settings["files"] = tokens_of.files_of(Path(config.workdir) / "clips")
+    workdir = Path(config.workdir)
+    settings["files"] = tokens_of.files_of(workdir / "clips")
+    if folder.name != "tokenizers":  # what comes after them
+        settings["codes"] = tokens_of.tokenizers_of(workdir / "tokenizers")
     file = folder / "settings.json"
     if differ := study_store.changed(file, settings):
         raise ValueError(

@@ -42,6 +42,7 @@ TASKS = (
     Task("rgb", "depth", 3),
     Task("depth", "rgb", 6),
 )
+DRAWS = 16  # clips that a mean is of
 # Measure -> (unit, whether more is better).
 MEASURES = {
     "gaze": {"MSE": ("", False)},
@@ -182,8 +183,8 @@ def means(
 ) -> np.ndarray:
     """The mean of what the model believes of a modality, in the data's units [N, ...].
 
-    One pass: each token by itself, given some of the clips' tokens; see
-    `tokenizers.decode_mean`.
+    One pass: each token by itself, given some of the clips' tokens; then the mean of
+    `DRAWS` clips, see `tokenizers.decode_mean`.
     """
     codes = mods.unflatten(model.modalities, tokens.ids)
     count, found = len(tokens.ids), []
@@ -195,7 +196,9 @@ def means(
             modalities=model.modalities,
             shape=model.shape,
         )
-        found.append(tokenizers.decode_mean(model.tokenizers[wanted], p[wanted]))
+        found.append(
+            tokenizers.decode_mean(model.tokenizers[wanted], p[wanted], draws=DRAWS)
+        )
     return np.concatenate(found)[:count]
 
 

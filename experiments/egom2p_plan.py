@@ -96,6 +96,7 @@ def make(config: Config) -> Plan:
     batch = Tokens(
         jax.ShapeDtypeStruct((config.batch, long), jnp.int32, sharding=cut),
         jax.ShapeDtypeStruct((config.batch, len(PAPER)), bool, sharding=cut),
+        jax.ShapeDtypeStruct((config.batch, long), bool, sharding=cut),
     )
     program = step.run.lower(state, None, batch).compile()
     flops = step_flops(shape, config.inputs, config.targets) * config.batch / mesh.size
@@ -105,7 +106,7 @@ def make(config: Config) -> Plan:
         mesh.size,
         sum(x.size for x in jax.tree.leaves(abstract.params)),
         compiled.device_bytes(state),
-        config.batch * (long * 4 + len(PAPER)) / math.prod(
+        config.batch * (long * 5 + len(PAPER)) / math.prod(
             mesh.shape[n] for n in layout["batch_axis"]
         ),
         program.memory_analysis().temp_size_in_bytes,

@@ -5,6 +5,7 @@ Legend: N clips, M modalities, L tokens of a clip.
 
 import hashlib
 import json
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,10 +29,11 @@ class Tokens(NamedTuple):
 
     ids: np.ndarray  # int32 [N, L]
     present: np.ndarray  # bool [N, M]
+    known: np.ndarray  # bool [N, L]: the token stands for something known
 
     def at(self, rows: np.ndarray) -> "Tokens":
         """Some of the clips."""
-        return Tokens(self.ids[rows], self.present[rows])
+        return Tokens(self.ids[rows], self.present[rows], self.known[rows])
 
 
 def train(
@@ -114,15 +116,19 @@ def modalities_of(tokenizer_of: Mapping[str, Tokenizer]) -> Modalities:
 def tokenize(tokenizer_of: Mapping[str, Tokenizer], clips: Clips) -> Tokens:
     """Tokens of all clips; a modality that a clip lacks is marked as missing."""
     layout = modalities_of(tokenizer_of)
-    codes = {}
+    codes, known = {}, []
     for m in layout:
         rows = clips.present[m.name]
         codes[m.name] = np.zeros((len(rows), *m.grid), np.int32)
+        there = np.zeros((len(rows), *m.grid), bool)
         if rows.any():
             some = clips.arrays[m.name][rows]
             codes[m.name][rows] = tokenizers.encode(tokenizer_of[m.name], some)
+            there[rows] = tokenizers.known(tokenizer_of[m.name], some)
+        known.append(there.reshape(len(rows), -1))
     ids, _ = mods.flatten(layout, codes)
-    return Tokens(ids, np.stack([clips.present[m.name] for m in layout], axis=1))
+    present = np.stack([clips.present[m.name] for m in layout], axis=1)
+    return Tokens(ids, present, np.concatenate(known, axis=1))
 
 
 def with_mirrored(clips: Clips) -> Clips:
@@ -141,14 +147,44 @@ def save(tokens: Tokens, path: Path) -> None:
 def read(path: Path) -> Tokens:
     """What `save` wrote."""
     with np.load(path, allow_pickle=False) as file:
-        return Tokens(file["ids"], file["present"])
+        if missing := [name for name in Tokens._fields if name not in file]:
+            raise ValueError(
+                f"{path}: got no {', '.join(missing)}: it was made by an earlier"
+                " version; remove its folder and what was made after it"
+            )
+        return Tokens(*(file[name] for name in Tokens._fields))
 
 
 def files_of(folder: Path) -> str:
-    """A digest of the names and sizes of all clips' files in a folder."""
-    files = sorted(folder.rglob("*.npz"))
-    about = [f"{p.relative_to(folder).as_posix()} {p.stat().st_size}" for p in files]
+    """A digest of all clips' files in a folder: names and checksums, without reading.
+
+    An .npz is a zip, whose directory has a checksum of each array.
+    """
+    about = [
+        f"{p.relative_to(folder).as_posix()} {checksums(p)}"
+        for p in sorted(folder.rglob("*.npz"))
+    ]
     return hashlib.sha256("\n".join(about).encode()).hexdigest()[:16]
+
+
+def checksums(path: Path) -> list[int]:
+    """Of each array of an .npz.
+
+    Raises:
+      ValueError: it is no zip.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return [info.CRC for info in archive.infolist()]
+    except zipfile.BadZipFile as e:
+        raise ValueError(f"{path} can't be read ({e}); expected an .npz") from e
+
+
+def tokenizers_of(folder: Path) -> str:
+    """A digest of the tokenizers in a folder, by what `train` wrote of them."""
+    texts = [(folder / f"{k}.json") for k in MODALITIES]
+    found = [path.read_bytes() for path in texts if path.exists()]
+    return hashlib.sha256(b"\n".join(found)).hexdigest()[:16]
 
 
 def read_clips(folder: Path, limit: int | None = None) -> Clips:

@@ -105,6 +105,7 @@ def loss_fn(
 
     def loss(params: Any, batch: Tokens, key: Array) -> tuple[Array, Any]:
         masks = draw_masks(key, batch.present, modalities, settings)
+        masks = masks.of_known(batch.known)
         return egom2p.loss(
             params,
             batch.ids,

@@ -292,6 +292,8 @@ def run(config: Config) -> Result:
             f"got --hidden={config.hidden}, --steps={config.steps}; expected a multiple"
             f" of 4, and at least {STRETCHES} steps"
         )
+    if config.seeds < 1:
+        raise ValueError(f"--seeds: got {config.seeds}, expected at least 1")
     workdir = Path(config.workdir)
     study_store.remember(config, workdir, FREE)
     store = study_store.Store(workdir)
@@ -340,4 +342,4 @@ def run(config: Config) -> Result:
 
 if __name__ == "__main__":
     keep_freed_memory()
-    flags.main(Config, flags.plain_errors(run))
+    flags.main(Config, flags.plain_errors(run, "the same command goes on from there"))

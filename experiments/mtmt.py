@@ -50,7 +50,7 @@ from multitask_jax.training import writers
 ALL = (*MODELS, *BOOSTED)
 # What predictions do not depend on.
 _AROUND = ("workdir", "models", "seeds", "policy_outcome", "bootstrap", "progress")
-_AROUND += ("predict", "checkpoint", "input", "output")
+_AROUND += ("predict", "checkpoint", "input", "output", "data_path", "download")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +62,11 @@ class Config:
     data_path: str | None = flag(
         "hillstrom.csv; by default data/uplift/hillstrom.csv in $MULTITASK_DATA, or in"
         " ../shared."
+    )
+    download: bool = flag(
+        "Get Hillstrom's data (64,000 people) from the internet, once, in place of"
+        " --data_path.",
+        False,
     )
     rows: int | None = flag("People, drawn by chance; everyone if not given.")
     models: str | None = flag(
@@ -112,6 +117,8 @@ def run(config: Config) -> Result | None:
     names = parsing.paths(config.models) or [n for n in ALL if n != FULL_SIZE]
     for name in names:
         parsing.one_of("models", name, ALL)
+        if names.count(name) > 1:
+            raise ValueError(f"--models: got {name} twice, expected each once")
     seeds = _seeds(config.seeds)
     if config.folds < 2 or config.epochs < 1 or not 0 < config.validation < 1:
         raise ValueError(
@@ -174,7 +181,7 @@ def run(config: Config) -> Result | None:
         folds=np.stack(
             [training.fold_of(f, len(trial.arm)) for f in folds_of.values()]
         ),
-        notes=_notes(config, trial, seconds),
+        notes=_notes(config, trial, seconds, workdir),
     )
     print(report)
     return Result(trial, arrays, traced, report)
@@ -185,20 +192,29 @@ def load(config: Config) -> tuple[Trial, hillstrom.Encoder | None]:
     if config.data == "simulator":
         rows = config.rows or 20_000
         return uplift_simulator.simulate(rows, seed=0, effect=config.effect), None
-    root = os.environ.get("MULTITASK_DATA", "../shared")
-    path = Path(config.data_path or f"{root}/data/uplift/hillstrom.csv")
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no {path}; give --data_path, the CSV of the MineThatData e-mail"
-            " experiment (multitask_jax.data.hillstrom_builder gets it from the"
-            " internet), or --data=simulator"
-        )
-    table = hillstrom.read(path)
+    table = _downloaded() if config.download else _read(config)
     trial = hillstrom.trial_of(table)
     if config.rows is not None and config.rows < len(trial.arm):
         rng = np.random.default_rng(0)
         trial = trial.at(np.sort(rng.permutation(len(trial.arm))[: config.rows]))
     return trial, hillstrom.fit_encoder(table.columns)
+
+
+def _read(config: Config) -> hillstrom.Table:
+    root = os.environ.get("MULTITASK_DATA", "../shared")
+    path = Path(config.data_path or f"{root}/data/uplift/hillstrom.csv")
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no {path}; give --data_path, the CSV of the MineThatData e-mail"
+            " experiment, --download to get it from the internet, or --data=simulator"
+        )
+    return hillstrom.read(path)
+
+
+def _downloaded() -> hillstrom.Table:
+    from multitask_jax.data import hillstrom_builder  # tensorflow-datasets
+
+    return hillstrom_builder.read(hillstrom_builder.builder())
 
 
 def _given(config: Config, name: str) -> str:
@@ -331,7 +347,7 @@ def _file_name(name: str) -> str:
 
 
 def _notes(
-    config: Config, trial: Trial, seconds: Mapping[str, float]
+    config: Config, trial: Trial, seconds: Mapping[str, float], workdir: Path
 ) -> tuple[str, ...]:
     about = (
         "Hillstrom's e-mail experiment" if config.data == "hillstrom" else "*Synthetic*"
@@ -343,9 +359,40 @@ def _notes(
     if seconds:
         each = ", ".join(f"{n} {s:.1f}" for n, s in seconds.items())
         notes.append(f"Seconds of an epoch, all {config.folds} folds at once: {each}.")
+    if learning := still_learning(workdir / "metrics.jsonl", config.epochs):
+        notes.append(
+            f"Best on validation rows at the last of {config.epochs} epochs, with every"
+            f" seed: {', '.join(learning)}. More epochs may change their places."
+        )
     return tuple(notes)
+
+
+def still_learning(path: Path, epochs: int) -> list[str]:
+    """Networks whose validation error was least after the last epoch, of all seeds."""
+    if not path.exists():
+        return []
+    errors: dict[str, dict[int, dict[int, float]]] = {}
+    for line in path.read_text().splitlines():
+        record = json.loads(line)
+        of_seed = errors.setdefault(record["model"], {}).setdefault(record["seed"], {})
+        of_seed[record["step"]] = record["validation"]
+    return [
+        model
+        for model, by_seed in errors.items()
+        if all(min(e, key=lambda step: e[step]) == epochs for e in by_seed.values())
+    ]
 
 
 if __name__ == "__main__":
     keep_freed_memory()
-    flags.main(Config, flags.plain_errors(run))
+    flags.main(
+        Config,
+        flags.plain_errors(
+            run,
+            lambda config: (
+                "nothing was written"
+                if config.predict
+                else "the same command goes on from there"
+            ),
+        ),
+    )

@@ -186,7 +186,11 @@ def fit(
     seed: int,
     each: Callable[[int, Mapping[str, float]], None],
 ) -> tuple[State, Scale]:
-    """Trains on all folds; `each` gets an epoch's number and mean losses."""
+    """Trains on all folds; `each` gets an epoch's number and mean losses.
+
+    Raises:
+      FloatingPointError: a fold's validation error was never finite.
+    """
     count = len(folds.train)
     scale = Scale(
         *(jnp.asarray(s, jnp.float32) for s in scale_of(trial.y, folds.train))
@@ -201,6 +205,10 @@ def fit(
             state, keys, data, train, validation, scale
         )
         each(i, {"loss": float(losses.mean()), "validation": float(errors.mean())})
+    if not np.isfinite(state.loss).all():
+        raise FloatingPointError(
+            "the validation error was never finite: training diverged; lower --rate"
+        )
     return state, scale
 
 

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import hashlib
 import io
+import shlex
 import shutil
 import sys
 import time
@@ -333,7 +334,7 @@ class Final(NamedTuple):
     def record(self) -> dict[str, Any]:
         """What is kept of it."""
         return {
-            "command": " ".join(self.command[1:]),
+            "command": f"python {shlex.join(self.command[1:])}",
             "merge_seconds": round(self.seconds, 2),
             "merge_megabytes": self.megabytes,
         }

@@ -205,6 +205,11 @@ def _notes(found: Sequence[Record]) -> list[str]:
         " the command line (first seed); without MB, of the merge in memory, where the"
         " first of alike rows compiles."
     ]
+    lines.append(
+        "*scaled*: the task vector of a method without a scale, longer or shorter, by"
+        " LiNeS' flags; *mean*: the scale, averaged over depth, in multiples of LiNeS'"
+        " alpha."
+    )
     for method, options in FIXED.items():
         said = ", ".join(f"{k} {v}" for k, v in options.items())
         lines.append(f"{method} has {said}.")

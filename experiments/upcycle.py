@@ -15,9 +15,11 @@ own data looks most like them:
     merging.save_moments("A/moments.safetensors", moments)
 
 --layout=mixtral writes what transformers' Mixtral loads (of Llama and Mistral models),
-names any other Hugging Face names, stacked the parameters of `layers.moe.MoE`. The way
-back merges the experts by any method of `experiments.merge`; gates are left out, which
-is said.
+names any other Hugging Face names, stacked the parameters of `layers.moe.MoE` (kind
+"gelu", "mlp" or "swiglu" is yours to tell; normalize="after_topk"). The way back merges
+the experts by any method of `experiments.merge`; gates are left out, which is said.
+Stacked experts get the names of our `layers.transformer.Block` (those with a gate:
+block/mlp/{gate,up,down}), or those that --base has.
 
 Legend: E experts, D width.
 """
@@ -40,7 +42,7 @@ from multitask_jax import checkpoints, merging
 from multitask_jax.checkpoints import Reader
 from multitask_jax.checkpoints.json_file import read_json
 from multitask_jax.merging.fitted.moments import Moments
-from multitask_jax.moe import files, upcycling
+from multitask_jax.moe import configs, files, upcycling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,15 +134,20 @@ def to_experts(config: Config, models: Sequence[str], method: merging.Method) ->
             )
             rest = stack.enter_context(_opened(str(merged.output)))
             notes.append(f"everything but experts and gates is their {config.method}")
-        gates, how = _gates(config, rest, first, len(models), copies)
+        gates, how = _gates(config, rest, first, name, len(models), copies)
         notes.append(how)
         origins = readers if len(models) > 1 else readers * copies
         outputs = files.plan(origins, rest, layout, gates)
+        if name == "stacked" and copies:
+            notes.append(
+                "run it by layers.moe.MoE(normalize='after_topk'): weights of a token's"
+                " experts then sum to 1, and copies give the dense model's output"
+            )
         if name == "mixtral" and config.gate_data:
             notes.append("Mixtral's gate has no bias: of the means, directions alone")
         about = _config_json(models[0])
         if about is not None:
-            about = files.config_of_mixture(
+            about = configs.config_of_mixture(
                 about, name, len(origins), config.k, Path(models[0]) / "config.json"
             )
         _write(config, outputs, models, rest, about)
@@ -154,13 +161,15 @@ def to_dense(config: Config, models: Sequence[str], method: merging.Method) -> R
             "--to_dense: expected one mixture in --models, without --experts and"
             " --gate_data"
         )
-    with _opened(models[0]) as moe:
+    with contextlib.ExitStack() as stack:
+        moe = stack.enter_context(_opened(models[0]))
         layout = _layout(config, moe, models[0], dense=False)[1]
-        views, gates = files.views(moe, layout)
+        base = stack.enter_context(_opened(config.base)) if config.base else None
+        views, gates = files.views(moe, layout, base)
         about = _config_json(models[0])
         if config.base is None and about is not None:
             # The merge copies the mixture's companions, config.json with them.
-            method = _with_config(method, files.config_of_dense(about))
+            method = _with_config(method, configs.config_of_dense(about))
         merging.merge_checkpoints(
             method,
             config.base,
@@ -249,13 +258,17 @@ def _gates(
     config: Config,
     rest: Reader,
     first: Mapping[str, str],
+    layout: str,
     count: int,
     copies: int,
 ) -> tuple[dict[str, dict[str, np.ndarray]], str]:
     """{"kernel": [D, E]} (and "bias") by block, and where they come from."""
     paths = parsing.paths(config.gate_data)
     if not paths:
-        widths = {b: files.width_of(rest.tensors[name]) for b, name in first.items()}
+        widths = {
+            block: files.width_of(rest.tensors[name], layout)
+            for block, name in first.items()
+        }
         gates = upcycling.random_gates(
             jax.random.key(config.seed),
             widths,

@@ -224,7 +224,8 @@ def _agreed(counts: Mapping[str, int], where: str) -> int:
     if len(set(counts.values())) != 1:
         raise ValueError(
             f"{where}: got clips by modality {dict(counts)}, expected one number for"
-            " all; leave a missing modality out, or fill its clips with NaN"
+            " all; fill the clips that lack a depth or a gaze with NaN, or put clips"
+            " that lack something into a file of their own"
         )
     return next(iter(counts.values()))
 

@@ -29,7 +29,9 @@ class MoE(nn.Module):
     """Tokens [..., D] -> [..., D]; sows losses and statistics into "moe".
 
     ScaleZero's layer is experts=8, k=1, kind="swiglu", shared_hidden=4 D. R-M2oE of
-    MetaBEV routes tokens, H-M2oE has route="hard" and gets ids.
+    MetaBEV routes tokens, H-M2oE has route="hard" and gets ids: nothing is dropped
+    there, however many tokens are of one task. With experts that are copies of a dense
+    layer normalize="after_topk" gives its output.
     """
 
     experts: int
@@ -49,7 +51,10 @@ class MoE(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, ids: Array | None = None) -> Array:
-        """`ids`: [...] of tasks or modalities, the experts of route="hard".
+        """`ids`: of tasks or modalities, the experts of route="hard".
+
+        As many axes as x without its last, of its sizes or 1: [B, L], [B, 1] of [B, L,
+        D].
 
         With `tasks`, any gate is told by its statistics how far it goes by them.
         """
@@ -60,6 +65,11 @@ class MoE(nn.Module):
         if self.tasks and ids is None:
             raise ValueError(f"tasks={self.tasks} needs ids, the task of each token")
         if ids is not None:
+            if ids.ndim != x.ndim - 1:
+                raise ValueError(
+                    f"ids: got {list(ids.shape)} for tokens {list(x.shape)}; expected"
+                    " as many axes as there are before the last, such as [B, 1]"
+                )
             flat = jnp.broadcast_to(ids, x.shape[:-1]).reshape(-1)
         if self.route == "hard":
             if flat is None:
@@ -93,7 +103,12 @@ class MoE(nn.Module):
             )
         if self.is_initializing():
             return moe.everyone(*args)  # of an example, which no mesh need cut
-        tokens, room = len(args[2]), None
+        tokens, room, dispatch = len(args[2]), None, self.dispatch
+        if self.route == "hard":  # all of a batch may be of one task
+            if dispatch == "capacity":
+                dispatch = "dropless"
+            if self.mesh is not None:
+                room = tokens // self.mesh.size
         if self.route == "expert_choice":  # each expert takes as many
             room = min(tokens, -(-self.k * tokens // self.experts))
             if self.dispatch in ("capacity", "dropless"):
@@ -116,7 +131,7 @@ class MoE(nn.Module):
             raise ValueError(
                 "dispatch='expert_parallel' needs mesh=, with an axis named 'expert'"
             )
-        return by_name[self.dispatch](*args)
+        return by_name[dispatch](*args)
 
     def _sow(self, routing: moe.Routing, kept: Array, tasks: Array | None) -> None:
         found = dict(

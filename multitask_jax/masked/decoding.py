@@ -172,8 +172,13 @@ def generate(
       schedule: sizes of a target's steps, see `group_sizes`.
 
     Raises:
-      ValueError: as `make_schedule`.
+      ValueError: as `make_schedule`; a temperature below 0 or p outside of (0, 1].
     """
+    if temperature < 0 or not 0 < p <= 1:
+        raise ValueError(
+            f"got temperature {temperature} and p {p}; expected 0 or more, and a share"
+            " above 0, at most 1"
+        )
     plan = make_schedule(modalities, inputs, targets, schedule)
     of = modality_of(modalities)
     b = len(ids)

@@ -23,7 +23,7 @@ class Slots(NamedTuple):
     """Positions, those of empty slots being 0."""
 
     position: Array  # int32 [I] or [O]
-    valid: Array  # bool, the same shape; a run of true, then false
+    valid: Array  # bool, the same shape
 
 
 class Masks(NamedTuple):
@@ -31,6 +31,15 @@ class Masks(NamedTuple):
 
     inputs: Slots
     targets: Slots
+
+    def of_known(self, known: Array) -> "Masks":
+        """Without tokens that say nothing: known is bool [L] (or [B, L] of a batch)."""
+
+        def some(slots: Slots) -> Slots:
+            there = jnp.take_along_axis(known, slots.position, axis=-1)
+            return slots._replace(valid=slots.valid & there)
+
+        return Masks(some(self.inputs), some(self.targets))
 
 
 def masks_of(
@@ -86,7 +95,9 @@ def uniform_masks(
     bits = jax.random.bits(key, (len(of),), jnp.uint32) >> 1
     order = jnp.argsort(jnp.where(present[of], bits, jnp.uint32(2**31)))
     place, there = np.arange(len(of)), jnp.sum(present * lengths(modalities))
-    shown = place < jnp.minimum(inputs, there)
+    # Where all of it would be shown, some is left to ask for.
+    left = jnp.where(there <= inputs, jnp.minimum(targets, there // 2), 0)
+    shown = place < jnp.minimum(inputs, there - left)
     asked = ~shown & (place < jnp.minimum(inputs + targets, there))
     return Masks(_gather(order, shown, inputs), _gather(order, asked, targets))
 

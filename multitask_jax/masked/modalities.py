@@ -105,19 +105,26 @@ def sin_cos(positions: np.ndarray, width: int, span: int | None = None) -> np.nd
 def position_table(modalities: Modalities, width: int) -> np.ndarray:
     """Fixed sin-cos places in the grid of each modality, [L, D].
 
-    Time, height and width have a third of the features each (time what is left over);
-    a trajectory's time has all of them. Waves fit each axis: of those up to 10,000
-    places long, most are constant on 8 places, so that neighbours look alike and
-    attention takes long to tell them apart (our choice, by measurement).
+    Time, height and width have a third of the features each (time what is left over).
+    Time is the clip's: the middle of each token, in places of the finest modality, so
+    that what happens at once is alike in all of them; a trajectory has nothing but
+    time, and 0 in the other features. Waves fit each axis: of those up to 10,000 places
+    long, most are constant on 8 places, so that neighbours look alike and attention
+    takes long to tell them apart (both our choice).
     """
-    tables = []
-    for m in modalities:
-        places = np.indices(m.grid).reshape(len(m.grid), -1)
-        part = width // len(m.grid) // 2 * 2
-        sizes = [width - part * (len(m.grid) - 1), *[part] * (len(m.grid) - 1)]
-        axes = zip(places, sizes, m.grid, strict=True)
-        tables.append(np.concatenate([sin_cos(*axis) for axis in axes], axis=1))
-    return np.concatenate(tables)
+    part = width // max(len(m.grid) for m in modalities) // 2 * 2
+    finest = max(m.grid[0] for m in modalities)
+    own = width - part * (max(len(m.grid) for m in modalities) - 1)  # of time
+    table = np.zeros((sum(lengths(modalities)), width), np.float32)
+    for m, start in zip(modalities, starts(modalities), strict=True):
+        time, *space = np.indices(m.grid).reshape(len(m.grid), -1)
+        rows = slice(start, start + m.length)
+        moment = (time + 0.5) * finest / m.grid[0] - 0.5
+        table[rows, :own] = sin_cos(moment, own, finest)
+        for i, (place, size) in enumerate(zip(space, m.grid[1:], strict=True)):
+            first = own + i * part
+            table[rows, first : first + part] = sin_cos(place, part, size)
+    return table
 
 
 def flatten(

@@ -134,8 +134,29 @@ def keep(x: Array, layout: Layout) -> Array:
     return x if layout is None else jax.lax.with_sharding_constraint(x, layout)
 
 
-def _norm(shape: Shape, name: str) -> nn.LayerNorm:
-    return nn.LayerNorm(EPSILON, use_bias=False, dtype=shape.dtype, name=name)
+class Norm(nn.Module):
+    """LayerNorm without a bias; `scale_only` of what is standardised already."""
+
+    dtype: Any
+    scale_only: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        y = rows(x) if self.scale_only else standardised(x, self.dtype)
+        return (y * scale.astype(self.dtype)[None]).reshape(x.shape)
+
+
+def standardised(x: Array, dtype: Any) -> Array:
+    """Rows of x with mean 0 and variance 1, computed in float32."""
+    y = rows(x).astype(jnp.float32)
+    y = y - jnp.mean(y, axis=-1, keepdims=True)
+    y *= jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + EPSILON)
+    return y.astype(dtype)
+
+
+def _norm(shape: Shape, name: str, *, scale_only: bool = False) -> Norm:
+    return Norm(shape.dtype, scale_only, name=name)
 
 
 class EncoderBlock(nn.Module):
@@ -164,10 +185,12 @@ class DecoderBlock(nn.Module):
     def __call__(
         self, y: Array, own: Array, context: Array, seen: Array
     ) -> tuple[Array, None]:
+        # context: of mean 0 and variance 1 already, for all blocks at once
         s = self.shape
         z = _norm(s, "norm_self")(y)
         y = y + Attention(s.heads, s.dtype, name="self_attention")(z, own)
-        z, c = _norm(s, "norm_query")(y), _norm(s, "norm_context")(context)
+        z = _norm(s, "norm_query")(y)
+        c = _norm(s, "norm_context", scale_only=True)(context)
         y = y + Attention(s.heads, s.dtype, name="cross_attention")(z, seen, c)
         z = _norm(s, "norm_mlp")(y)
         y = y + SwiGLU(s.hidden, s.dtype, name="mlp")(z)
@@ -218,8 +241,10 @@ class EgoM2P(nn.Module):
     def place(self, position: Array) -> Array:
         """Position and modality as a vector: int32 [B, N] -> [B, N, D]."""
         table = jnp.asarray(position_table(self.modalities, self.shape.width))
-        of = jnp.asarray(modality_of(self.modalities))
-        return table[position] + self.modality_embedding[of[position]]
+        of = jnp.asarray(modality_of(self.modalities))[position]
+        # A product, not a gather, whose gradient is a scatter: slow on a CPU.
+        one_hot = jax.nn.one_hot(of, len(self.modalities))
+        return table[position] + one_hot @ self.modality_embedding
 
     def encode(self, ids: Array, position: Array, valid: Array) -> Array:
         """What is shown, int32 [B, I] each and bool [B, I] -> the context [B, I, D].
@@ -243,7 +268,8 @@ class EgoM2P(nn.Module):
         y = keep(y.astype(self.shape.dtype), self.layout)
         of = jnp.asarray(modality_of(self.modalities))[position]
         own = (of[:, :, None] == of[:, None, :]) & valid[:, None, :]
-        y, _ = self.decoder(y, own[:, None], context, seen[:, None, None, :])
+        alike = standardised(context, self.shape.dtype).reshape(context.shape)
+        y, _ = self.decoder(y, own[:, None], alike, seen[:, None, None, :])
         return self.decoder_norm(y)
 
     def __call__(self, ids: Array, masks: Masks) -> Array:

@@ -37,7 +37,7 @@ class Served(NamedTuple):
 
 def everyone(expert: Expert, params: Any, x: Array, routing: Routing) -> Served:
     """The reference: every expert serves every token, weights choose."""
-    count = networks.count(params)
+    count = count_of(params, routing)[0]
     y = expert(params, x[None], batched)  # [E, N, D]
     slots = jax.nn.one_hot(routing.experts, count) * routing.weights[..., None]
     w = jnp.sum(slots, axis=1)  # [N, E]
@@ -76,8 +76,8 @@ def capacity(
       one_by_one: a product for each expert, not one for all. Faster on a CPU; not for
         experts on several devices.
     """
-    count = networks.count(params)
-    if shared := count - routing.probabilities.shape[1]:
+    count, shared = count_of(params, routing)
+    if shared:
         serve = functools.partial(
             capacity, expert, room=room, factor=factor, priority=priority,
             one_by_one=one_by_one,
@@ -96,6 +96,32 @@ def capacity(
     return Served(from_buffers(y, plan, routing.weights), plan.kept)
 
 
+def count_of(params: Any, routing: Routing) -> tuple[int, int]:
+    """E, and how many of them are shared: what the gate has no logit for.
+
+    Raises:
+      ValueError: fewer experts than the gate has, or shared ones without their slots.
+    """
+    count, e = networks.count(params), routing.probabilities.shape[1]
+    slots = routing.experts.shape[1]
+    if count < e:
+        raise ValueError(f"got {count} experts for a gate of {e}")
+    shared = count - e
+    if shared > slots:
+        raise ValueError(
+            f"got {count} experts for a gate of {e} and {slots} slots a token; route"
+            f" with shared={shared}"
+        )
+    if shared and not isinstance(routing.experts, jax.core.Tracer):
+        last = routing.experts[:, -shared:] - jnp.arange(e, count)[None]
+        if jnp.any(last != 0):
+            raise ValueError(
+                f"got {count} experts for a gate of {e}, and slots that do not end with"
+                f" the shared ones: route with shared={shared}"
+            )
+    return count, shared
+
+
 def beside_shared(
     serve: Callable[..., Served],
     expert: Expert,
@@ -110,13 +136,8 @@ def beside_shared(
       serve: (params, x, routing) of routed experts alone -> Served.
       expert, params, x, routing: as for `capacity`, shared experts included.
       shared: how many they are.
-
-    Raises:
-      ValueError: fewer experts than the gate has.
     """
     e = routing.probabilities.shape[1]
-    if shared < 0:
-        raise ValueError(f"got {e + shared} experts for a gate of {e}")
     first, last = (
         jax.tree.map(lambda p, rows=rows: p[rows], params)
         for rows in (slice(e), slice(e, None))
@@ -162,8 +183,8 @@ def dropless(
       factors: rooms over an equal share; N is tried last, and always enough.
       one_by_one: as for `capacity`.
     """
-    count = networks.count(params)
-    if shared := count - routing.probabilities.shape[1]:
+    count, shared = count_of(params, routing)
+    if shared:
         serve_own = functools.partial(
             dropless, expert, factors=factors, one_by_one=one_by_one
         )
@@ -186,7 +207,7 @@ def grouped(expert: Expert, params: Any, x: Array, routing: Routing) -> Served:
     Nothing is dropped or padded. For accelerators: on a CPU `lax.ragged_dot` multiplies
     every row with every expert, and `dropless` is many times faster.
     """
-    count = networks.count(params)
+    count = count_of(params, routing)[0]
     plan, sizes = plan_groups(routing, count)
     rows = to_buffers(x, plan)
     owner = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(len(rows)), side="right")

@@ -19,8 +19,14 @@ Expert = Callable[[Any, Array, Linear], Array]
 
 
 def mlp(params: Any, x: Array, linear: Linear) -> Array:
-    """down(gelu(up(x)))."""
+    """down(gelu(up(x))), the GELU by tanh."""
     return linear(jax.nn.gelu(linear(x, params["up"])), params["down"])
+
+
+def mlp_gelu(params: Any, x: Array, linear: Linear) -> Array:
+    """down(gelu(up(x))), the exact GELU, as `layers.transformer.Block` and BERT."""
+    up = jax.nn.gelu(linear(x, params["up"]), approximate=False)
+    return linear(up, params["down"])
 
 
 def mlp_relu(params: Any, x: Array, linear: Linear) -> Array:
@@ -34,7 +40,12 @@ def swiglu(params: Any, x: Array, linear: Linear) -> Array:
     return linear(gated, params["down"])
 
 
-EXPERTS: dict[str, Expert] = {"mlp": mlp, "relu": mlp_relu, "swiglu": swiglu}
+EXPERTS: dict[str, Expert] = {
+    "mlp": mlp,
+    "gelu": mlp_gelu,
+    "relu": mlp_relu,
+    "swiglu": swiglu,
+}
 
 
 def init(

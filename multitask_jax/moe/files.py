@@ -8,7 +8,6 @@ Legend: E experts, D width.
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -29,8 +28,11 @@ class Layout(NamedTuple):
     """What tensors are called, dense and as experts."""
 
     pattern: str  # of dense names, with groups block and leaf
-    expert: str  # template of {block}, {expert}, {leaf}; without {expert}: stacked
-    gate: str  # template of {block}
+    # Templates of {block}, {between} (what stands between block and leaf in the dense
+    # name), {expert} and {leaf}; without {expert}: stacked.
+    expert: str
+    gate: str
+    dense: tuple[str, ...]  # what the dense tensor may have been called
     rename: Mapping[str, str] = {}  # parts of a leaf's name, dense -> expert's
     bias: bool = True  # whether the gate has one, beside its weight
     transposed: bool = True  # the gate is [E, D], as torch has it
@@ -42,6 +44,7 @@ LAYOUTS = {
         r"(?P<block>.*layers\.\d+)\.mlp\.(?P<leaf>(gate|up|down)_proj\.weight)",
         "{block}.block_sparse_moe.experts.{expert}.{leaf}",
         "{block}.block_sparse_moe.gate.weight",
+        ("{block}.mlp.{leaf}",),
         {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"},
         bias=False,
     ),
@@ -50,8 +53,9 @@ LAYOUTS = {
         r"(?P<block>.*?\.\d+(?:\.layer\.\d+)?)\.(?:mlp\.|DenseReluDense\.)?"
         r"(?P<leaf>(?:(?:gate|up|down)_proj|intermediate\.dense|output\.dense|fc[12]|"
         r"w[io](?:_[01])?|c_fc|(?<=mlp\.)c_proj)\.(?:weight|bias))",
-        "{block}.mlp.experts.{expert}.{leaf}",
-        "{block}.mlp.gate.weight",
+        "{block}{between}experts.{expert}.{leaf}",
+        "{block}{between}gate.weight",
+        ("{block}{between}{leaf}",),
     ),
     # Flax trees, for `layers.moe.MoE`.
     "stacked": Layout(
@@ -59,6 +63,7 @@ LAYOUTS = {
         r"(?P<leaf>(?:intermediate|output|up|down|gate)/(?:kernel|bias))",
         "{block}/mlp/experts/{leaf}",
         "{block}/mlp/gate/kernel",
+        ("{block}/{leaf}", "{block}/mlp/{leaf}"),
         {"intermediate": "up", "output": "down"},
         transposed=False,
     ),
@@ -93,7 +98,7 @@ def gate_inputs(reader: Reader, found: Mapping[str, Found]) -> dict[str, str]:
       ValueError: a block has none by the names that are known.
     """
     first: dict[str, str] = {}
-    for name, (block, leaf) in found.items():
+    for name, (block, leaf, _) in found.items():
         matrix = len(reader.tensors[name].shape) == 2
         if matrix and _FIRST.search(f".{leaf}"):
             first.setdefault(block, name)
@@ -128,10 +133,10 @@ def plan(
         if name not in found:
             out.append(Output(info, (Part(rest, name),)))
             continue
-        block, leaf = found[name]
+        block = found[name].block
         if block not in done:
             done.add(block)
-            out += _gate(layout, block, gates[block], info.dtype)
+            out += _gate(layout, found[name], gates[block], info.dtype)
         for reader in experts:
             there = reader.tensors.get(name)
             if there is None or there[1:] != info[1:]:
@@ -140,7 +145,7 @@ def plan(
                     f"{reader.path}: {name}: got {got}, expected {info.shape} of"
                     f" {info.dtype}, as in {rest.path}"
                 )
-        renamed = expert_name(layout, block, leaf)
+        renamed = expert_name(layout, found[name])
         if "{expert}" not in layout.expert:
             whole = TensorInfo(renamed, (len(experts), *info.shape), info.dtype)
             out.append(Output(whole, tuple(Part(r, name) for r in experts)))
@@ -152,9 +157,9 @@ def plan(
 
 
 def _gate(
-    layout: Layout, block: str, gate: Mapping[str, np.ndarray], dtype: np.dtype
+    layout: Layout, found: Found, gate: Mapping[str, np.ndarray], dtype: np.dtype
 ) -> list[Output]:
-    name = layout.gate.replace("{block}", block)
+    name = _filled(layout.gate, found)
     kernel = gate["kernel"].T if layout.transposed else gate["kernel"]
     arrays = {name: kernel}
     if "bias" in gate and layout.bias:
@@ -165,11 +170,20 @@ def _gate(
     ]
 
 
-def expert_name(layout: Layout, block: str, leaf: str) -> str:
+def expert_name(layout: Layout, found: Found) -> str:
     """Before/after: ("l.0", "up_proj.weight") -> "l.0.experts.{expert}.w3.weight"."""
-    parts = re.split(r"([./])", leaf)
-    leaf = "".join(layout.rename.get(p, p) for p in parts)
-    return layout.expert.replace("{block}", block).replace("{leaf}", leaf)
+    leaf = _renamed(found.leaf, layout.rename)
+    return _filled(layout.expert, found._replace(leaf=leaf))
+
+
+def _renamed(leaf: str, names: Mapping[str, str]) -> str:
+    return "".join(names.get(p, p) for p in re.split(r"([./])", leaf))
+
+
+def _filled(template: str, found: Found) -> str:
+    for name, value in found._asdict().items():
+        template = template.replace("{" + name + "}", value)
+    return template
 
 
 def write(
@@ -212,32 +226,31 @@ class ExpertView:
         """Nothing: the mixture's reader belongs to others."""
 
 
-def views(moe: Reader, layout: Layout) -> tuple[list[ExpertView], list[str]]:
+def views(
+    moe: Reader, layout: Layout, base: Reader | None = None
+) -> tuple[list[ExpertView], list[str]]:
     """A dense reader of each expert of a mixture, and the gates' names, left out.
 
+    Args:
+      moe: the mixture.
+      layout: names.
+      base: a dense checkpoint whose names the dense model has, where the layout has
+        several.
+
     Raises:
-      CheckpointError: there are no experts by this layout, or some are missing.
+      CheckpointError: there are no experts by this layout, or some are missing; or the
+        layer has a shared expert, which a dense one has no room for.
     """
-    back = {there: here for here, there in layout.rename.items()}
-    template = re.escape(layout.expert)
-    for group, regex in (("block", ".*"), ("expert", r"\d+"), ("leaf", ".*")):
-        escaped = re.escape("{" + group + "}")
-        template = template.replace(escaped, f"(?P<{group}>{regex})")
-    gate = re.escape(layout.gate).replace(re.escape("{block}"), ".*")
-    gate = re.sub(r"\w+$", r"\\w+", gate)
-    shared: dict[str, tuple[TensorInfo, Part]] = {}
+    matches = {n: m for n in moe.tensors if (m := _expert(layout).fullmatch(n))}
+    gated = any(re.search(r"/gate/\w+$", name) for name in matches)
     own: dict[int, dict[str, tuple[TensorInfo, Part]]] = {}
-    gates = []
-    for name, info in moe.tensors.items():
-        if (m := re.fullmatch(template, name)) is None:
-            if re.fullmatch(gate, name):
-                gates.append(name)
-            else:
-                shared[name] = info, Part(moe, name)
-            continue
-        leaf = "".join(back.get(p, p) for p in re.split(r"([./])", m["leaf"]))
-        dense = _dense_name(layout, m["block"], leaf)
-        if "expert" in m.groupdict():
+    around: dict[str, None] = {}  # names of gates but for their last word
+    for name, m in matches.items():
+        info, parts = moe.tensors[name], m.groupdict()
+        found = Found(m["block"], m["leaf"], parts.get("between") or "")
+        around[re.sub(r"\w+$", "", _filled(layout.gate, found))] = None
+        dense = _dense_name(layout, found, base, gated=gated)
+        if "expert" in parts:
             own.setdefault(int(m["expert"]), {})[dense] = (
                 info._replace(name=dense),
                 Part(moe, name),
@@ -253,54 +266,47 @@ def views(moe: Reader, layout: Layout) -> tuple[list[ExpertView], list[str]]:
             f" {sorted(len(n) for n in names)} tensors by the layout"
             f" {layout.expert!r}; expected 0, 1, ... of the same tensors each"
         )
+    rest = [name for name in moe.tensors if name not in matches]
+    gates = [name for name in rest if re.sub(r"\w+$", "", name) in around]
+    if beside := [name for name in rest if re.search(r"[./]shared_\w+[./]", name)]:
+        raise CheckpointError(
+            f"{moe.path}: {beside[0]} is of an expert that all tokens share: a dense"
+            " layer has no room for it beside a merged one"
+        )
+    shared = {n: (moe.tensors[n], Part(moe, n)) for n in rest if n not in gates}
     return [ExpertView(moe, shared | own[e], e) for e in sorted(own)], gates
 
 
-def _dense_name(layout: Layout, block: str, leaf: str) -> str:
-    """What the dense tensor was called: the name that the pattern takes apart so."""
-    dot = "/" if "/" in layout.expert else "."
-    for between in (f"{dot}mlp{dot}", dot, f"{dot}DenseReluDense{dot}"):
-        name = f"{block}{between}{leaf}"
-        m = re.fullmatch(layout.pattern, name)
-        if m and (m["block"], m["leaf"]) == (block, leaf):
-            return name
-    raise CheckpointError(f"no dense name for {leaf} of {block} by {layout.pattern!r}")
+def _expert(layout: Layout) -> re.Pattern[str]:
+    """What names of experts look like."""
+    template = re.escape(layout.expert)
+    groups = {"block": ".*", "between": r"[./](?:\w+[./])?", "expert": r"\d+"}
+    for group, regex in (groups | {"leaf": ".*"}).items():
+        escaped = re.escape("{" + group + "}")
+        template = template.replace(escaped, f"(?P<{group}>{regex})")
+    return re.compile(template)
 
 
-def width_of(info: TensorInfo) -> int:
-    """D, of a first layer that widens: the shorter axis, whichever way it is stored."""
-    return min(info.shape)
-
-
-def config_of_mixture(
-    config: Mapping[str, object], layout: str, experts: int, k: int, path: Path
-) -> dict[str, object]:
-    """config.json of the mixture.
-
-    Raises:
-      CheckpointError: transformers' Mixtral has no such model.
-    """
-    if layout != "mixtral":
-        return {**config, "num_experts": experts, "num_experts_per_tok": k}
-    kind = config.get("model_type")
-    if kind not in ("llama", "mistral") or config.get("attention_bias"):
+def _dense_name(
+    layout: Layout, found: Found, base: Reader | None, *, gated: bool
+) -> str:
+    """What the dense tensor was called: as in the base, or as is usual."""
+    back = {there: here for here, there in layout.rename.items()}
+    usual = found._replace(leaf=_renamed(found.leaf, back))
+    candidates = [_filled(t, f) for f in (usual, found) for t in layout.dense]
+    if base is not None:
+        if there := [name for name in candidates if name in base.tensors]:
+            return there[0]
         raise CheckpointError(
-            f"{path}: got model_type {kind!r}, expected llama or mistral without"
-            " attention_bias for --layout=mixtral; or choose --layout=names"
+            f"{base.path}: got none of {', '.join(candidates)}, one of which expert"
+            f" tensors of {found.block} come from"
         )
-    return {
-        **config,
-        "architectures": ["MixtralForCausalLM"],
-        "model_type": "mixtral",
-        "num_local_experts": experts,
-        "num_experts_per_tok": k,
-    }
+    # A stack of experts with a gate of their own: SwiGLU, in a module named mlp.
+    return candidates[-1] if gated and len(candidates) > 2 else candidates[0]
 
 
-def config_of_dense(config: Mapping[str, object]) -> dict[str, object]:
-    """config.json of the dense model: the inverse."""
-    ours = ("num_local_experts", "num_experts", "num_experts_per_tok")
-    out = {key: x for key, x in config.items() if key not in ours}
-    if out.get("model_type") == "mixtral":
-        out |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
-    return out
+def width_of(info: TensorInfo, layout: str) -> int:
+    """D, of a first layer: its inputs, which names do not tell the axis of."""
+    if layout == "names":  # torch's Linear, or GPT-2's Conv1D; such layers widen
+        return min(info.shape)
+    return info.shape[0 if layout == "stacked" else 1]

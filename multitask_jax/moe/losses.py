@@ -109,9 +109,9 @@ def statistics(
 
     Returns:
       load/0, ..., load/E-1 and load/max (times E: 1 is balanced), dropped (share of
-      filled slots), entropy/token and entropy/mean (of the gate, over log E: how
-      undecided it is for a token, and how evenly it uses experts), specialisation
-      (I(task; expert) / log T).
+      routed experts' filled slots), entropy/token and entropy/mean (of the gate, over
+      log E: how undecided it is for a token, and how evenly it uses experts),
+      specialisation (I(task; expert) / log T).
 
     Raises:
       ValueError: tasks without their number.
@@ -126,8 +126,9 @@ def statistics(
         "entropy/mean": entropy(jnp.mean(p, axis=0)) / top,
     }
     if kept is not None:
-        # A slot that nobody serves has weight 0 and is not dropped.
-        filled = routing.weights > 0
+        # A slot that nobody serves has weight 0 and is not dropped; shared experts
+        # drop nobody.
+        filled = (routing.weights > 0) & (routing.experts < e)
         lost = jnp.sum(filled & ~kept)
         out["dropped"] = lost / jnp.maximum(jnp.sum(filled), 1)
     if tasks is not None:

@@ -17,7 +17,6 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as Spec
 
 from multitask_jax.moe import dispatch
-from multitask_jax.moe import experts as networks
 from multitask_jax.moe.dispatch import Priority, Served
 from multitask_jax.moe.experts import Expert
 from multitask_jax.moe.gates import Routing
@@ -59,8 +58,7 @@ def expert_parallel(
         there are fewer experts than the gate has.
     """
     e = routing.probabilities.shape[1]
-    shared = networks.count(params) - e
-    if shared:
+    if shared := dispatch.count_of(params, routing)[1]:
         serve = functools.partial(
             expert_parallel, expert, mesh=mesh, axis=axis, room=room, factor=factor,
             priority=priority,

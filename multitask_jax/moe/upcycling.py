@@ -31,6 +31,7 @@ class Found(NamedTuple):
 
     block: str  # "layer_0"
     leaf: str  # "intermediate/kernel"
+    between: str = "/"  # of these two in the path
 
 
 def mlp_leaves(paths: Sequence[str], pattern: str) -> dict[str, Found]:
@@ -54,7 +55,11 @@ def mlp_leaves(paths: Sequence[str], pattern: str) -> dict[str, Found]:
             " (?P<leaf>...)"
         )
     found = {
-        path: Found(match["block"], match["leaf"])
+        path: Found(
+            match["block"],
+            match["leaf"],
+            path[match.end("block") : match.start("leaf")],
+        )
         for path in paths
         if (match := regex.fullmatch(path))
     }
@@ -102,7 +107,7 @@ def upcycle(
     if missing := {f.block for f in found.values()} - set(gates):
         raise ValueError(f"gates: none for {sorted(missing)[:5]}")
     out = {path: x for path, x in others.items() if path not in found}
-    for path, (block, leaf) in found.items():
+    for path, (block, leaf, _) in found.items():
         stacked = jnp.stack([f[path] for f in flat])
         out[f"{block}/mlp/experts/{_renamed(leaf, rename)}"] = stacked
     for block, gate in gates.items():

@@ -101,6 +101,145 @@ def test_copies_and_back_give_the_same_bytes(tmp_path, three, layout, capsys):
     assert "num_experts_per_tok" not in about
 
 
+STYLES = {
+    "bert": {
+        "encoder.layer.0.attention.output.dense.weight": (D, D),
+        "encoder.layer.0.intermediate.dense.weight": (H, D),
+        "encoder.layer.0.output.dense.weight": (D, H),
+        "encoder.layer.0.output.LayerNorm.weight": (D,),
+    },
+    "t5": {
+        "encoder.block.0.layer.1.DenseReluDense.wi.weight": (H, D),
+        "encoder.block.0.layer.1.DenseReluDense.wo.weight": (D, H),
+    },
+    "opt": {
+        "model.decoder.layers.0.fc1.weight": (H, D),
+        "model.decoder.layers.0.fc2.weight": (D, H),
+    },
+    "gpt2": {
+        "transformer.h.0.mlp.c_fc.weight": (D, H),
+        "transformer.h.0.mlp.c_proj.weight": (H, D),
+    },
+    "block": {
+        "layer_0/intermediate/kernel": (D, H),
+        "layer_0/output/kernel": (H, D),
+        "layer_0/query/kernel": (D, D),
+    },
+    "flax swiglu": {
+        "layer_0/mlp/gate/kernel": (D, H),
+        "layer_0/mlp/up/kernel": (D, H),
+        "layer_0/mlp/down/kernel": (H, D),
+    },
+    "flax mlp": {
+        "layer_0/mlp/up/kernel": (D, H),
+        "layer_0/mlp/down/kernel": (H, D),
+    },
+}
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_names_come_back(tmp_path, style):
+    """With --base always; of stacks without, as `layers.transformer.Block` has them."""
+    rng = np.random.default_rng(0)
+    tensors = {
+        k: rng.normal(size=s).astype(np.float32) for k, s in STYLES[style].items()
+    }
+    save_file(tensors, tmp_path / "a.safetensors")
+    there = upcycle.Config(
+        models=str(tmp_path / "a.safetensors"),
+        experts=2,
+        output=str(tmp_path / "moe"),
+        progress=False,
+    )
+    upcycle.run(there)
+    for base in (None, str(tmp_path / "a.safetensors")):
+        if base is None and style == "flax mlp":
+            continue
+        back = upcycle.Config(
+            to_dense=True,
+            models=str(tmp_path / "moe"),
+            base=base,
+            output=str(tmp_path / f"dense_{base is None}"),
+            progress=False,
+        )
+        upcycle.run(back)
+        found = read(tmp_path / f"dense_{base is None}")
+        assert found.keys() == tensors.keys()
+        for name, x in tensors.items():
+            np.testing.assert_allclose(found[name], x, rtol=1e-6, atol=1e-6)
+
+
+def test_to_dense_refuses_a_shared_expert(tmp_path):
+    tensors = {
+        "layer_0/mlp/experts/up/kernel": np.zeros((2, D, H), np.float32),
+        "layer_0/mlp/experts/down/kernel": np.zeros((2, H, D), np.float32),
+        "layer_0/mlp/gate/kernel": np.zeros((D, 2), np.float32),
+        "layer_0/mlp/shared_up/kernel": np.zeros((D, H), np.float32),
+    }
+    save_file(tensors, tmp_path / "moe.safetensors")
+    config = upcycle.Config(
+        to_dense=True,
+        models=str(tmp_path / "moe.safetensors"),
+        output=str(tmp_path / "dense"),
+        progress=False,
+    )
+    with pytest.raises(checkpoints.CheckpointError, match="that all tokens share"):
+        upcycle.run(config)
+    assert not (tmp_path / "dense").exists()
+
+
+def test_defaults_of_one_config_are_written_into_the_other(tmp_path, three):
+    """Of keys that config.json lacks, Llama, Mixtral and Mistral take other values."""
+    options = {"experts": 2, "progress": False}
+    upcycle.run(
+        upcycle.Config(
+            models=str(tmp_path / "a"), output=str(tmp_path / "moe"), **options
+        )
+    )
+    about = json.loads((tmp_path / "moe" / "config.json").read_text())
+    assert (about["rope_theta"], about["rms_norm_eps"]) == (1e4, 1e-6)
+    assert about["num_key_value_heads"] == 32  # as many as heads, of which are 32
+    upcycle.run(
+        upcycle.Config(
+            to_dense=True,
+            models=str(tmp_path / "moe"),
+            output=str(tmp_path / "dense"),
+            progress=False,
+        )
+    )
+    back = json.loads((tmp_path / "dense" / "config.json").read_text())
+    assert back["model_type"] == "mistral"
+    assert back["sliding_window"] is None
+    assert back["rope_theta"] == 1e4
+    biased = json.dumps({"model_type": "llama", "mlp_bias": True})
+    (tmp_path / "b" / "config.json").write_text(biased)
+    with pytest.raises(checkpoints.CheckpointError, match="mlp_bias"):
+        upcycle.run(
+            upcycle.Config(
+                models=str(tmp_path / "b"), output=str(tmp_path / "no"), **options
+            )
+        )
+
+
+def test_gates_are_as_wide_as_the_inputs(tmp_path):
+    """Also where a layer narrows: names tell which axis that is."""
+    tensors = {f"model.layers.0.mlp.{n}_proj.weight": (4, D) for n in ("gate", "up")}
+    tensors["model.layers.0.mlp.down_proj.weight"] = (D, 4)
+    tensors = {k: np.ones(s, np.float32) for k, s in tensors.items()}
+    (tmp_path / "a").mkdir()
+    save_file(tensors, tmp_path / "a" / "model.safetensors")
+    (tmp_path / "a" / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    config = upcycle.Config(
+        models=str(tmp_path / "a"),
+        experts=3,
+        output=str(tmp_path / "moe"),
+        progress=False,
+    )
+    upcycle.run(config)
+    gate = read(tmp_path / "moe")["model.layers.0.block_sparse_moe.gate.weight"]
+    assert gate.shape == (3, D)
+
+
 def test_a_dense_model_appears_with_its_config_or_not_at_all(
     tmp_path, three, monkeypatch
 ):

@@ -70,6 +70,26 @@ def test_hard_routing_is_a_network_of_its_own_for_each_task(x):
         layer.apply({"params": params}, x)
 
 
+@pytest.mark.parametrize("task", [0, 1])
+def test_hard_routing_drops_nobody_when_all_are_of_one_task(x, task):
+    """By default, too: a batch of one task is an ordinary one."""
+    layer = MoE(experts=2, hidden=6, route="hard")
+    ids = jnp.full((*x.shape[:-2], 1), task)
+    params = init(layer, x, ids)
+    y, sown = apply(layer, params, x, ids, mutable="moe")
+    assert sum_of(sown, "dropped") == 0
+    one = jax.tree.map(lambda p: p[task], params["experts"])
+    up = jax.nn.gelu(x @ one["up"]["kernel"] + one["up"]["bias"])
+    expected = up @ one["down"]["kernel"] + one["down"]["bias"]
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_ids_have_the_axes_of_tokens(x):
+    layer = MoE(experts=2, hidden=6, route="hard")
+    with pytest.raises(ValueError, match=r"ids: got \[2\] for tokens"):
+        layer.init(jax.random.key(0), x, jnp.array([0, 1]))
+
+
 def test_noise_only_where_there_is_a_key(x):
     layer = MoE(experts=4, hidden=6, noise=5.0)
     params = init(layer, x)

@@ -74,8 +74,10 @@ def test_budgets_sum_to_what_is_asked_where_lengths_allow(seed, present):
     np.testing.assert_array_equal(budgets.targets.sum(axis=1), TARGETS)
     clamped = budget_sampler()(jax.random.key(seed), there)
     lengths = np.array(LENGTHS)
-    # The same draws, cut by the length, and by what the inputs leave.
-    shown = np.minimum(budgets.inputs, lengths)
+    # The same draws, cut by the length, and by what the inputs leave; of a modality
+    # that is alone some is left to ask for.
+    most = lengths - (there.sum() == 1) * np.minimum(TARGETS, lengths // 2)
+    shown = np.minimum(budgets.inputs, most)
     np.testing.assert_array_equal(clamped.inputs, shown)
     np.testing.assert_array_equal(
         clamped.targets, np.minimum(budgets.targets, lengths - shown)
@@ -164,8 +166,36 @@ def test_uniform_masks_take_all_of_the_budget():
     assert masks.inputs.valid.all()
     assert masks.targets.valid.all()
     few = sampler("uniform")(jax.random.key(0), jnp.array([False, True, True, False]))
-    np.testing.assert_array_equal(few.inputs.valid.sum(axis=1), 18)  # 12 + 6
-    assert not few.targets.valid.any()
+    # Of 12 + 6 that would all be shown, half are asked for.
+    np.testing.assert_array_equal(few.inputs.valid.sum(axis=1), 9)
+    np.testing.assert_array_equal(few.targets.valid.sum(axis=1), 9)
+
+
+@pytest.mark.parametrize("focus", [0.0, 0.75])
+@pytest.mark.parametrize("alone", range(4))
+def test_a_clip_of_one_modality_teaches_something(alone, focus):
+    """Also where there are as many slots as it has tokens."""
+    present = np.arange(4) == alone
+    one = functools.partial(
+        dirichlet_budgets, inputs=LENGTHS[0], targets=TARGETS, focus=focus, fill=True
+    )
+    keys = jax.random.split(jax.random.key(0), SAMPLES)
+    draw = jax.jit(jax.vmap(lambda k: one(k, jnp.array(LENGTHS), jnp.array(present))))
+    shown, asked = map(np.asarray, draw(keys))
+    assert (shown[:, alone] > 0).all()
+    assert (asked[:, alone] > 0).all()
+    assert (shown + asked <= np.array(LENGTHS)).all()
+
+
+def test_tokens_that_say_nothing_are_neither_shown_nor_asked():
+    masks = sampler("dirichlet")(jax.random.key(0), jnp.ones(4, bool))
+    known = np.random.default_rng(0).random((SAMPLES, len(OF))) < 0.5
+    for slots, before in zip(masks.of_known(known), masks, strict=True):
+        position = np.asarray(before.position)
+        expected = np.asarray(before.valid) & np.take_along_axis(known, position, 1)
+        np.testing.assert_array_equal(slots.valid, expected)
+        np.testing.assert_array_equal(slots.position, position)
+        assert 0 < expected.sum() < np.asarray(before.valid).sum()
 
 
 @given(seed=SEEDS, present=PRESENT)

@@ -82,6 +82,19 @@ def test_every_place_of_a_grid_differs_and_axes_have_features_of_their_own():
     np.testing.assert_array_equal(rgb[0, 0, 2, 14:], rgb[1, 2, 2, 14:])  # width
 
 
+def test_what_happens_at_once_is_alike_in_all_modalities():
+    """A trajectory's place is nearest to the frames of its moment, wherever in them."""
+    modalities = (mods.Modality("rgb", (4, 3, 3), 9), mods.Modality("gaze", (8,), 9))
+    table = mods.position_table(modalities, 24)
+    rgb, gaze = table[:36].reshape(4, 9, 24), table[36:]
+    alike = np.einsum("td,fsd->tfs", gaze, rgb)
+    np.testing.assert_allclose(alike, np.broadcast_to(alike[..., :1], alike.shape))
+    np.testing.assert_array_equal(
+        alike[..., 0].argmax(axis=1), [0, 0, 1, 1, 2, 2, 3, 3]
+    )
+    np.testing.assert_array_equal(gaze[:, 8:], 0)
+
+
 def test_positions_are_those_of_the_named_in_their_order():
     names = [m.name for m in MODALITIES]
     of = mods.modality_of(MODALITIES)

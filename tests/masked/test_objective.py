@@ -7,44 +7,51 @@ from multitask_jax.masked.modalities import first_ids, modality_of
 from multitask_jax.masked.objective import cross_entropy, modality_mean
 from tests.masked.common import MODALITIES
 
-VOCABULARY = sum(m.vocabulary for m in MODALITIES)
+# As usual: videos have one size of vocabulary, trajectories another.
+PAIRS = tuple(
+    m._replace(vocabulary=v) for m, v in zip(MODALITIES, (9, 9, 4, 4), strict=True)
+)
 
 
-def case():
+def case(modalities=MODALITIES):
     rng = np.random.default_rng(0)
+    sizes = np.array([m.vocabulary for m in modalities])
     hidden = rng.standard_normal((3, 8, 5), np.float32)
-    head = rng.standard_normal((5, VOCABULARY), np.float32)
+    head = rng.standard_normal((5, sizes.sum()), np.float32)
     of = rng.integers(0, 4, (3, 8))
-    sizes = np.array([m.vocabulary for m in MODALITIES])
     codes = rng.integers(0, sizes[of])
-    return hidden, head, (codes + first_ids(MODALITIES)[of]).astype(np.int32), of
+    return hidden, head, (codes + first_ids(modalities)[of]).astype(np.int32), of
 
 
-def test_cross_entropy_is_among_the_ids_of_the_own_modality():
-    hidden, head, ids, of = case()
-    found = cross_entropy(hidden, head, ids, of, MODALITIES)
-    first = first_ids(MODALITIES)
+@pytest.mark.parametrize("modalities", [MODALITIES, PAIRS])
+def test_cross_entropy_is_among_the_ids_of_the_own_modality(modalities):
+    hidden, head, ids, of = case(modalities)
+    found = cross_entropy(hidden, head, ids, of, modalities)
+    first = first_ids(modalities)
     for b, o in np.ndindex(ids.shape):
         m = of[b, o]
-        mine = slice(first[m], first[m] + MODALITIES[m].vocabulary)
+        mine = slice(first[m], first[m] + modalities[m].vocabulary)
         logits = hidden[b, o] @ head[:, mine]
         expected = np.log(np.exp(logits).sum()) - logits[ids[b, o] - first[m]]
         np.testing.assert_allclose(found[b, o], expected, rtol=1e-4)
 
 
-def test_chunks_change_neither_loss_nor_gradient():
-    hidden, head, ids, of = case()
+@pytest.mark.parametrize("modalities", [MODALITIES, PAIRS])
+def test_chunks_change_neither_loss_nor_gradient(modalities):
+    hidden, head, ids, of = case(modalities)
 
-    def total(head, chunk):
-        return cross_entropy(hidden, head, ids, of, MODALITIES, chunk=chunk).sum()
+    def total(head, hidden, chunk):
+        return cross_entropy(hidden, head, ids, of, modalities, chunk=chunk).sum()
 
-    grad = jax.jit(jax.value_and_grad(total), static_argnums=1)
-    for chunk in (2, 8):
-        a, b = grad(head, None), grad(head, chunk)
-        np.testing.assert_allclose(a[0], b[0], rtol=1e-6)
-        np.testing.assert_allclose(a[1], b[1], rtol=1e-4, atol=1e-6)
+    grad = jax.jit(jax.value_and_grad(total, (0, 1)), static_argnums=2)
+    whole = grad(head, hidden, None)
+    for chunk in (2, 4):
+        cut = grad(head, hidden, chunk)
+        np.testing.assert_allclose(whole[0], cut[0], rtol=1e-6)
+        for a, b in zip(whole[1], cut[1], strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="got 3, expected a divisor of 8"):
-        total(head, 3)
+        total(head, hidden, 3)
 
 
 def test_modalities_count_alike_and_one_without_targets_adds_nothing():

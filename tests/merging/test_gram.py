@@ -44,6 +44,47 @@ def test_torch_orientation_and_ragged_batches():
     close(got["out.weight"], gram(hidden), (1,))
 
 
+def real(inputs):
+    return inputs["mask"].reshape(-1)
+
+
+def network(p, inputs):
+    h = jax.nn.gelu(inputs["x"] @ p["first"])
+    return h @ p["second"]
+
+
+def test_rows_that_are_padding_do_not_count():
+    """Grams are then means over what is real, whatever stands behind it."""
+    params = {"first": normal(5, 7), "second": normal(7, 3)}
+    x, mask = normal(4, 6, 5), np.arange(6)[None] < np.array([6, 2, 3, 1])[:, None]
+    got = merging.gram_matrices(network, params, [{"x": x, "mask": mask}], rows=real)
+    x0 = x[mask]
+    hidden = np.asarray(jax.nn.gelu(x0 @ params["first"]))
+    close(got["first"], gram(x0) / len(x0), (0,))
+    close(got["second"], gram(hidden) / len(x0), (0,))
+    more = np.concatenate([np.where(mask[..., None], x, 9.0), normal(4, 2, 5)], axis=1)
+    longer = {"x": more, "mask": np.pad(mask, ((0, 0), (0, 2)))}
+    parts = [{k: v[i : i + 2] for k, v in longer.items()} for i in (0, 2)]
+    again = merging.gram_matrices(network, params, parts, rows=real)
+    for name in params:
+        np.testing.assert_allclose(
+            got[name].matrix, again[name].matrix, rtol=1e-4, atol=1e-5
+        )
+    with pytest.raises(ValueError, match=r"rows: got weights \[23\] for a dense"):
+        merging.gram_matrices(
+            network, params, [{"x": x, "mask": mask}], rows=lambda i: real(i)[:23]
+        )
+
+
+def test_only_what_is_asked_for_is_there():
+    params = {"first": normal(5, 7), "second": normal(7, 3)}
+    inputs = [{"x": normal(4, 6, 5)}]
+    every = merging.gram_matrices(network, params, inputs)
+    some = merging.gram_matrices(network, params, inputs, only=["second"])
+    assert set(some) == {"second"}
+    np.testing.assert_allclose(some["second"].matrix, every["second"].matrix, rtol=1e-6)
+
+
 def test_square_weights_are_not_guessed():
     params = {"a": normal(4, 4), "b": normal(4, 4)}
     got = merging.gram_matrices(

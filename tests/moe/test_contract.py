@@ -176,7 +176,7 @@ def test_dropped_slots_are_counted_and_give_nothing(gate):
     expected = REFERENCE(params, x, only)
     np.testing.assert_allclose(served.y, expected, rtol=1e-5, atol=1e-5)
     found = moe.losses.statistics(routing, served.kept)["dropped"]
-    filled = np.asarray(routing.weights) > 0
+    filled = (np.asarray(routing.weights) > 0) & (experts < E)
     np.testing.assert_allclose(found, (filled & ~kept).sum() / filled.sum(), rtol=1e-6)
 
 
@@ -326,3 +326,18 @@ def test_dropless_serves_all_however_uneven(busiest):
     np.testing.assert_allclose(
         served.y, REFERENCE(params, x, routing), rtol=1e-5, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("name", list(DISPATCHERS))
+def test_other_numbers_of_experts_are_refused(name):
+    """Fewer than the gate has, and shared ones that the routing knows nothing of."""
+    gate = {"k": 2}
+    kernel, params, x = made(gate)
+    serve = DISPATCHERS[name]
+    routing = routed(gate, kernel, x)
+    few = jax.tree.map(lambda p: p[:-1], params)
+    with pytest.raises(ValueError, match=f"got {E - 1} experts for a gate of {E}"):
+        serve(moe.EXPERTS["swiglu"], few, x, routing)
+    more = jax.tree.map(lambda p: jnp.concatenate([p, p[:1]]), params)
+    with pytest.raises(ValueError, match="route with shared=1"):
+        serve(moe.EXPERTS["swiglu"], more, x, routing)

@@ -12,6 +12,7 @@ from multitask_jax.masked.tokenizers.coding import (
     decode,
     decode_mean,
     encode,
+    known,
     reconstruction_report,
 )
 from multitask_jax.masked.tokenizers.files import load, save
@@ -33,6 +34,7 @@ __all__ = [
     "encode",
     "fit",
     "grid",
+    "known",
     "load",
     "quantizers",
     "reconstruction_report",

@@ -40,6 +40,18 @@ def encode(tokenizer: Tokenizer, x: np.ndarray, batch: int = 64) -> np.ndarray:
     return _in_batches(run, x, batch)
 
 
+def known(tokenizer: Tokenizer, x: np.ndarray) -> np.ndarray:
+    """Which tokens of clips stand for anything known: [N, ...] -> [N, *G] bool.
+
+    A gaze has samples without one; a token of nothing else is no truth to learn.
+
+    Raises:
+      ValueError: clips of other shapes or of another dtype.
+    """
+    signals.check(tokenizer.config, x, "x")
+    return signals.known_tokens(tokenizer.config, x)
+
+
 def decode(tokenizer: Tokenizer, tokens: np.ndarray, batch: int = 64) -> np.ndarray:
     """Clips of tokens: [N, *G] -> [N, ...] in the data's units, without NaN.
 
@@ -61,23 +73,32 @@ def decode(tokenizer: Tokenizer, tokens: np.ndarray, batch: int = 64) -> np.ndar
 
 
 def decode_mean(
-    tokenizer: Tokenizer, probabilities: np.ndarray, batch: int = 64
+    tokenizer: Tokenizer,
+    probabilities: np.ndarray,
+    batch: int = 64,
+    *,
+    draws: int = 0,
+    seed: int = 0,
 ) -> np.ndarray:
-    """Clips of uncertain tokens: the decoder gets the mean of the codes' vectors.
+    """The mean clip of uncertain tokens, near the one of least squared error.
 
-    For what a model predicts of each token, this is near the clip of least squared
-    error, where `decode` of sampled tokens is a possible clip (our addition).
+    Where `decode` of sampled tokens is a possible clip, this is what a model that is
+    unsure expects (our addition).
 
     Args:
       tokenizer: from `fit` or `load`.
       probabilities: [N, *G, K] of each code.
       batch: as in `encode`.
+      draws: mean of so many clips, the tokens of each drawn independently; 0: one clip,
+        the decoder getting the mean of the codes' vectors, which is as fast as `decode`
+        but none of what it was trained on.
+      seed: of the draws.
 
     Returns:
       [N, ...] in the data's units, without NaN; `decode` where one code has all.
 
     Raises:
-      ValueError: probabilities of another grid or vocabulary.
+      ValueError: probabilities of another grid or vocabulary, or draws below 0.
     """
     config, p = tokenizer.config, np.asarray(probabilities, np.float32)
     expected = *grid(config), vocabulary(config)
@@ -87,8 +108,11 @@ def decode_mean(
             f"probabilities: got {list(p.shape)}, expected [N, {sizes}], of codes of"
             " this tokenizer"
         )
+    if draws < 0:
+        raise ValueError(f"draws: got {draws}, expected 0 or more")
+    key = jax.random.key(seed)
     run = functools.partial(
-        _decode_mean, config, tokenizer.variables, tokenizer.statistics
+        _decode_mean, config, draws, tokenizer.variables, tokenizer.statistics, key
     )
     return _in_batches(run, p, batch)
 
@@ -109,14 +133,29 @@ def _decode(
     return signals.from_network(config, statistics, y)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _decode_mean(
-    config: Config, variables: Any, statistics: Statistics, p: Array
+    config: Config,
+    draws: int,
+    variables: Any,
+    statistics: Statistics,
+    key: Array,
+    p: Array,
 ) -> Array:
-    every = jnp.arange(p.shape[-1])
-    values = p @ model.values(config, variables, every)
-    y = model.decode(config, variables, values)
-    return signals.from_network(config, statistics, y)
+    if not draws:
+        values = p @ model.values(config, variables, jnp.arange(p.shape[-1]))
+        y = model.decode(config, variables, values)
+        return signals.from_network(config, statistics, y)
+
+    def add(total: Array, key: Array) -> tuple[Array, None]:
+        codes = jax.random.categorical(key, jnp.log(p))
+        values = model.values(config, variables, codes)
+        return total + model.decode(config, variables, values), None
+
+    none = jnp.zeros((len(p), *model.signal_shape(config)))
+    # In the network's signal, where depths are logarithms and poses not yet rigid.
+    total, _ = jax.lax.scan(add, none, jax.random.split(key, draws))
+    return signals.from_network(config, statistics, total / draws)
 
 
 def _in_batches(

@@ -16,7 +16,7 @@ import numpy as np
 
 from multitask_jax.data import poses
 from multitask_jax.masked.tokenizers.quantizers import along_last
-from multitask_jax.masked.tokenizers.types import CHANNELS, Config, Statistics
+from multitask_jax.masked.tokenizers.types import CHANNELS, Config, Statistics, grid
 
 Array = jax.Array
 _NEAREST = 1e-2  # metres: what depth 0 is taken for
@@ -52,7 +52,8 @@ def check(config: Config, x: np.ndarray, where: str) -> None:
 def to_network(config: Config, statistics: Statistics, x: Array) -> tuple[Array, Array]:
     """Signals and what of them is known: [N, ...] -> ([N, ..., C], [N, ..., 1]).
 
-    What is unknown is 0 in the signal. The mask is float32, 1 where known.
+    What is unknown is 0 in a depth; a gaze is then the nearest in time that is known (0
+    without any). The mask is float32, 1 where known.
     """
     known = jnp.ones((*x.shape[:2], 1))
     if config.kind == "camera":
@@ -66,7 +67,30 @@ def to_network(config: Config, statistics: Statistics, x: Array) -> tuple[Array,
     if config.kind in ("depth", "gaze"):
         known = jnp.all(jnp.isfinite(y), axis=-1, keepdims=True).astype(jnp.float32)
     mean, deviation = (along_last(y.ndim, v) for v in statistics)
-    return jnp.where(known > 0, (y - mean) / deviation, 0.0), known
+    signal = jnp.where(known > 0, (y - mean) / deviation, 0.0)
+    return (_held(signal, known) if config.kind == "gaze" else signal), known
+
+
+def _held(signal: Array, known: Array) -> Array:
+    """A trajectory [N, S, C] whose gaps are its nearest samples; known: [N, S, 1]."""
+    place = jnp.arange(signal.shape[1])
+    away = jnp.abs(place[:, None] - place[None])[None]
+    away = jnp.where(known[:, None, :, 0] > 0, away, len(place))
+    nearest = jnp.argmin(away, axis=-1)[..., None]
+    return jnp.take_along_axis(signal, nearest, axis=1)
+
+
+def known_tokens(config: Config, x: np.ndarray) -> np.ndarray:
+    """Which tokens [N, *G] have any sample that is known; only a gaze's may not.
+
+    Args:
+      config: of the tokenizer.
+      x: clips [N, ...], checked.
+    """
+    if config.kind != "gaze":
+        return np.ones((len(x), *grid(config)), bool)
+    valid = np.isfinite(x).all(axis=-1)
+    return valid.reshape(len(x), -1, config.stride).any(axis=-1)
 
 
 def from_network(config: Config, statistics: Statistics, y: Array) -> Array:
@@ -80,7 +104,8 @@ def from_network(config: Config, statistics: Statistics, y: Array) -> Array:
     if config.kind == "depth":
         return jnp.exp(x[..., 0])
     if config.kind == "camera":
-        return poses.from_vector(x)
+        # In its own first frame, as the data are.
+        return poses.relative(poses.from_vector(x))
     return jnp.clip(x, 0.0, 1.0)
 
 
@@ -107,5 +132,11 @@ def measure(config: Config, data: np.ndarray) -> Statistics:
             f"data: {config.kind} without any finite value, or with NaN where there"
             " must be none; leave such clips out"
         )
-    deviation = np.maximum(y.std(axis=0), _STILL)
+    deviation = y.std(axis=0)
+    if config.kind == "camera":
+        # One for all of the rotation and one for the position: by itself, a height
+        # that hardly moves would count like the way that was walked.
+        for part in (slice(None, 6), slice(6, None)):
+            deviation[part] = np.sqrt(np.mean(deviation[part] ** 2))
+    deviation = np.maximum(deviation, _STILL)
     return Statistics(y.mean(axis=0).astype(np.float32), deviation.astype(np.float32))

@@ -83,11 +83,33 @@ def test_the_mean_of_certain_tokens_is_their_clip(kind):
     )
     # Bytes may round to the other side.
     np.testing.assert_allclose(made, clip, rtol=1e-4, atol=1 if kind == "rgb" else 1e-4)
-    even = tokenizers.decode_mean(tokenizer, np.full_like(sure, 1 / size))
-    assert even.dtype == _data(kind).dtype
-    assert np.isfinite(even).all()
+    drawn = tokenizers.decode_mean(tokenizer, sure, draws=3).astype(np.float32)
+    np.testing.assert_allclose(
+        drawn, clip, rtol=1e-4, atol=1 if kind == "rgb" else 1e-4
+    )
+    for draws in (0, 2):
+        even = np.full_like(sure, 1 / size)
+        even = tokenizers.decode_mean(tokenizer, even, draws=draws)
+        assert even.dtype == _data(kind).dtype
+        assert np.isfinite(even).all()
     with pytest.raises(ValueError, match=r"probabilities: got \[4, .*expected \[N, "):
         tokenizers.decode_mean(tokenizer, sure[..., 1:])
+    with pytest.raises(ValueError, match="draws: got -1"):
+        tokenizers.decode_mean(tokenizer, sure, draws=-1)
+
+
+def test_the_mean_of_draws_is_the_expected_signal():
+    """Of a first token with two codes, each as likely: the mean of both clips."""
+    tokenizer, _ = _fitted("gaze")
+    tokens = tokenizers.encode(tokenizer, _data("gaze")[:1])
+    size = tokenizers.vocabulary(tokenizer.config)
+    both = [tokens.copy() for _ in range(2)]
+    both[1][0, 0] = (tokens[0, 0] + 1) % size
+    p = np.mean([np.eye(size, dtype=np.float32)[t] for t in both], axis=0)
+    found = tokenizers.decode_mean(tokenizer, p, draws=4000)
+    ends = np.stack([tokenizers.decode(tokenizer, t) for t in both])
+    if (ends > 0).all() and (ends < 1).all():  # else cut off at the picture's edge
+        np.testing.assert_allclose(found, ends.mean(axis=0), atol=0.02)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -125,6 +147,30 @@ def test_values_at_invalid_samples_do_not_matter():
     np.testing.assert_array_equal(
         tokenizers.encode(tokenizer, half), tokenizers.encode(tokenizer, _data("gaze"))
     )
+
+
+def test_a_gap_in_a_gaze_is_its_nearest_sample():
+    """Not the picture's middle, which would be a gaze like any other."""
+    tokenizer, _ = _fitted("gaze")
+    whole = np.full((1, 16, 2), 0.2, np.float32)
+    gap = whole.copy()
+    gap[:, 4:10] = np.nan
+    np.testing.assert_array_equal(
+        tokenizers.encode(tokenizer, gap), tokenizers.encode(tokenizer, whole)
+    )
+    # Tokens are of two samples; those of unknown ones alone are no truth.
+    expected = np.ones((1, 8), bool)
+    expected[:, 2:5] = False
+    np.testing.assert_array_equal(tokenizers.known(tokenizer, gap), expected)
+    video, _ = _fitted("depth")
+    assert tokenizers.known(video, _data("depth")).all()
+
+
+def test_decoded_cameras_begin_at_the_identity():
+    tokenizer, _ = _fitted("camera")
+    y = tokenizers.decode(tokenizer, tokenizers.encode(tokenizer, _data("camera")))
+    eye = np.broadcast_to(np.eye(4), (len(y), 4, 4))
+    np.testing.assert_allclose(y[:, 0], eye, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["depth", "gaze"])

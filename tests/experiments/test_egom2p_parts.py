@@ -1,0 +1,206 @@
+"""Measures, masks, plan and benchmark of EgoM2P, without a run."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import (
+    benchmark_egom2p,
+    egom2p_evaluation,
+    egom2p_plan,
+    egom2p_regressor,
+    egom2p_report,
+)
+from experiments import egom2p_training as training
+from experiments.egom2p_evaluation import MEASURES, TASKS
+from multitask_jax import sharding
+from multitask_jax.data import egocentric
+from multitask_jax.data.egocentric import Clips
+from multitask_jax.masked import tokenizers
+from multitask_jax.masked.modalities import modality_of
+from multitask_jax.masked.tokenizers import types
+from multitask_jax.models.egom2p import Shape
+from tests.experiments.common import from_flagfile
+from tests.masked.common import MODALITIES
+
+
+def clips(count=3):
+    rng = np.random.default_rng(0)
+    arrays = {
+        "rgb": rng.integers(0, 256, (count, *egocentric.SHAPES["rgb"]), np.uint8),
+        "depth": rng.uniform(1, 9, (count, 16, 64, 64)).astype(np.float32),
+        "camera": np.tile(np.eye(4, dtype=np.float32), (count, 64, 1, 1)),
+        "gaze": rng.random((count, 64, 2), np.float32),
+    }
+    arrays["camera"][:, :, 2, 3] = np.linspace(0, 3, 64)
+    arrays["gaze"][0, :5] = np.nan
+    present = {k: np.ones(count, bool) for k in arrays}
+    return Clips(arrays, present, [str(i) for i in range(count)], ["a"] * count)
+
+
+@pytest.mark.parametrize("kind", egocentric.MODALITIES)
+def test_scores_are_best_for_the_truth_and_baselines_are_of_its_shape(kind):
+    some = clips()
+    truth = some.arrays[kind]
+    best = egom2p_evaluation.score(kind, np.nan_to_num(truth), truth)
+    for other in (
+        egom2p_evaluation.constant(kind, some, len(truth)),
+        egom2p_evaluation.copy_first(kind, truth),
+    ):
+        assert other.shape == truth.shape
+        assert other.dtype == truth.dtype
+        assert np.isfinite(other).all()
+        worse = egom2p_evaluation.score(kind, other, truth)
+        for name, (_, more) in egom2p_evaluation.MEASURES[kind].items():
+            good, bad = best[name].mean(), worse[name].mean()
+            assert good >= bad if more else good <= bad, name
+
+
+def test_the_best_constant_depth_is_found_by_search():
+    """Of few depths at a pixel, none has a smaller mean |x - d| / d."""
+    rng = np.random.default_rng(0)
+    some = clips(5)
+    depth = rng.uniform(0.2, 9, some.arrays["depth"].shape).astype(np.float32)
+    depth[0, 0, :8] = np.nan
+    some = some._replace(arrays=some.arrays | {"depth": depth})
+    best = egom2p_evaluation.least_abs_rel(some, 2, every=1)
+    assert best.shape == (2, *depth.shape[1:])
+    for i, j in ((0, 0), (10, 50)):
+        d = depth[:, :, i, j].reshape(-1)
+        d = d[np.isfinite(d)]
+        error = [np.mean(np.abs(x - d) / d) for x in (best[0, 0, i, j], *d)]
+        assert error[0] <= min(error) + 1e-6
+
+
+def test_rows_are_spread_evenly():
+    np.testing.assert_array_equal(training.spread(10, 5), [0, 2, 4, 6, 8])
+    np.testing.assert_array_equal(training.spread(3, 5), [0, 1, 2])
+
+
+def test_the_paths_first_held_is_no_motion():
+    held = egom2p_evaluation.copy_first("camera", clips().arrays["camera"])
+    np.testing.assert_array_equal(held, np.tile(np.eye(4), (3, 64, 1, 1)))
+    ate = egom2p_evaluation.score("camera", held, clips().arrays["camera"])["ATE"]
+    np.testing.assert_allclose(ate, np.sqrt(np.mean(np.linspace(0, 3, 64) ** 2)), 1e-5)
+
+
+def test_intervals_cover_the_mean():
+    rng = np.random.default_rng(0)
+    hits = 0
+    for seed in range(100):
+        values = rng.normal(1.0, 1.0, 50)
+        values[:5] = np.nan
+        mean, low, high = egom2p_evaluation.bootstrap(values, seed=seed)
+        assert low < mean < high
+        hits += low < 1.0 < high
+    assert 86 <= hits <= 100
+
+
+def test_flops_by_formula_are_those_of_the_compiler_without_loops():
+    """Six FLOPs a weight and token, for a wide model that attention costs little."""
+    shape = Shape(width=768, heads=12, encoder_depth=12, decoder_depth=12)
+    few = egom2p_plan.step_flops(shape, inputs=1, targets=0)
+    encoder = 12 * (4 * 768**2 + 3 * 768 * 2048)
+    cross = 12 * 2 * 768**2  # keys and values of the inputs
+    assert few == pytest.approx(6 * (encoder + cross), rel=1e-3)
+
+
+def test_the_papers_size_compiles_for_meshes_that_are_not_there(tmp_path):
+    """Of a flagfile's settings but for the mesh and the batch, to be brief."""
+    config = from_flagfile(egom2p_plan.Config, "egom2p/gpu_8", output_dir=str(tmp_path))
+    config = dataclasses.replace(config, mesh="data=2,fsdp=2,tensor=2", batch=8)
+    plan = egom2p_plan.run(config)
+    assert plan.devices == 8
+    assert 350e6 < plan.parameters < 450e6
+    # Parameters and two moments in float32, over fsdp and tensor but for small leaves.
+    assert 12 * plan.parameters / 4 <= plan.state < 12.5 * plan.parameters / 4
+    assert plan.temporaries > 0
+    assert {"all-reduce", "all-gather"} <= set(plan.exchanged)
+    assert "as compiled for a CPU" in (tmp_path / "report.md").read_text()
+    for name in ("v5e_256", "gpu_8"):
+        told = from_flagfile(egom2p_plan.Config, f"egom2p/{name}")
+        axes = sharding.parse_axes(told.mesh)
+        assert told.batch % np.prod(list(axes.values())) == 0
+
+
+def test_the_benchmark_measures_a_step_masks_and_a_batch(tmp_path):
+    config = benchmark_egom2p.Config(
+        sizes="mini", batch=2, repeats=1, output_dir=str(tmp_path)
+    )
+    found = benchmark_egom2p.run(config)
+    assert set(found) == {"mini", "mini and masks", "masks", "batch"}
+    assert all(ms > 0 for ms in found.values())
+    assert "masks alone" in (tmp_path / "report.md").read_text()
+    with pytest.raises(ValueError, match="sizes: got 'huge'"):
+        benchmark_egom2p.run(dataclasses.replace(config, sizes="huge"))
+
+
+def test_embeddings_and_head_begin_as_the_codes_geometry():
+    """Cosines of embeddings are about those of codes, and of the head's columns too."""
+    config = tokenizers.Config("gaze", codes=3, width=8, blocks=1, heads=2, samples=8)
+    codes = np.array([[1.0, 0.0], [0.8, 0.6], [-1.0, 0.0]]) @ np.eye(2, 32)
+    variables = {"codebook": SimpleNamespace(codes=codes)}
+    tokenizer = tokenizers.Tokenizer(config, variables, None)
+    params = {"token_embedding": np.zeros((3, 512)), "head": np.zeros((512, 3))}
+    made = training.with_codebooks(
+        jax.tree.map(jax.numpy.asarray, params), {"gaze": tokenizer}, jax.random.key(0)
+    )
+    for x in (made["token_embedding"], made["head"].T):
+        x = x / np.linalg.norm(x, axis=1, keepdims=True)
+        np.testing.assert_allclose(x @ x.T, codes @ codes.T, atol=0.1)
+    # Embeddings are as large as places: sines and cosines are .71 on average.
+    assert np.sqrt((made["token_embedding"] ** 2).mean()) == pytest.approx(0.8, abs=0.1)
+
+
+@pytest.mark.parametrize("kind", ["depth", "gaze"])
+def test_patches_come_back(kind):
+    sizes = {"width": 8, "frames": 8, "size": 16, "samples": 16}
+    made = tokenizers.Config(kind, **sizes)
+    shape = (8, 16, 16, 1) if kind == "depth" else (16, 2)
+    x = jax.random.normal(jax.random.key(0), (3, *shape))
+    cut = egom2p_regressor.patches(made, x)
+    assert cut.shape[1] == np.prod(types.grid(made))
+    np.testing.assert_array_equal(egom2p_regressor.signal_of(made, cut), x)
+
+
+def test_a_specialists_masks_show_one_modality_and_ask_for_another():
+    names = [m.name for m in MODALITIES]
+    settings = training.Settings(inputs=6, targets=5, task=(names[0], names[2]))
+    masks = training.task_masks(jax.random.key(0), 7, MODALITIES, settings)
+    of = modality_of(MODALITIES)
+    for slots, wanted, room in ((masks.inputs, 0, 6), (masks.targets, 2, 5)):
+        position, valid = map(np.asarray, slots)
+        count = min(MODALITIES[wanted].length, room)
+        np.testing.assert_array_equal(valid.sum(axis=1), count)
+        assert (of[position[valid]] == wanted).all()
+
+
+def test_verdicts_follow_the_interval_of_paired_differences():
+    rng = np.random.default_rng(0)
+    base = rng.normal(size=(2, 60)) * 10
+
+    def run(shift, seed):
+        return {
+            task.name: {
+                "": {
+                    name: base[seed] + (shift if more else -shift)
+                    for name, (_, more) in MEASURES[task.wanted].items()
+                }
+            }
+            for task in TASKS
+        }
+
+    first, second = ([run(s, i) for i in range(2)] for s in (1.0, 0.0))
+    total = sum(len(MEASURES[task.wanted]) for task in TASKS)
+    for a, b, said in ((first, second, "better"), (second, first, "worse")):
+        text, count = egom2p_report.compared(a, b, ("a", "b"))
+        assert count[said] == total
+        assert "+- " in text
+    noise = [
+        jax.tree.map(lambda x: np.asarray(x + rng.normal(size=60)), m) for m in first
+    ]
+    _, count = egom2p_report.compared(noise, first, ("a", "b"))
+    assert count["undecided"] >= total - 2
