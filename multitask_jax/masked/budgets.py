@@ -47,8 +47,8 @@ def dirichlet_budgets(
       inputs, targets: N of each, before a modality's length cuts them.
       alphas: [A], of the symmetric Dirichlets.
       focus: chance that a sample shows one modality alone, drawn by its length, and
-        asks for others only, as generation does. Without, few samples do; 4M mixes
-        such ones in, EgoM2P has none.
+        asks for others only, as generation does. Without, about one in six does; 4M
+        mixes more in, EgoM2P does not.
       fill: what is asked of a modality beyond its length is asked of the others, in
         proportion to what they have left: targets sum to N (less M at most) where there
         are as many. Our choice, for modalities of very different lengths; without, most

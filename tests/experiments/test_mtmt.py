@@ -165,6 +165,7 @@ def test_customers_are_scored(shared, tmp_path):
     ("options", "message"),
     [
         ({"models": "MTTM"}, "expected one of"),
+        ({"models": "MTMT,MTMT"}, "got MTMT twice"),
         ({"folds": 1}, "two folds or more"),
         ({"seeds": "0,0"}, "each once"),
         ({"policy_outcome": "clicks"}, "expected one of"),
@@ -175,6 +176,43 @@ def test_wrong_flags_are_named(tmp_path, options, message):
     config = mtmt.Config(workdir=str(tmp_path), data="simulator", rows=60)
     with pytest.raises(ValueError, match=message):
         mtmt.run(dataclasses.replace(config, **options))
+
+
+def test_networks_that_still_learn_are_named(tmp_path):
+    """Best after the last epoch with every seed, not with some."""
+    path = tmp_path / "metrics.jsonl"
+    assert mtmt.still_learning(path, 2) == []
+    errors = {"a": ((3.0, 2.0), (3.0, 2.0)), "b": ((3.0, 2.0), (2.0, 3.0))}
+    lines = [
+        {"step": i + 1, "model": model, "seed": seed, "loss": 0.0, "validation": v}
+        for model, by_seed in errors.items()
+        for seed, values in enumerate(by_seed)
+        for i, v in enumerate(values)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert mtmt.still_learning(path, 2) == ["a"]
+
+
+def test_diverged_training_is_told(tmp_path):
+    """Not hidden by the random network that was the best so far."""
+    config = mtmt.Config(
+        workdir=str(tmp_path), data="simulator", rows=300, models="S-learner",
+        folds=2, seeds="0", epochs=1, batch_size=64, rate=1e30, progress=False,
+    )  # fmt: skip
+    with pytest.raises(FloatingPointError, match="lower --rate"):
+        mtmt.run(config)
+    assert not list((tmp_path / "predictions").glob("*"))
+
+
+def test_the_public_data_are_asked_for(tmp_path, monkeypatch):
+    from multitask_jax.data import hillstrom_builder
+
+    def builder():
+        raise OSError("no internet")
+
+    monkeypatch.setattr(hillstrom_builder, "builder", builder)
+    with pytest.raises(OSError, match="no internet"):
+        mtmt.run(mtmt.Config(workdir=str(tmp_path), download=True))
 
 
 def test_a_folder_without_a_model_is_named(tmp_path):
