@@ -16,10 +16,11 @@ Measured = Mapping[str, Mapping[str, Mapping[str, np.ndarray]]]  # [N] of a meas
 
 _NOTES = """\
 Each number is a mean over clips with its 95 % bootstrap interval, which is of clips
-of these few maps, not of other maps. *mean*: what the model expects, the mean of 16
-clips, each token drawn by itself; *shown another clip*: that mean, had it been given
-another clip's tokens, which a model that uses them does worse by; *sample*: a clip that
-could be, its tokens drawn together.
+of these few maps, not of other maps. *mean*: what the model expects, the mean of 256
+paths or 64 depths, each token drawn by itself (of RGB, the decoder gets the mean of the
+codes' vectors); *shown another clip*: that mean, had it been given another clip's
+tokens, which a model that uses them does worse by; *sample*: a clip that could be, its
+tokens drawn together.
 *constant*: the mean of the training clips, of depth in log; *of least AbsRel*: the one
 that fits them best by that measure (0 m has 1). *first held*: the *true* first value of
 the target, held for the whole clip; the model is given no true value of its target.
