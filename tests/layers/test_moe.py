@@ -79,8 +79,8 @@ def test_hard_routing_drops_nobody_when_all_are_of_one_task(x, task):
     y, sown = apply(layer, params, x, ids, mutable="moe")
     assert sum_of(sown, "dropped") == 0
     one = jax.tree.map(lambda p: p[task], params["experts"])
-    up = jax.nn.gelu(x @ one["up"]["kernel"] + one["up"]["bias"])
-    expected = up @ one["down"]["kernel"] + one["down"]["bias"]
+    up = jax.nn.gelu(x @ one["up"]["kernel"] + one["up"]["bias"][None, None])
+    expected = up @ one["down"]["kernel"] + one["down"]["bias"][None, None]
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
 
 
