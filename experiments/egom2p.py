@@ -148,9 +148,7 @@ def check(config: Config) -> None:
     least = {"batch": 1, "inputs": 1, "targets_budget": 1, "test_clips": 2}
     least |= {"tokenizer_batch": 1, "video_steps": 1, "trajectory_steps": 1}
     least |= {"steps": 1, "evaluate_every": 1, "clip": 0, "temperature": 0, "rate": 0}
-    for name, wanted in least.items():
-        if (got := getattr(config, name)) < wanted:
-            raise ValueError(f"--{name}: got {got}, expected at least {wanted}")
+    parsing.at_least(config, **least)
     for name in ("focus", "top_p"):
         if not 0 <= (got := getattr(config, name)) <= 1:
             raise ValueError(f"--{name}: got {got}, expected a share from 0 to 1")
@@ -283,12 +281,8 @@ def evaluate(config: Config, workdir: Path) -> dict[str, Any]:
     """
     _tokenized(workdir)
     config = _as_trained(config, workdir)
-    for folder, stages in (
-        ("tokenizers", ("record", "tokenize")),
-        ("tokens", ("record", "tokenize")),
-        ("model", ("record", "tokenize", "pretrain")),
-    ):
-        _same(config, workdir / folder, stages)
+    # The model remembers its clips and tokenizers, too.
+    _same(config, workdir / "model", ("record", "tokenize", "pretrain"))
     model = load_model(workdir, SHAPES[config.size])
     train = tokens_of.read_clips(workdir / "clips" / "train")
     test = tokens_of.read_clips(workdir / "clips" / "test", config.test_clips)

@@ -22,7 +22,6 @@ one tensor a thread.
 
 import dataclasses
 import json
-import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -34,13 +33,13 @@ import ml_dtypes
 import numpy as np
 from tqdm import tqdm
 
-from experiments import flags
+from experiments import flags, parsing
 from experiments.flags import flag
 from multitask_jax import checkpoints, tree
 from multitask_jax.checkpoints import CheckpointError, Reader, TensorInfo
 from multitask_jax.merging import task_arithmetic
 from multitask_jax.merging.low_rank import factorise
-from multitask_jax.merging.parallel import one_blas_thread
+from multitask_jax.merging.parallel import cores, one_blas_thread
 from multitask_jax.merging.plan import Entry, human, plan_merge
 
 DTYPES = {
@@ -139,7 +138,7 @@ def run(config: Config) -> Result:
         whole = any(e.path.startswith(f"{m}.") for m in saved)
         return extract(config, e, base, model, keep=keep, whole=whole, flip=flip)
 
-    threads = config.threads or min(8, os.cpu_count() or 1)
+    threads = config.threads or min(8, cores())
     with one_blas_thread(), ThreadPoolExecutor(threads) as pool:
         jobs = pool.map(work, plan.merged, chosen)
         bar = tqdm(jobs, "", len(names), unit="tensor", disable=not config.progress)
@@ -240,9 +239,7 @@ def check(config: Config) -> None:
     for name in ("base", "model", "output"):
         if not getattr(config, name):
             raise ValueError(f"--{name}: got none; pass --{name}=PATH")
-    for name in ("rank", "threads"):
-        if (got := getattr(config, name)) is not None and got < 1:
-            raise ValueError(f"--{name}: got {got}, expected at least 1")
+    parsing.at_least(config, rank=1, threads=1)
     if config.energy is not None and not 0 < config.energy <= 1:
         raise ValueError(f"--energy: got {config.energy}, expected a share in (0, 1]")
     if config.alpha is not None and not 0 < config.alpha < 1e9:

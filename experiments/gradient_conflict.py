@@ -38,7 +38,7 @@ from experiments import flags, study_store
 from experiments import gradient_conflict_report as reports
 from experiments.flags import flag
 from experiments.gradient_conflict_report import Result
-from experiments.parsing import numbers
+from experiments.parsing import at_least, numbers
 from multitask_jax import moe
 from multitask_jax.host_memory import keep_freed_memory
 from multitask_jax.training import gradients
@@ -292,8 +292,7 @@ def run(config: Config) -> Result:
             f"got --hidden={config.hidden}, --steps={config.steps}; expected a multiple"
             f" of 4, and at least {STRETCHES} steps"
         )
-    if config.seeds < 1:
-        raise ValueError(f"--seeds: got {config.seeds}, expected at least 1")
+    at_least(config, seeds=1)
     workdir = Path(config.workdir)
     study_store.remember(config, workdir, FREE)
     store = study_store.Store(workdir)

@@ -21,7 +21,7 @@ read, convert, select and check values also where a GPU or TPU merges them.
 import dataclasses
 from typing import NamedTuple
 
-from experiments import flags
+from experiments import flags, parsing
 from experiments.flags import flag
 from multitask_jax import merging
 from multitask_jax.merging.plan import plan_passes
@@ -127,9 +127,7 @@ def run(config: Config) -> str:
       ValueError: a flag is not positive.
     """
     options = dataclasses.asdict(config)
-    for name, value in options.items():
-        if value < 1:
-            raise ValueError(f"--{name}: got {value}, expected at least 1")
+    parsing.at_least(config, **dict.fromkeys(options, 1))
     rows = []
     for size, parameters in SIZES.items():
         for name, work in WORK.items():

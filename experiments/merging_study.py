@@ -36,6 +36,7 @@ from tqdm import tqdm
 from experiments import (
     flags,
     merge,
+    parsing,
     study_analysis,
     study_merges,
     study_report,
@@ -171,9 +172,7 @@ def check(config: Config) -> tuple[list[int], list[str], list[str]]:
     least = {"train_rows": 2 * config.batch_size, "validation_rows": 2, "epochs": 1}
     least |= {"batch_size": 1, "budget": 1, "unlabelled_rows": 16, "fisher_rows": 16}
     least |= {"test_rows": 0, "adamerging_steps": 0, "max_length": 4}
-    for name, wanted in least.items():
-        if (got := getattr(config, name)) < wanted:
-            raise ValueError(f"--{name}: got {got}, expected at least {wanted}")
+    parsing.at_least(config, **least)
     model = Path(config.model_dir)
     if not (model / "config.json").is_file():
         raise ValueError(
@@ -202,6 +201,19 @@ def chosen_rows(config: Config) -> list[str]:
     return wanted or every
 
 
+def digest(
+    tasks: Sequence[text_tasks.Task], tensors: Mapping[str, Any], tokenizer: bytes
+) -> str:
+    """A short name of what was read of the tasks and the base."""
+    found = hashlib.sha256(tokenizer)
+    for task in tasks:
+        for rows in (task.train, task.validation, task.test):
+            found.update(rows.labels.tobytes() + repr(rows.sentences).encode())
+    for name, x in sorted(tensors.items()):
+        found.update(name.encode() + np.ascontiguousarray(x).tobytes())
+    return found.hexdigest()[:12]
+
+
 class Study:
     """What all parts share: tasks, evaluator, results."""
 
@@ -227,20 +239,11 @@ class Study:
                 f" {config.model_dir}, expected float32, which fine-tuning needs: cast"
                 " them first"
             )
+        tokenizer = Path(config.model_dir) / "tokenizer.json"
+        self.files = digest(self.tasks, tensors, tokenizer.read_bytes())
         params, rest = bert.from_hugging_face(tensors, shape=self.evaluator.shape)
         self.base = (jax.tree.map(np.ascontiguousarray, params), rest)
         self.store = Store(self.workdir)
-
-    def digest(self) -> str:
-        """A short name of the base's and the tasks' bytes."""
-        found = hashlib.sha256()
-        for task in self.tasks:
-            for rows in (task.train, task.validation, task.test):
-                found.update(rows.labels.tobytes() + repr(rows.sentences).encode())
-        for name in ("model.safetensors", "tokenizer.json"):
-            path = Path(self.config.model_dir) / name
-            found.update(path.read_bytes() if path.exists() else b"")
-        return found.hexdigest()[:12]
 
     def scores(
         self, tensors: Mapping[str, Any], seed: Seed, pool: Pool
@@ -345,8 +348,7 @@ def run(config: Config) -> Result:
     free = FREE if config.tune_every_seed else tuple(set(FREE) - {"seeds"})
     study = Study(config, tasks, rows)
     known = study_merges.protocol(config.budget)
-    files = study.digest()
-    remember(told, Path(config.workdir), free, protocol=known, files=files)
+    remember(told, Path(config.workdir), free, protocol=known, files=study.files)
     for index in seeds:
         seed = study.prepare(index)
         study.references(seed)

@@ -37,6 +37,7 @@ from experiments import (
     mtmt_report,
     parsing,
     study_store,
+    sweep_log,
 )
 from experiments import mtmt_training as training
 from experiments.flags import flag
@@ -126,13 +127,7 @@ def run(config: Config) -> Result | None:
             f" --validation={config.validation}; expected two folds or more, an epoch"
             " or more, and a share between 0 and 1"
         )
-    for name, value in (
-        ("batch_size", config.batch_size),
-        ("bootstrap", config.bootstrap),
-        ("rows", config.rows),
-    ):
-        if value is not None and value < 1:
-            raise ValueError(f"--{name}: got {value}, expected at least 1")
+    parsing.at_least(config, batch_size=1, bootstrap=1, rows=1)
     trial, encoder = load(config)
     outcome = config.policy_outcome or trial.outcomes[-1]
     parsing.one_of("policy_outcome", outcome, trial.outcomes)
@@ -359,7 +354,7 @@ def _notes(
     if seconds:
         each = ", ".join(f"{n} {s:.1f}" for n, s in seconds.items())
         notes.append(f"Seconds of an epoch, all {config.folds} folds at once: {each}.")
-    if learning := still_learning(workdir / "metrics.jsonl", config.epochs):
+    if learning := still_learning(workdir, config.epochs):
         notes.append(
             f"Best on validation rows at the last of {config.epochs} epochs, with every"
             f" seed: {', '.join(learning)}. More epochs may change their places."
@@ -367,13 +362,10 @@ def _notes(
     return tuple(notes)
 
 
-def still_learning(path: Path, epochs: int) -> list[str]:
+def still_learning(workdir: Path, epochs: int) -> list[str]:
     """Networks whose validation error was least after the last epoch, of all seeds."""
-    if not path.exists():
-        return []
     errors: dict[str, dict[int, dict[int, float]]] = {}
-    for line in path.read_text().splitlines():
-        record = json.loads(line)
+    for record in sweep_log.read_lines(workdir):
         of_seed = errors.setdefault(record["model"], {}).setdefault(record["seed"], {})
         of_seed[record["step"]] = record["validation"]
     return [

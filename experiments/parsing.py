@@ -34,6 +34,13 @@ def one_of(name: str, value: str, options: tuple[str, ...]) -> Any:
     return value
 
 
+def at_least(config: Any, **least: float) -> None:
+    """Fields of a config that are set and too small; ValueError names the flag."""
+    for name, wanted in least.items():
+        if (got := getattr(config, name)) is not None and got < wanted:
+            raise ValueError(f"--{name}: got {got}, expected at least {wanted}")
+
+
 def size_in_bytes(name: str, text: str | None) -> int | None:
     """Bytes of a size, before/after: 5GB -> 5 * 10**9, 512MiB -> 512 * 2**20."""
     if not text:

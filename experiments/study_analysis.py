@@ -56,15 +56,19 @@ def forgetting(study: Any, seed: Any) -> None:
             others = [n for n in study.names if n != name]
             tau = seed.merger.own(t)
             out: dict[str, Any] = {"alphas": ALPHAS}
-            # Both end at the specialist itself; WiSE-FT starts at the base.
             tuned = study.accuracies(seed.merger.at(tau, {}), seed, pool)
-            for way, at in ways.items():
-                start = 0 if way == "LiNeS" else 1
-                between = [
-                    study.accuracies(seed.merger.at(tau, at(a)), seed, pool)
-                    for a in ALPHAS[start:-1]
-                ]
-                out[way] = {"validation": [*[base()][:start], *between, tuned]}
+
+            def accuracies(way: str, alpha: float) -> dict[str, float]:
+                if alpha == 1:  # the specialist itself, either way
+                    return tuned
+                if alpha == 0 and way == "WiSE-FT":
+                    return base()
+                return study.accuracies(
+                    seed.merger.at(tau, ways[way](alpha)), seed, pool
+                )
+
+            for way in ways:
+                out[way] = {"validation": [accuracies(way, a) for a in ALPHAS]}
             for way, at in ways.items():
                 found = out[way]["validation"]
                 alpha = merging.select_alpha(

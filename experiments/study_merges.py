@@ -146,19 +146,23 @@ def entries(budget: int) -> list[Entry]:
     return out
 
 
-def scaled(row: str, flags: Coefficients, budget: int, tau: Any = None) -> Entry:
+def scaled(row: str, flags: Coefficients, budget: int) -> Entry:
     """A row's task vector, longer or shorter by the multiples that LiNeS has."""
     flags = flags | {"lines_alpha": "norm", "lines_beta": 0.0}
-    lengths = tuple({"depth_mean": x} for x in spread(DEPTH_MEANS, budget))
-    return Entry(f"{row}, scaled", flags, lengths, tau)
+    return Entry(f"{row}, scaled", flags, depth_means(budget))
 
 
 def with_lines(
     row: str, budget: int, tau: Callable[["Merger"], dict[str, np.ndarray]]
 ) -> Entry:
     """A row's task vector, scaled by LiNeS."""
-    means = tuple({"depth_mean": x} for x in spread(DEPTH_MEANS, budget))
-    return Entry(f"{row} + LiNeS", {"lines_alpha": "norm"}, means, tau)
+    flags = {"lines_alpha": "norm"}
+    return Entry(f"{row} + LiNeS", flags, depth_means(budget), tau)
+
+
+def depth_means(budget: int) -> tuple[Coefficients, ...]:
+    """At most `budget` candidates of what has no other coefficient."""
+    return tuple({"depth_mean": x} for x in spread(DEPTH_MEANS, budget))
 
 
 def protocol(budget: int) -> str:

@@ -207,8 +207,7 @@ def read_space(config: Config, models: int) -> dict[str, tuple[Any, ...]]:
 
 def start(config: Config, space: Mapping[str, Any]) -> tuple[search.Search, int]:
     """The search, and the number of candidates that it tries at most."""
-    if config.budget is not None and config.budget < 1:
-        raise ValueError(f"--budget: got {config.budget}, expected at least 1")
+    parsing.at_least(config, budget=1)
     if config.search == "grid":
         count = math.prod(len(v) for v in space.values())
         if config.budget is not None and count > config.budget:

@@ -16,7 +16,7 @@ import sys
 import threading
 from pathlib import Path
 
-from experiments import flags
+from experiments import flags, parsing
 from experiments.flags import flag
 from multitask_jax.checkpoints import checksums
 
@@ -45,8 +45,7 @@ def run(config: Config) -> checksums.Comparison:
     """
     if not config.checkpoint:
         raise ValueError("got no checkpoint; write `python -m experiments.verify DIR`")
-    if config.threads < 1:
-        raise ValueError(f"--threads: got {config.threads}, expected at least 1")
+    parsing.at_least(config, threads=1)
     path = Path(config.checkpoint).expanduser()
     expected = checksums.read(config.checksums or path)
     from tqdm import tqdm

@@ -112,9 +112,10 @@ def position_table(modalities: Modalities, width: int) -> np.ndarray:
     long, most are constant on 8 places, so that neighbours look alike and attention
     takes long to tell them apart (both our choice).
     """
-    part = width // max(len(m.grid) for m in modalities) // 2 * 2
+    axes = max(len(m.grid) for m in modalities)
+    part = width // axes // 2 * 2
+    own = width - part * (axes - 1)  # of time
     finest = max(m.grid[0] for m in modalities)
-    own = width - part * (max(len(m.grid) for m in modalities) - 1)  # of time
     table = np.zeros((sum(lengths(modalities)), width), np.float32)
     for m, start in zip(modalities, starts(modalities), strict=True):
         time, *space = np.indices(m.grid).reshape(len(m.grid), -1)

@@ -290,8 +290,12 @@ def batches_of(entries: Sequence[Entry], size: int) -> Iterator[list[Entry]]:
 
 def threads_for(method: Method, threads: int) -> int:
     """Of whole tensors no more at a time than there are cores."""
-    whole = any(t.needs == "tensor" for t in method.transforms)
-    return min(threads, cores()) if whole else threads
+    return min(threads, cores()) if merges_whole(method) else threads
+
+
+def merges_whole(method: Method) -> bool:
+    """Whether it must see whole tensors, some at least."""
+    return any(t.needs == "tensor" for t in method.transforms)
 
 
 def is_large(c: Chunk) -> bool:
@@ -312,7 +316,7 @@ def peak_memory(
         return min(max(CHUNK, e.shape[-1] if rows and e.shape else 1), e.size)
 
     sizes = sorted(map(chunk, plan.merged))
-    if any(t.needs == "tensor" for t in method.transforms):
+    if merges_whole(method):
         small = [n for n in sizes if n <= _LARGE]
         at_once = max(sizes[-1], sum(small[-threads:]))
     else:

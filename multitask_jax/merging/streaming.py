@@ -34,6 +34,7 @@ from multitask_jax.merging.plan import (
     Plan,
     batches_of,
     is_large,
+    merges_whole,
 )
 from multitask_jax.merging.processes import ALONE, Group
 from multitask_jax.merging.selection import (
@@ -94,8 +95,8 @@ class Stream:
         self.census, self.advance, self.threads = census, advance, threads
         self._group, self._share = group, share or plan
         self._check = not allow_nonfinite
-        needs = {t.needs for t in method.transforms}
-        self._rows, self._whole = "row" in needs, "tensor" in needs
+        self._rows = any(t.needs == "row" for t in method.transforms)
+        self._whole = merges_whole(method)
         self._past = past or Past()
         self._unseen = self._past.unseen(self._share.merged)
         paths = [t.name for t in plan.outputs]

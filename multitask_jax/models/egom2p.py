@@ -135,7 +135,10 @@ def keep(x: Array, layout: Layout) -> Array:
 
 
 class Norm(nn.Module):
-    """LayerNorm without a bias; `scale_only` of what is standardised already."""
+    """LayerNorm without a bias; `scale_only` of what is standardised already.
+
+    By flax's LayerNorm, of rows too, a step takes 4 % longer on a CPU.
+    """
 
     dtype: Any
     scale_only: bool = False

@@ -302,7 +302,7 @@ def _dense_name(
             f" tensors of {found.block} come from"
         )
     # A stack of experts with a gate of their own: SwiGLU, in a module named mlp.
-    return candidates[-1] if gated and len(candidates) > 2 else candidates[0]
+    return candidates[-1] if gated else candidates[0]
 
 
 def width_of(info: TensorInfo, layout: str) -> int:

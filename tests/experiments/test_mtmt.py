@@ -181,7 +181,7 @@ def test_wrong_flags_are_named(tmp_path, options, message):
 def test_networks_that_still_learn_are_named(tmp_path):
     """Best after the last epoch with every seed, not with some."""
     path = tmp_path / "metrics.jsonl"
-    assert mtmt.still_learning(path, 2) == []
+    assert mtmt.still_learning(tmp_path, 2) == []
     errors = {"a": ((3.0, 2.0), (3.0, 2.0)), "b": ((3.0, 2.0), (2.0, 3.0))}
     lines = [
         {"step": i + 1, "model": model, "seed": seed, "loss": 0.0, "validation": v}
@@ -190,7 +190,7 @@ def test_networks_that_still_learn_are_named(tmp_path):
         for i, v in enumerate(values)
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert mtmt.still_learning(path, 2) == ["a"]
+    assert mtmt.still_learning(tmp_path, 2) == ["a"]
 
 
 def test_diverged_training_is_told(tmp_path):

@@ -35,6 +35,10 @@ def llama(path, seed):
     return tensors
 
 
+def run(output, **options):
+    return upcycle.run(upcycle.Config(output=str(output), progress=False, **options))
+
+
 def read(path):
     return load_file(path / "model.safetensors")
 
@@ -46,9 +50,7 @@ def three(tmp_path):
 
 def test_specialists_become_mixtrals_experts(tmp_path, three):
     models = ",".join(str(tmp_path / n) for n in "abc")
-    result = upcycle.run(
-        upcycle.Config(models=models, output=str(tmp_path / "moe"), progress=False)
-    )
+    result = run(tmp_path / "moe", models=models)
     assert result.experts == 3
     found = read(tmp_path / "moe")
     for i in range(2):
@@ -73,24 +75,8 @@ def test_specialists_become_mixtrals_experts(tmp_path, three):
 
 @pytest.mark.parametrize("layout", ["mixtral", "names"])
 def test_copies_and_back_give_the_same_bytes(tmp_path, three, layout, capsys):
-    upcycle.run(
-        upcycle.Config(
-            models=str(tmp_path / "a"),
-            experts=4,
-            layout=layout,
-            output=str(tmp_path / "moe"),
-            progress=False,
-        )
-    )
-    upcycle.run(
-        upcycle.Config(
-            to_dense=True,
-            models=str(tmp_path / "moe"),
-            layout=layout,
-            output=str(tmp_path / "dense"),
-            progress=False,
-        )
-    )
+    run(tmp_path / "moe", models=str(tmp_path / "a"), experts=4, layout=layout)
+    run(tmp_path / "dense", to_dense=True, models=str(tmp_path / "moe"), layout=layout)
     assert "left out 2 tensors of gates" in capsys.readouterr().out
     found = read(tmp_path / "dense")
     assert found.keys() == three["a"].keys()
@@ -101,39 +87,18 @@ def test_copies_and_back_give_the_same_bytes(tmp_path, three, layout, capsys):
     assert "num_experts_per_tok" not in about
 
 
-STYLES = {
-    "bert": {
-        "encoder.layer.0.attention.output.dense.weight": (D, D),
-        "encoder.layer.0.intermediate.dense.weight": (H, D),
-        "encoder.layer.0.output.dense.weight": (D, H),
-        "encoder.layer.0.output.LayerNorm.weight": (D,),
-    },
-    "t5": {
-        "encoder.block.0.layer.1.DenseReluDense.wi.weight": (H, D),
-        "encoder.block.0.layer.1.DenseReluDense.wo.weight": (D, H),
-    },
-    "opt": {
-        "model.decoder.layers.0.fc1.weight": (H, D),
-        "model.decoder.layers.0.fc2.weight": (D, H),
-    },
-    "gpt2": {
-        "transformer.h.0.mlp.c_fc.weight": (D, H),
-        "transformer.h.0.mlp.c_proj.weight": (H, D),
-    },
-    "block": {
-        "layer_0/intermediate/kernel": (D, H),
-        "layer_0/output/kernel": (H, D),
-        "layer_0/query/kernel": (D, D),
-    },
-    "flax swiglu": {
-        "layer_0/mlp/gate/kernel": (D, H),
-        "layer_0/mlp/up/kernel": (D, H),
-        "layer_0/mlp/down/kernel": (H, D),
-    },
-    "flax mlp": {
-        "layer_0/mlp/up/kernel": (D, H),
-        "layer_0/mlp/down/kernel": (H, D),
-    },
+STYLES = {  # names of matrices, and of one norm
+    "bert": """encoder.layer.0.attention.output.dense.weight
+        encoder.layer.0.intermediate.dense.weight encoder.layer.0.output.dense.weight
+        encoder.layer.0.output.LayerNorm.weight""",
+    "t5": """encoder.block.0.layer.1.DenseReluDense.wi.weight
+        encoder.block.0.layer.1.DenseReluDense.wo.weight""",
+    "opt": "model.decoder.layers.0.fc1.weight model.decoder.layers.0.fc2.weight",
+    "gpt2": "transformer.h.0.mlp.c_fc.weight transformer.h.0.mlp.c_proj.weight",
+    "block": "layer_0/intermediate/kernel layer_0/output/kernel layer_0/query/kernel",
+    "flax swiglu": """layer_0/mlp/gate/kernel layer_0/mlp/up/kernel
+        layer_0/mlp/down/kernel""",
+    "flax mlp": "layer_0/mlp/up/kernel layer_0/mlp/down/kernel",
 }
 
 
@@ -142,7 +107,8 @@ def test_names_come_back(tmp_path, style):
     """With --base always; of stacks without, as `layers.transformer.Block` has them."""
     rng = np.random.default_rng(0)
     tensors = {
-        k: rng.normal(size=s).astype(np.float32) for k, s in STYLES[style].items()
+        name: rng.normal(size=(D,) if "Norm" in name else (D, H)).astype(np.float32)
+        for name in STYLES[style].split()
     }
     save_file(tensors, tmp_path / "a.safetensors")
     there = upcycle.Config(
@@ -190,23 +156,12 @@ def test_to_dense_refuses_a_shared_expert(tmp_path):
 
 def test_defaults_of_one_config_are_written_into_the_other(tmp_path, three):
     """Of keys that config.json lacks, Llama, Mixtral and Mistral take other values."""
-    options = {"experts": 2, "progress": False}
-    upcycle.run(
-        upcycle.Config(
-            models=str(tmp_path / "a"), output=str(tmp_path / "moe"), **options
-        )
-    )
+    options = {"experts": 2}
+    run(tmp_path / "moe", models=str(tmp_path / "a"), **options)
     about = json.loads((tmp_path / "moe" / "config.json").read_text())
     assert (about["rope_theta"], about["rms_norm_eps"]) == (1e4, 1e-6)
     assert about["num_key_value_heads"] == 32  # as many as heads, of which are 32
-    upcycle.run(
-        upcycle.Config(
-            to_dense=True,
-            models=str(tmp_path / "moe"),
-            output=str(tmp_path / "dense"),
-            progress=False,
-        )
-    )
+    run(tmp_path / "dense", to_dense=True, models=str(tmp_path / "moe"))
     back = json.loads((tmp_path / "dense" / "config.json").read_text())
     assert back["model_type"] == "mistral"
     assert back["sliding_window"] is None
@@ -214,11 +169,7 @@ def test_defaults_of_one_config_are_written_into_the_other(tmp_path, three):
     biased = json.dumps({"model_type": "llama", "mlp_bias": True})
     (tmp_path / "b" / "config.json").write_text(biased)
     with pytest.raises(checkpoints.CheckpointError, match="mlp_bias"):
-        upcycle.run(
-            upcycle.Config(
-                models=str(tmp_path / "b"), output=str(tmp_path / "no"), **options
-            )
-        )
+        run(tmp_path / "no", models=str(tmp_path / "b"), **options)
 
 
 def test_gates_are_as_wide_as_the_inputs(tmp_path):
@@ -243,14 +194,7 @@ def test_gates_are_as_wide_as_the_inputs(tmp_path):
 def test_a_dense_model_appears_with_its_config_or_not_at_all(
     tmp_path, three, monkeypatch
 ):
-    upcycle.run(
-        upcycle.Config(
-            models=str(tmp_path / "a"),
-            experts=2,
-            output=str(tmp_path / "moe"),
-            progress=False,
-        )
-    )
+    run(tmp_path / "moe", models=str(tmp_path / "a"), experts=2)
     there = []
 
     def full(directory, about):
@@ -260,14 +204,7 @@ def test_a_dense_model_appears_with_its_config_or_not_at_all(
     monkeypatch.setattr(upcycle, "_write_config", full)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(OSError, match="disk full"):
-        upcycle.run(
-            upcycle.Config(
-                to_dense=True,
-                models=str(tmp_path / "moe"),
-                output=str(tmp_path / "dense"),
-                progress=False,
-            )
-        )
+        run(tmp_path / "dense", to_dense=True, models=str(tmp_path / "moe"))
     assert there == [True]  # the weights are written, the config is not
     assert sorted(tmp_path.iterdir()) == before
 
@@ -275,20 +212,15 @@ def test_a_dense_model_appears_with_its_config_or_not_at_all(
 def test_to_dense_merges_experts_by_any_method(tmp_path, three):
     base = llama(tmp_path / "base", 9)
     models = ",".join(str(tmp_path / n) for n in "abc")
-    upcycle.run(
-        upcycle.Config(models=models, output=str(tmp_path / "moe"), progress=False)
-    )
-    upcycle.run(
-        upcycle.Config(
-            to_dense=True,
-            models=str(tmp_path / "moe"),
-            base=str(tmp_path / "base"),
-            method="ties",
-            density="0.6",
-            scale=0.5,
-            output=str(tmp_path / "dense"),
-            progress=False,
-        )
+    run(tmp_path / "moe", models=models)
+    run(
+        tmp_path / "dense",
+        to_dense=True,
+        models=str(tmp_path / "moe"),
+        base=str(tmp_path / "base"),
+        method="ties",
+        density="0.6",
+        scale=0.5,
     )
     rest = {n: sum(m[n] for m in three.values()) / 3 for n in base}
     views = [
@@ -333,13 +265,10 @@ def test_gates_from_data_send_tokens_to_their_specialist(tmp_path):
         }
         save_file(flat, tmp_path / f"{name}.safetensors")
     files = [str(tmp_path / n / "moments.safetensors") for n in "ab"]
-    upcycle.run(
-        upcycle.Config(
-            models=f"{tmp_path}/a.safetensors,{tmp_path}/b.safetensors",
-            gate_data=",".join(files),
-            output=str(tmp_path / "moe"),
-            progress=False,
-        )
+    run(
+        tmp_path / "moe",
+        models=f"{tmp_path}/a.safetensors,{tmp_path}/b.safetensors",
+        gate_data=",".join(files),
     )
     params = tree.nest({k: jnp.asarray(x) for k, x in read(tmp_path / "moe").items()})
     mlp = params["layer_0"]["mlp"]
@@ -366,14 +295,11 @@ def test_gates_from_data_of_hugging_face_names(tmp_path, three, capsys):
     for name, x in zip("ab", data, strict=True):
         moments = merging.input_moments(apply, {n: three[name][n] for n in names}, [x])
         merging.save_moments(tmp_path / f"{name}.moments.safetensors", moments)
-    upcycle.run(
-        upcycle.Config(
-            models=f"{tmp_path}/a,{tmp_path}/b",
-            gate_data=",".join(f"{tmp_path}/{n}.moments.safetensors" for n in "ab"),
-            k=1,
-            output=str(tmp_path / "moe"),
-            progress=False,
-        )
+    run(
+        tmp_path / "moe",
+        models=f"{tmp_path}/a,{tmp_path}/b",
+        gate_data=",".join(f"{tmp_path}/{n}.moments.safetensors" for n in "ab"),
+        k=1,
     )
     assert "directions alone" in capsys.readouterr().out
     found = read(tmp_path / "moe")
@@ -406,7 +332,7 @@ def test_wrong_flags_are_named_and_nothing_is_written(
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(ValueError, match=message):
-        upcycle.run(upcycle.Config(output="moe", progress=False, **options))
+        run("moe", **options)
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -414,13 +340,7 @@ def test_models_of_other_shapes_are_named(tmp_path, three):
     tensors = three["b"] | {"model.layers.0.mlp.up_proj.weight": np.zeros((3, D), "f4")}
     save_file(tensors, tmp_path / "b" / "model.safetensors")
     with pytest.raises(checkpoints.CheckpointError, match=r"up_proj"):
-        upcycle.run(
-            upcycle.Config(
-                models=f"{tmp_path}/a,{tmp_path}/b",
-                output=str(tmp_path / "moe"),
-                progress=False,
-            )
-        )
+        run(tmp_path / "moe", models=f"{tmp_path}/a,{tmp_path}/b")
     assert not (tmp_path / "moe").exists()
 
 
@@ -436,14 +356,7 @@ def test_transformers_loads_the_mixtral_and_copies_change_nothing(tmp_path):
     }  # fmt: skip
     dense = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).eval()
     dense.save_pretrained(tmp_path / "llama")
-    upcycle.run(
-        upcycle.Config(
-            models=str(tmp_path / "llama"),
-            experts=4,
-            output=str(tmp_path / "moe"),
-            progress=False,
-        )
-    )
+    run(tmp_path / "moe", models=str(tmp_path / "llama"), experts=4)
     sparse = transformers.MixtralForCausalLM.from_pretrained(tmp_path / "moe").eval()
     ids = torch.arange(24).reshape(2, 12) * 7 % 50
     with torch.inference_mode():
