@@ -24,6 +24,7 @@ T = 2 tasks, R runs (angles x seeds), E experts.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -285,6 +286,7 @@ def run(config: Config) -> Result:
 
     Raises:
       ValueError: a flag is out of range, or the folder has results of other settings.
+      FloatingPointError: training diverged; nothing of that structure is stored.
     """
     angles = numbers("angles", config.angles)
     if config.hidden % 4 or config.hidden < 4 or config.steps < STRETCHES:
@@ -292,7 +294,9 @@ def run(config: Config) -> Result:
             f"got --hidden={config.hidden}, --steps={config.steps}; expected a multiple"
             f" of 4, and at least {STRETCHES} steps"
         )
-    at_least(config, seeds=1)
+    at_least(config, seeds=1, batch_size=1, inputs=2, features=1)
+    if not 0 < config.rate < math.inf:
+        raise ValueError(f"--rate: got {config.rate}, expected more than 0")
     workdir = Path(config.workdir)
     study_store.remember(config, workdir, FREE)
     store = study_store.Store(workdir)
@@ -312,6 +316,12 @@ def run(config: Config) -> Result:
                 continue
             bar.set_description(name)
             found = train(VARIANTS[name], config, runs, bar.update)
+            for (angle, seed), made in zip(runs, found, strict=True):
+                if not np.isfinite(made["loss"]).all():
+                    raise FloatingPointError(
+                        f"{name}, {angle:g} degrees, seed {seed}: the loss was not"
+                        " finite: training diverged; lower --rate"
+                    )
             for (angle, seed), made in zip(runs, found, strict=True):
                 store.add(name, str(angle), seed, made)
 

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from scipy.stats import t as student
 
 from experiments import report_file
 from multitask_jax.merging.report import table
@@ -115,10 +114,8 @@ def _experts(result: Result, angles: Sequence[float]) -> str:
 
 def paired(difference: np.ndarray, digits: int = 1) -> str:
     """Mean and Student's interval of differences [S], each of one seed's two runs."""
-    n = len(difference)
-    half = student.ppf(0.975, n - 1) * difference.std(ddof=1) / n**0.5
-    mean = difference.mean()
-    mean, low, high = (f"{x:+.{digits}f}" for x in (mean, mean - half, mean + half))
+    ends = report_file.between_seeds(difference)
+    mean, low, high = (f"{x:+.{digits}f}" for x in (difference.mean(), *ends))
     return f"{mean} [{low}, {high}]"
 
 

@@ -6,7 +6,8 @@ Compiles forward and backward of one mixture-of-experts layer for simulated devi
 without any arrays, and reads bytes, FLOPs and collectives of one device off the
 program. By default 128 experts of Mixtral-8x7B's size on 256 devices.
 
-*As compiled for a CPU*: an accelerator's compiler fuses differently.
+*As compiled for a CPU*: an accelerator's compiler fuses differently, and a CPU's widens
+bfloat16, so that what is exchanged is also told by shapes alone.
 """
 
 import dataclasses
@@ -36,7 +37,7 @@ class Config:
     hidden: int = flag("Hidden width of an expert.", 14336)
     experts: int = flag("Experts.", 128)
     k: int = flag("Experts a token.", 2)
-    kind: Literal["mlp", "relu", "swiglu"] = flag("Of the experts.", "swiglu")
+    kind: Literal["mlp", "gelu", "relu", "swiglu"] = flag("Of the experts.", "swiglu")
     factor: float = flag("Of capacity: room over an equal share.", 1.25)
     dtype: Literal["bfloat16", "float32"] = flag("Of all arrays.", "bfloat16")
     output_dir: str = flag("Folder for report.md and plan.json.", ".cache/moe_plan")
@@ -53,6 +54,7 @@ class Plan(NamedTuple):
     flops: float  # as the compiler counts them
     useful: float  # FLOPs of the products that tokens ask for: 6 N K weights of one
     exchanged: dict[str, tuple[int, float]]  # collective -> times, bytes
+    asked: float  # bytes of all-to-alls by their shapes, in the dtype of the config
 
 
 def make(config: Config) -> Plan:
@@ -95,6 +97,10 @@ def make(config: Config) -> Plan:
     x = jax.ShapeDtypeStruct((n, d), dtype, sharding=tokens)
     step = jax.jit(jax.grad(loss, (0, 1)), out_shardings=(where, tokens))
     program = step.lower(params, x).compile()
+    # Rows [E, C, D] go and come back, forward and backward.
+    logits = jax.ShapeDtypeStruct((config.tokens, e), jnp.float32)
+    routing = jax.eval_shape(functools.partial(moe.route, k=config.k), logits)
+    room = moe.dispatch.capacity_of(routing, e, config.factor)
     memory = program.memory_analysis()
     weights = sum(s.size for s in jax.tree.leaves(shapes["experts"])) / e
     return Plan(
@@ -106,6 +112,7 @@ def make(config: Config) -> Plan:
         program.cost_analysis().get("flops", math.nan),
         6 * config.tokens * config.k * weights,
         compiled.collectives(program.as_text()),
+        4 * e * room * d * dtype.itemsize,
     )
 
 
@@ -126,6 +133,10 @@ def run(config: Config) -> Plan:
             [f"{kind}, {times} times", f"{size / 1e6:,.1f} MB"]
             for kind, (times, size) in plan.exchanged.items()
         ),
+        [
+            f"all-to-all by shapes in {config.dtype}, 4 times",
+            f"{plan.asked / 1e6:,.1f} MB",
+        ],
     ]
     text = (
         f"{config.experts} experts ({config.kind}, {config.width} x {config.hidden}),"

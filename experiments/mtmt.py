@@ -17,12 +17,15 @@ there), report.md, qini.png, deciles.png and model/, MTMT trained on everyone.
 Legend: N people, F features, A arms, O outcomes, S seeds, K folds.
 """
 
+import contextlib
 import dataclasses
+import hashlib
 import json
+import math
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -49,6 +52,9 @@ from multitask_jax.models.uplift_baselines import BOOSTED, FULL_SIZE, MODELS
 from multitask_jax.training import writers
 
 ALL = (*MODELS, *BOOSTED)
+# People of an arm that are left to train on: boosting keeps a tenth to stop early by,
+# which must have room for both classes of an outcome.
+LEAST = 11
 # What predictions do not depend on.
 _AROUND = ("workdir", "models", "seeds", "policy_outcome", "bootstrap", "progress")
 _AROUND += ("predict", "checkpoint", "input", "output", "data_path", "download")
@@ -79,7 +85,7 @@ class Config:
     batch_size: int = flag("People a step.", 1024)
     rate: float = flag("Peak learning rate.", 1e-3)
     validation: float = flag("Share of training rows that choose the epoch.", 0.1)
-    effect: float = flag("Size of the simulator's effects.", 1.0)
+    effect: float | None = flag("Size of the simulator's effects; 1 if not given.")
     policy_outcome: str | None = flag(
         "What a best arm is best for; by default the last."
     )
@@ -128,11 +134,17 @@ def run(config: Config) -> Result | None:
             " or more, and a share between 0 and 1"
         )
     parsing.at_least(config, batch_size=1, bootstrap=1, rows=1)
+    if not 0 < config.rate < math.inf:
+        raise ValueError(f"--rate: got {config.rate}, expected more than 0")
+    _check_source(config)
     trial, encoder = load(config)
     outcome = config.policy_outcome or trial.outcomes[-1]
     parsing.one_of("policy_outcome", outcome, trial.outcomes)
+    _check_people(trial, config.folds)
     workdir = Path(config.workdir)
     _same_run(workdir, config, trial)
+    with contextlib.suppress(ValueError):  # damaged further up: only a note needs it
+        sweep_log.read_lines(workdir)  # cuts a line off that a kill cut short
     writer = writers.jsonl(workdir / "metrics.jsonl")
     predictions: dict[str, list[np.ndarray]] = {name: [] for name in names}
     traced: dict[str, list[str]] = {}
@@ -164,8 +176,10 @@ def run(config: Config) -> Result | None:
                 predictions[name].append(np.load(file, allow_pickle=False))
                 bar.update()
     arrays = {name: np.stack(p) for name, p in predictions.items()}
-    if "MTMT" in names and not _has_final(workdir, outcome, seeds[0]):
-        _save_final(config, trial, encoder, outcome, seeds[0])
+    if "MTMT" in names:
+        if not _has_final(workdir, seeds[0]):
+            _save_final(config, trial, encoder, outcome, seeds[0])
+        mtmt_model.amend(workdir / "model", policy_outcome=outcome)
     report = mtmt_report.write(
         workdir,
         trial,
@@ -176,7 +190,9 @@ def run(config: Config) -> Result | None:
         folds=np.stack(
             [training.fold_of(f, len(trial.arm)) for f in folds_of.values()]
         ),
-        notes=_notes(config, trial, seconds, workdir),
+        notes=_notes(
+            config, trial, seconds, still_learning(workdir, config.epochs, names, seeds)
+        ),
     )
     print(report)
     return Result(trial, arrays, traced, report)
@@ -186,13 +202,39 @@ def load(config: Config) -> tuple[Trial, hillstrom.Encoder | None]:
     """The experiment, and how its customers became features."""
     if config.data == "simulator":
         rows = config.rows or 20_000
-        return uplift_simulator.simulate(rows, seed=0, effect=config.effect), None
+        effect = 1.0 if config.effect is None else config.effect
+        return uplift_simulator.simulate(rows, seed=0, effect=effect), None
     table = _downloaded() if config.download else _read(config)
     trial = hillstrom.trial_of(table)
     if config.rows is not None and config.rows < len(trial.arm):
         rng = np.random.default_rng(0)
         trial = trial.at(np.sort(rng.permutation(len(trial.arm))[: config.rows]))
     return trial, hillstrom.fit_encoder(table.columns)
+
+
+def _check_source(config: Config) -> None:
+    """Refuses flags of other data, which would go unused."""
+    if config.data == "simulator":
+        unused = [f"--{n}" for n in ("data_path", "download") if getattr(config, n)]
+        if unused:
+            raise ValueError(f"{', '.join(unused)}: --data=simulator reads no file")
+    elif config.effect is not None:
+        raise ValueError("--effect: it is of --data=simulator alone; leave it out")
+    elif config.download and config.data_path:
+        raise ValueError("--download and --data_path: expected one of the two")
+
+
+def _check_people(trial: Trial, folds: int) -> None:
+    """Refuses so few people that boosting or the report would fail after training."""
+    counts = np.bincount(trial.arm, minlength=len(trial.arms))
+    left = counts - -(-counts // folds)  # outside the largest fold
+    if left.min() < LEAST or counts.min() < folds:
+        few = int(left.argmin())
+        raise ValueError(
+            f"got {counts[few]} people of {trial.arms[few]!r}, {left[few]} of them"
+            f" outside a fold of --folds={folds}; expected at least {LEAST}, and one in"
+            " each fold: give more --rows, or other folds"
+        )
 
 
 def _read(config: Config) -> hillstrom.Table:
@@ -299,20 +341,19 @@ def _seeds(text: str) -> list[int]:
     return [int(s) for s in found]
 
 
-def _has_final(workdir: Path, outcome: str, seed: int) -> bool:
+def _has_final(workdir: Path, seed: int) -> bool:
     """Whether the saved model is that of this run."""
     file = workdir / "model" / "about.json"
-    if not file.is_file():
-        return False
-    about = json.loads(file.read_text())
-    return (about.get("policy_outcome"), about.get("seed")) == (outcome, seed)
+    return file.is_file() and json.loads(file.read_text()).get("seed") == seed
 
 
 def _same_run(workdir: Path, config: Config, trial: Trial) -> None:
     """Writes config.json; refuses a folder of another run, or of other people."""
     about = dataclasses.asdict(config)
-    sums = [float(a.sum(dtype=np.float64)) for a in (trial.x, trial.arm, trial.y)]
-    about["people"] = [len(trial.arm), *sums]
+    people = hashlib.sha256()  # in their order, for predictions are by row
+    for a in (trial.x, trial.arm, trial.y):
+        people.update(np.ascontiguousarray(a).tobytes())
+    about["people"] = [len(trial.arm), people.hexdigest()]
     file = workdir / "config.json"
     changed = study_store.changed(file, about, _AROUND)
     if changed and (workdir / "predictions").exists():
@@ -323,8 +364,10 @@ def _same_run(workdir: Path, config: Config, trial: Trial) -> None:
             f"--workdir={workdir} holds predictions of another run ({said}); choose"
             " another folder, or remove this one"
         )
-    if changed and (workdir / "model").exists():
-        shutil.rmtree(workdir / "model")  # of the other run, as its predictions were
+    if changed:  # what is of the other run goes, as its predictions did
+        if (workdir / "model").exists():
+            shutil.rmtree(workdir / "model")
+        (workdir / "metrics.jsonl").unlink(missing_ok=True)
     workdir.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(about, indent=2) + "\n")
 
@@ -342,7 +385,10 @@ def _file_name(name: str) -> str:
 
 
 def _notes(
-    config: Config, trial: Trial, seconds: Mapping[str, float], workdir: Path
+    config: Config,
+    trial: Trial,
+    seconds: Mapping[str, float],
+    learning: Sequence[str],
 ) -> tuple[str, ...]:
     about = (
         "Hillstrom's e-mail experiment" if config.data == "hillstrom" else "*Synthetic*"
@@ -354,7 +400,7 @@ def _notes(
     if seconds:
         each = ", ".join(f"{n} {s:.1f}" for n, s in seconds.items())
         notes.append(f"Seconds of an epoch, all {config.folds} folds at once: {each}.")
-    if learning := still_learning(workdir, config.epochs):
+    if learning:
         notes.append(
             f"Best on validation rows at the last of {config.epochs} epochs, with every"
             f" seed: {', '.join(learning)}. More epochs may change their places."
@@ -362,12 +408,23 @@ def _notes(
     return tuple(notes)
 
 
-def still_learning(workdir: Path, epochs: int) -> list[str]:
-    """Networks whose validation error was least after the last epoch, of all seeds."""
+def still_learning(
+    workdir: Path, epochs: int, names: Collection[str], seeds: Collection[int]
+) -> list[str]:
+    """Networks whose validation error was least after the last epoch, of all seeds.
+
+    Of these names and seeds, and not of epochs after the last one: the log may hold
+    others. None if the log is damaged.
+    """
     errors: dict[str, dict[int, dict[int, float]]] = {}
-    for record in sweep_log.read_lines(workdir):
-        of_seed = errors.setdefault(record["model"], {}).setdefault(record["seed"], {})
-        of_seed[record["step"]] = record["validation"]
+    try:
+        for record in sweep_log.read_lines(workdir):
+            name, seed, step = record["model"], record["seed"], record["step"]
+            if name in names and seed in seeds and step <= epochs:
+                of_seed = errors.setdefault(name, {}).setdefault(seed, {})
+                of_seed[step] = float(record["validation"])
+    except (ValueError, KeyError, TypeError):
+        return []
     return [
         model
         for model, by_seed in errors.items()

@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 
 from multitask_jax import checkpoints
 from multitask_jax import tree as trees
+from multitask_jax.data.hillstrom import Encoder
 from multitask_jax.models import mtmt
 
 _ABOUT = "about.json"
@@ -61,6 +62,15 @@ def save(
     partial.rename(folder)
 
 
+def amend(folder: str | os.PathLike[str], **about: Any) -> None:
+    """Changes what else was kept of a saved model, such as its policy_outcome."""
+    file = Path(folder) / _ABOUT
+    partial = file.with_name(f"{_ABOUT}.partial")
+    text = json.dumps(json.loads(file.read_text()) | about, indent=2) + "\n"
+    partial.write_text(text)
+    os.replace(partial, file)
+
+
 def load(
     folder: str | os.PathLike[str],
 ) -> tuple[Callable[[np.ndarray], np.ndarray], dict[str, Any]]:
@@ -83,6 +93,7 @@ def load(
         sizes = mtmt.Sizes(**kept)
         mean, spread = (np.array(about[k], np.float32) for k in ("mean", "spread"))
         features = int(about["features"])
+        _check(about, sizes, features, mean, spread)
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(
             f"{folder / _ABOUT} can't be read ({type(e).__name__}: {e}); train again"
@@ -98,3 +109,34 @@ def load(
         return mean[None, None] + spread[None, None] * np.asarray(apply(x))
 
     return predict, about
+
+
+def _check(
+    about: Mapping[str, Any],
+    sizes: mtmt.Sizes,
+    features: int,
+    mean: np.ndarray,
+    spread: np.ndarray,
+) -> None:
+    """Names, scale and encoder, against the sizes; ValueError tells what differs."""
+    types = mtmt.Sizes._field_defaults | {"arms": 3, "outcomes": 3}
+    for name, like in types.items():
+        if type(got := getattr(sizes, name)) is not type(like):
+            raise ValueError(f"sizes: got {name}={got!r}, expected one like {like!r}")
+    if (shape := np.array(sizes.tiers, float).shape)[:-1] != (sizes.arms,):
+        raise ValueError(f"sizes: got tiers {shape}, expected [{sizes.arms}, effects]")
+    for name, count in (("arms", sizes.arms), ("outcomes", sizes.outcomes)):
+        got = about[name]
+        if not isinstance(got, list) or [type(n) for n in got] != [str] * count:
+            raise ValueError(f"{name}: got {got!r}, expected {count} names")
+    if not mean.shape == spread.shape == (sizes.outcomes,):
+        raise ValueError(
+            f"mean, spread: got {mean.shape}, {spread.shape}, expected"
+            f" {sizes.outcomes} numbers each"
+        )
+    if about.get("encoder") is not None:
+        width = len(Encoder.from_json(about["encoder"]).features)
+        if width != features:
+            raise ValueError(
+                f"encoder: it makes {width} features, the model takes {features}"
+            )

@@ -358,7 +358,11 @@ def _tenths(trial: Trial, prediction: np.ndarray, outcome: int) -> str:
 
 
 def _errors(trial: Trial, predictions: Predictions, main: str) -> str:
-    """PEHE, and where the main model's squared errors are smaller or larger."""
+    """PEHE, and where the main model's squared errors are smaller or larger.
+
+    Decided is what holds for other people *and* for other seeds: with many people, an
+    interval over them alone tells two trained networks apart, not two methods.
+    """
     if trial.effects is None:
         return ""
     rows = []
@@ -368,20 +372,24 @@ def _errors(trial: Trial, predictions: Predictions, main: str) -> str:
         rows.append([name, *map(report_file.over_seeds, cells)])
     header = [f"{o}: {a}" for o in trial.outcomes for a in trial.arms[1:]]
 
-    def squares(name: str) -> np.ndarray:  # [N, A - 1, O], a mean over seeds
-        each = [evaluation.squared_errors(x, trial.effects) for x in predictions[name]]
-        return np.mean(each, axis=0)
-
-    own = squares(main)
     paired = []
-    for name in predictions:
+    for name, p in predictions.items():
         if name == main:
             continue
-        gap = squares(name) - own  # above 0: the main model errs less
-        mean = gap.mean(axis=0)
-        error = evaluation.uplift.NORMAL * gap.std(axis=0, ddof=1) / np.sqrt(len(gap))
-        better, worse = (mean > error).sum(), (mean < -error).sum()
-        paired.append([name, *map(str, (better, worse, mean.size - better - worse))])
+        # Above 0: the main model errs less. Pairs are of one seed, and of one person.
+        people, seeds = [], []
+        for own, other in zip(predictions[main], p, strict=False):
+            one, two = (
+                evaluation.squared_errors(x, trial.effects) for x in (own, other)
+            )
+            people.append(two - one)  # [N, A - 1, O]
+            seeds.append(people[-1].mean(axis=0))
+        gap = np.mean(people, axis=0)
+        half = evaluation.uplift.NORMAL * gap.std(axis=0, ddof=1) / np.sqrt(len(gap))
+        low, high = report_file.between_seeds(np.stack(seeds))
+        better = ((gap.mean(axis=0) > half) & (low > 0)).sum()
+        worse = ((gap.mean(axis=0) < -half) & (high < 0)).sum()
+        paired.append([name, *map(str, (better, worse, low.size - better - worse))])
     parts = [
         "## Error of individual effects (PEHE), *synthetic*\n",
         "Root mean squared error of predicted uplifts; mean ± standard deviation over"
@@ -391,9 +399,11 @@ def _errors(trial: Trial, predictions: Predictions, main: str) -> str:
     ]
     if paired:
         parts += [
-            f"In how many of these {len(header)} columns {main} is better, by 95 %"
-            " intervals of the difference of squared errors, paired by person (seeds"
-            " averaged and held fixed):\n",
+            f"In how many of these {len(header)} columns {main} is better: both 95%"
+            " intervals of the difference of squared errors exclude 0, that over"
+            " people, paired by person (seeds averaged and held fixed), and Student's"
+            f" over seeds, paired by seed ({len(predictions[main])} of them; one alone"
+            " decides nothing). No interval is corrected for their number.\n",
             table([f"{main} against", "better", "worse", "undecided"], paired),
             "",
         ]

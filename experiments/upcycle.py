@@ -9,9 +9,11 @@ The feed-forward layers become experts, one a model (or copies of the only one: 
 upcycling, Komatsuzaki et al. 2023, arXiv 2212.05055); everything else is merged by
 --method, the mean by default (Branch-Train-MiX, Sukhbaatar et al. 2024, arXiv
 2403.07816). Gates are random, or with --gate_data send tokens to the specialist whose
-own data looks most like them:
+own data looks most like them (Mixtral's gates have no bias: what the means have in
+common is then left out of them):
 
     moments = merging.input_moments(apply_fn, params, batches)  # of A, on A's data
+    # (with rows=, a function to the mask, where examples are padded)
     merging.save_moments("A/moments.safetensors", moments)
 
 --layout=mixtral writes what transformers' Mixtral loads (of Llama and Mistral models),
@@ -19,7 +21,7 @@ names any other Hugging Face names, stacked the parameters of `layers.moe.MoE` (
 "gelu", "mlp" or "swiglu" is yours to tell; normalize="after_topk"). The way back merges
 the experts by any method of `experiments.merge`; gates are left out, which is said.
 Stacked experts get the names of our `layers.transformer.Block` (those with a gate:
-block/mlp/{gate,up,down}), or those that --base has.
+block/mlp/{gate,up,down}), or those that --base has, by --mlp_pattern if it is given.
 
 Legend: E experts, D width.
 """
@@ -28,6 +30,7 @@ import contextlib
 import dataclasses
 import inspect
 import json
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,6 +47,9 @@ from multitask_jax.checkpoints.json_file import read_json
 from multitask_jax.merging.fitted.moments import Moments
 from multitask_jax.moe import configs, files, upcycling
 
+# What --to_dense makes nothing of.
+_OF_MIXTURES = ("experts", "k", "gate_data", "sharpness", "gate_stddev", "seed")
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -54,7 +60,7 @@ class Config:
     base: str | None = flag("Their common origin, for methods that need one.")
     to_dense: bool = flag("The other way: --models is one mixture.", False)
     experts: int | None = flag("Copies of the only model.")
-    k: int = flag("Experts a token, for config.json.", 2)
+    k: int | None = flag("Experts a token, for config.json; 2 if not given.")
     method: str = flag(
         "Merges everything else (or, --to_dense, the experts).", "linear"
     )
@@ -67,12 +73,15 @@ class Config:
     )
     mlp_pattern: str | None = flag(
         "Regex of feed-forward tensors with groups `block` and `leaf`, if their names"
-        " are not known to the layout."
+        " are not known to the layout; --to_dense looks for them in --base."
     )
     gate_data: str | None = flag("Files of merging.save_moments, one a model.")
-    sharpness: float = flag("How hard a gate of --gate_data decides.", 1.0)
-    gate_stddev: float = flag("Of random gates.", 0.02)
-    seed: int = flag("Of random gates.", 0)
+    sharpness: float | None = flag(
+        "How hard a gate of --gate_data decides; 1 if not given: by the probabilities"
+        " of Gaussians of one variance in each dimension around the means."
+    )
+    gate_stddev: float | None = flag("Of random gates; 0.02 if not given.")
+    seed: int | None = flag("Of random gates; 0 if not given.")
     max_shard_size: str | None = flag("Of an output file, like 5GB.")
     overwrite: bool = flag("Replace a checkpoint at --output.", False)
     progress: bool = flag("Show a progress bar.", True)
@@ -109,8 +118,16 @@ def to_experts(config: Config, models: Sequence[str], method: merging.Method) ->
     """Dense checkpoints to a mixture."""
     copies = _copies(config, models)
     count = copies or len(models)
-    if not 1 <= config.k <= count:
-        raise ValueError(f"--k: got {config.k}, expected 1 to {count}, the experts")
+    about = _config_json(models[0])
+    k = 2 if config.k is None else config.k
+    if not 1 <= k <= count:
+        raise ValueError(f"--k: got {k}, expected 1 to {count}, the experts")
+    if config.k is not None and about is None:
+        raise ValueError(
+            f"--k: {models[0]} has no config.json to write it to; leave it out, and"
+            " tell k the code that runs the mixture"
+        )
+    _check_gate_flags(config)
     notes = []
     with contextlib.ExitStack() as stack:
         readers = [stack.enter_context(_opened(m)) for m in models]
@@ -134,7 +151,7 @@ def to_experts(config: Config, models: Sequence[str], method: merging.Method) ->
             )
             rest = stack.enter_context(_opened(str(merged.output)))
             notes.append(f"everything but experts and gates is their {config.method}")
-        gates, how = _gates(config, rest, first, name, len(models), copies)
+        gates, how = _gates(config, rest, first, layout, len(models), copies)
         notes.append(how)
         origins = readers if len(models) > 1 else readers * copies
         outputs = files.plan(origins, rest, layout, gates)
@@ -143,12 +160,13 @@ def to_experts(config: Config, models: Sequence[str], method: merging.Method) ->
                 "run it by layers.moe.MoE(normalize='after_topk'): weights of a token's"
                 " experts then sum to 1, and copies give the dense model's output"
             )
-        if name == "mixtral" and config.gate_data:
-            notes.append("Mixtral's gate has no bias: of the means, directions alone")
-        about = _config_json(models[0])
+        if not layout.bias and config.gate_data:
+            notes.append(
+                "Mixtral's gate has no bias: what the means have in common is left out"
+            )
         if about is not None:
             about = configs.config_of_mixture(
-                about, name, len(origins), config.k, Path(models[0]) / "config.json"
+                about, name, len(origins), k, Path(models[0]) / "config.json"
             )
         _write(config, outputs, models, rest, about)
     return Result(Path(config.output), len(origins), tuple(notes))
@@ -156,10 +174,17 @@ def to_experts(config: Config, models: Sequence[str], method: merging.Method) ->
 
 def to_dense(config: Config, models: Sequence[str], method: merging.Method) -> Result:
     """A mixture's experts, merged."""
-    if len(models) != 1 or config.gate_data or config.experts:
+    unused = [n for n in _OF_MIXTURES if getattr(config, n) is not None]
+    if len(models) != 1 or unused:
         raise ValueError(
-            "--to_dense: expected one mixture in --models, without --experts and"
-            " --gate_data"
+            f"--to_dense: got {len(models)} --models"
+            f" {' '.join(f'--{n}' for n in unused)}, expected one mixture, without"
+            f" {', '.join(f'--{n}' for n in _OF_MIXTURES)}"
+        )
+    if config.mlp_pattern and not config.base:
+        raise ValueError(
+            "--mlp_pattern with --to_dense: needs --base, whose names the dense model"
+            " gets"
         )
     with contextlib.ExitStack() as stack:
         moe = stack.enter_context(_opened(models[0]))
@@ -205,6 +230,21 @@ def _method(config: Config) -> merging.Method:
     return merge.build_method(merge.Config(**options))
 
 
+def _check_gate_flags(config: Config) -> None:
+    """Refuses flags of the other kind of gates, which would go unused."""
+    unused, kind = (
+        (("gate_stddev", "seed"), "random gates, not of --gate_data's")
+        if config.gate_data
+        else (("sharpness",), "gates of --gate_data")
+    )
+    for name in unused:
+        if getattr(config, name) is not None:
+            raise ValueError(f"--{name}: it is of {kind}; leave it out")
+    if config.sharpness is not None and not 0 < config.sharpness < math.inf:
+        raise ValueError(f"--sharpness: got {config.sharpness}, expected more than 0")
+    parsing.at_least(config, gate_stddev=0)
+
+
 def _with_config(method: merging.Method, about: Mapping[str, Any]) -> merging.Method:
     """The method, whose merge writes this config.json before its output appears."""
 
@@ -228,8 +268,12 @@ def _copies(config: Config, models: Sequence[str]) -> int:
                 f"--experts={config.experts}: each of {len(models)} models is an expert"
             )
         return 0
-    if config.density is not None or config.scale is not None:
-        raise ValueError("--density, --scale: nothing is merged of one model's copies")
+    merges = ("base", "density", "scale")
+    if config.method != Config.method or any(getattr(config, n) for n in merges):
+        raise ValueError(
+            "--method, --base, --density, --scale: nothing is merged of one model's"
+            " copies; leave them out"
+        )
     if config.experts is None or config.experts < 2 or config.gate_data:
         raise ValueError(
             "one model becomes experts that are copies: give their number by --experts"
@@ -258,7 +302,7 @@ def _gates(
     config: Config,
     rest: Reader,
     first: Mapping[str, str],
-    layout: str,
+    layout: files.Layout,
     count: int,
     copies: int,
 ) -> tuple[dict[str, dict[str, np.ndarray]], str]:
@@ -270,10 +314,10 @@ def _gates(
             for block, name in first.items()
         }
         gates = upcycling.random_gates(
-            jax.random.key(config.seed),
+            jax.random.key(config.seed or 0),
             widths,
             copies or count,
-            stddev=config.gate_stddev,
+            stddev=0.02 if config.gate_stddev is None else config.gate_stddev,
         )
         return jax.device_get(gates), "gates are random: train them (and the experts)"
     if len(paths) != count:
@@ -282,11 +326,17 @@ def _gates(
     gates = {}
     for block, name in first.items():
         rows = [_moments_of(m, name, p) for m, p in zip(moments, paths, strict=True)]
-        gate = upcycling.gate_from_means(
-            np.stack([m.mean for m in rows]),
-            float(np.mean([m.variance for m in rows])),
-            sharpness=config.sharpness,
-        )
+        make = upcycling.gate_from_means if layout.bias else upcycling.gate_without_bias
+        try:
+            gate = make(
+                np.stack([m.mean for m in rows]),
+                float(np.mean([m.variance for m in rows])),
+                sharpness=1.0 if config.sharpness is None else config.sharpness,
+            )
+        except ValueError as e:
+            raise ValueError(
+                f"--gate_data, {name}: {e}: --layout=names, or no --gate_data"
+            ) from e
         gates[block] = {k: np.asarray(x) for k, x in gate.items()}
     return gates, "gates are the nearest of the means of --gate_data"
 

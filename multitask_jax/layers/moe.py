@@ -87,7 +87,7 @@ class MoE(nn.Module):
                 noise=self.noise if noisy else None,
                 key=self.make_rng("gate") if noisy else None,
             )
-        served = self._dispatched(moe.EXPERTS[self.kind], params, tokens, routing)
+        served = self._dispatched(moe.experts.named(self.kind), params, tokens, routing)
         self._sow(routing, served.kept, flat if self.tasks else None)
         y = served.y.reshape(x.shape)
         if self.shared_hidden:
@@ -173,7 +173,9 @@ class MMoE(nn.Module):
             lambda g: moe.route(moe.gate_logits({"kernel": g}, tokens), kind="soft")
         )(gates)
         # Experts see each token once, whatever the number of tasks.
-        served = moe.EXPERTS[self.kind](params, tokens[None], batched)  # [E, N, D]
+        served = moe.experts.named(self.kind)(
+            params, tokens[None], batched
+        )  # [E, N, D]
         weights = routing.weights.astype(served.dtype)  # [T, N, E]
         both = jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), routing)
         tasks = jnp.repeat(jnp.arange(self.tasks), len(tokens))

@@ -48,6 +48,13 @@ EXPERTS: dict[str, Expert] = {
 }
 
 
+def named(kind: str) -> Expert:
+    """Of `EXPERTS`; ValueError with the names if there is none."""
+    if kind not in EXPERTS:
+        raise ValueError(f"kind: got {kind!r}, expected one of {', '.join(EXPERTS)}")
+    return EXPERTS[kind]
+
+
 def init(
     key: Array,
     kind: str,
@@ -60,7 +67,11 @@ def init(
     """Parameters of E experts of `EXPERTS`, such as {"up": {"kernel": [E, D, H]}, ...}.
 
     Kernels are LeCun normal by each expert's own fan-in, biases zero.
+
+    Raises:
+      ValueError: there is no such kind.
     """
+    named(kind)
     names = ("gate", "up", "down") if kind == "swiglu" else ("up", "down")
     params = {}
     for name, k in zip(names, jax.random.split(key, len(names)), strict=True):

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -87,8 +88,22 @@ class Output(NamedTuple):
 
 
 def found_in(reader: Reader, layout: Layout) -> dict[str, Found]:
-    """The dense checkpoint's feed-forward tensors; ValueError if there are none."""
-    return mlp_leaves(list(reader.tensors), layout.pattern)
+    """The dense checkpoint's feed-forward tensors.
+
+    Raises:
+      ValueError: there are none.
+      CheckpointError: one is of integers or of 8-bit floats, as quantised weights are:
+        what they mean is in tensors beside them.
+    """
+    found = mlp_leaves(list(reader.tensors), layout.pattern)
+    for name in found:
+        dtype = reader.tensors[name].dtype
+        if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
+            raise CheckpointError(
+                f"{reader.path}: {name}: got {dtype}, expected floats of 16 bits or"
+                " more; convert quantised weights first"
+            )
+    return found
 
 
 def gate_inputs(reader: Reader, found: Mapping[str, Found]) -> dict[str, str]:
@@ -126,7 +141,8 @@ def plan(
       gates: {"kernel": [D, E], "bias": [E]} by block.
 
     Raises:
-      CheckpointError: a model lacks a tensor, or has it in another shape or dtype.
+      CheckpointError: a model lacks a tensor, or has it in another shape or dtype; or
+        as `found_in`.
     """
     found, done, out = found_in(rest, layout), set(), []
     for name, info in rest.tensors.items():
@@ -235,21 +251,35 @@ def views(
       moe: the mixture.
       layout: names.
       base: a dense checkpoint whose names the dense model has, where the layout has
-        several.
+        several. Its feed-forward tensors are those that the layout's pattern matches.
 
     Raises:
+      ValueError: the pattern matches nothing in the base.
       CheckpointError: there are no experts by this layout, or some are missing; or the
         layer has a shared expert, which a dense one has no room for.
     """
     matches = {n: m for n in moe.tensors if (m := _expert(layout).fullmatch(n))}
     gated = any(re.search(r"/gate/\w+$", name) for name in matches)
+    known = None
+    if base is not None:
+        dense_leaves = mlp_leaves(list(base.tensors), layout.pattern)
+        known = {expert_name(layout, f): name for name, f in dense_leaves.items()}
     own: dict[int, dict[str, tuple[TensorInfo, Part]]] = {}
     around: dict[str, None] = {}  # names of gates but for their last word
     for name, m in matches.items():
         info, parts = moe.tensors[name], m.groupdict()
         found = Found(m["block"], m["leaf"], parts.get("between") or "")
         around[re.sub(r"\w+$", "", _filled(layout.gate, found))] = None
-        dense = _dense_name(layout, found, base, gated=gated)
+        if known is None:
+            dense = _usual_name(layout, found, gated=gated)
+        elif (plain := _filled(layout.expert, found)) in known:
+            dense = known[plain]
+        else:
+            raise CheckpointError(
+                f"{base.path}: got none of {moe.path}'s {name} among"
+                f" {', '.join(list(known.values())[:3])}, ..., which the pattern"
+                f" {layout.pattern!r} matches; give the base that the experts came from"
+            )
         if "expert" in parts:
             own.setdefault(int(m["expert"]), {})[dense] = (
                 info._replace(name=dense),
@@ -287,26 +317,19 @@ def _expert(layout: Layout) -> re.Pattern[str]:
     return re.compile(template)
 
 
-def _dense_name(
-    layout: Layout, found: Found, base: Reader | None, *, gated: bool
-) -> str:
-    """What the dense tensor was called: as in the base, or as is usual."""
-    back = {there: here for here, there in layout.rename.items()}
-    usual = found._replace(leaf=_renamed(found.leaf, back))
-    candidates = [_filled(t, f) for f in (usual, found) for t in layout.dense]
-    if base is not None:
-        if there := [name for name in candidates if name in base.tensors]:
-            return there[0]
-        raise CheckpointError(
-            f"{base.path}: got none of {', '.join(candidates)}, one of which expert"
-            f" tensors of {found.block} come from"
-        )
+def _usual_name(layout: Layout, found: Found, *, gated: bool) -> str:
+    """What the dense tensor was called, where no base tells it."""
     # A stack of experts with a gate of their own: SwiGLU, in a module named mlp.
-    return candidates[-1] if gated else candidates[0]
+    if gated:
+        return _filled(layout.dense[-1], found)
+    back = {there: here for here, there in layout.rename.items()}
+    return _filled(layout.dense[0], found._replace(leaf=_renamed(found.leaf, back)))
 
 
-def width_of(info: TensorInfo, layout: str) -> int:
-    """D, of a first layer: its inputs, which names do not tell the axis of."""
-    if layout == "names":  # torch's Linear, or GPT-2's Conv1D; such layers widen
+def width_of(info: TensorInfo, layout: Layout) -> int:
+    """D, of a first layer: its inputs."""
+    if re.search(r"(?:^|[./])c_fc[./]", info.name):
+        # GPT-2's Conv1D has the inputs first, others' Linear of that name last; both
+        # widen.
         return min(info.shape)
-    return info.shape[0 if layout == "stacked" else 1]
+    return info.shape[1 if layout.transposed else 0]

@@ -3,7 +3,7 @@
     means = jnp.stack([mean of what reaches the layer, a specialist's data each])
     gates = {block: gate_from_means(means[block], variance[block]) for block in ...}
     params = upcycle([a, b, c], rest, pattern=..., gates=gates)
-    dense = to_dense(params, pattern=..., merge=lambda trees: ...)
+    dense = to_dense(params, merge=lambda trees: ...)
 
 Sparse upcycling (Komatsuzaki et al. 2023, arXiv 2212.05055) copies one model's
 feed-forward layers; experts of specialists are those of Branch-Train-MiX (Sukhbaatar et
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from multitask_jax import tree as trees
 from multitask_jax.moe import gates as gating
@@ -85,6 +86,9 @@ def upcycle(
     {"layer_0": {"intermediate": {"kernel": [D, H]}, ...}} of each model ->
     {"layer_0": {"mlp": {"experts": {"up": {"kernel": [E, D, H]}}, "gate": ...}, ...}}.
 
+    What stands between block and leaf ("/" here) is left out: tell it `split` for the
+    way back, where it is another.
+
     Args:
       models: where expert e comes from, E of them; one model E times is sparse
         upcycling.
@@ -94,7 +98,9 @@ def upcycle(
       rename: names of dense layers -> names of the experts'.
 
     Raises:
-      ValueError: trees of different paths, a gate that is missing, or as `mlp_leaves`.
+      ValueError: trees of different paths, a gate that is missing, blocks that differ
+        in what stands before the leaf, names that `rename` has no way back for, or as
+        `mlp_leaves`.
     """
     flat = [trees.flatten(m) for m in models]
     others = trees.flatten(rest)
@@ -106,6 +112,18 @@ def upcycle(
     found = mlp_leaves(list(others), pattern)
     if missing := {f.block for f in found.values()} - set(gates):
         raise ValueError(f"gates: none for {sorted(missing)[:5]}")
+    if len(between := {f.between for f in found.values()}) > 1:
+        raise ValueError(
+            f"mlp pattern {pattern!r}: got {sorted(between)} between block and leaf,"
+            " expected the same everywhere; upcycle such layers one after another"
+        )
+    back = _inverse(rename)
+    for path, (_, leaf, _) in found.items():
+        if _renamed(there := _renamed(leaf, rename), back) != leaf:
+            raise ValueError(
+                f"rename: {path} becomes {there}, which would come back as"
+                f" {_renamed(there, back)}; expected a name for each of theirs"
+            )
     out = {path: x for path, x in others.items() if path not in found}
     for path, (block, leaf, _) in found.items():
         stacked = jnp.stack([f[path] for f in flat])
@@ -117,23 +135,47 @@ def upcycle(
 
 
 def split(
-    params: Any, *, rename: Mapping[str, str] | None = None
+    params: Any, *, rename: Mapping[str, str] | None = None, between: str = "/"
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The inverse of `upcycle`: a dense tree of each expert, and the gates by block.
 
+    Args:
+      params: as `upcycle` makes them.
+      rename: as it was for `upcycle`.
+      between: of block and leaf in the dense paths, such as "/mlp/" for
+        layer_0/mlp/up/kernel.
+
     Raises:
-      ValueError: there are no experts, or not as many everywhere.
+      ValueError: there are no experts, or not as many everywhere; or a layer has shared
+        experts, which a dense one has no room for.
     """
     flat = trees.flatten(params)
-    back = {there: here for here, there in (rename or {}).items()}
+    back = _inverse(rename)
     regex = re.compile(r"(?P<block>.*)/mlp/(?P<part>experts|gate)/(?P<leaf>.*)")
     found = {p: m for p in flat if (m := regex.fullmatch(p))}
+    blocks = {m["block"] for m in found.values() if m["part"] == "experts"}
+    # A gate without experts is a dense SwiGLU's.
+    found = {p: m for p, m in found.items() if m["block"] in blocks}
+    for path in flat:
+        shared = re.match(r"(.*)/mlp/shared_\w+/", path)
+        if shared and shared[1] in blocks:
+            raise ValueError(
+                f"{path} is of an expert that all tokens share: a dense layer has no"
+                " room for it beside a merged one"
+            )
     counts = {flat[p].shape[0] for p, m in found.items() if m["part"] == "experts"}
     if len(counts) != 1:
         raise ValueError(
             f"got {sorted(counts) or 'no'} experts in .../mlp/experts/...; expected one"
             " number of them"
         )
+    for path, m in found.items():
+        if m["part"] == "gate" and flat[path].shape[-1] not in counts:
+            raise ValueError(
+                f"{path}: got a gate of {flat[path].shape[-1]} for {sorted(counts)[0]}"
+                " experts; the others all tokens share: a dense layer has no room for"
+                " them beside merged ones"
+            )
     rest = {p: x for p, x in flat.items() if p not in found}
     dense = [dict(rest) for _ in range(counts.pop())]
     gates: dict[str, Any] = {}
@@ -142,7 +184,7 @@ def split(
             gates.setdefault(m["block"], {})[m["leaf"]] = flat[path]
             continue
         for tree, x in zip(dense, flat[path], strict=True):
-            tree[f"{m['block']}/{_renamed(m['leaf'], back)}"] = x
+            tree[f"{m['block']}{between}{_renamed(m['leaf'], back)}"] = x
     return [trees.nest(t) for t in dense], gates
 
 
@@ -151,15 +193,19 @@ def to_dense(
     *,
     merge: Callable[[list[Any]], Any],
     rename: Mapping[str, str] | None = None,
+    between: str = "/",
 ) -> Any:
     """One dense tree of a mixture: `merge` of the experts' trees; gates are left out.
 
     Args:
       params: as `upcycle` makes them.
       merge: such as `lambda models: merging.merge(merging.ties(), base, models)`.
-      rename: as it was for `upcycle`.
+      rename, between: as for `split`.
+
+    Raises:
+      ValueError: as `split`.
     """
-    return merge(split(params, rename=rename)[0])
+    return merge(split(params, rename=rename, between=between)[0])
 
 
 def random_gates(
@@ -178,22 +224,64 @@ def gate_from_means(
 ) -> Any:
     """Tokens go to the specialist whose own data's mean is nearest.
 
-    logit_e = sharpness (x mu_e - |mu_e|^2 / 2) / s^2, which is -|x - mu_e|^2 / (2 s^2)
-    up to what experts share.
+    logit_e = sharpness (x mu_e - |mu_e|^2 / 2) D / s^2, which is
+    -|x - mu_e|^2 / (2 s^2 / D) up to what experts share. With sharpness 1 the softmax
+    is the posterior of Gaussians of variance s^2 / D in each dimension.
 
     Args:
       means: [E, D], of what reaches the layer on each specialist's data.
-      variance: s^2, the mean squared distance of tokens to their specialist's mean.
-      sharpness: above 1 decides harder.
+      variance: s^2, the mean squared distance of tokens to their specialist's mean,
+        summed over D, as `merging.input_moments` has it.
+      sharpness: above 1 decides harder, below 1 softer.
 
     Returns:
       {"kernel": [D, E], "bias": [E]}, for `gate_logits`.
     """
-    scale = sharpness / jnp.maximum(variance, 1e-12)
+    scale = sharpness * means.shape[1] / jnp.maximum(variance, 1e-12)
     return {
         "kernel": scale * means.T,
         "bias": -scale / 2 * jnp.sum(means**2, axis=1),
     }
+
+
+def gate_without_bias(
+    means: np.ndarray, variance: float, *, sharpness: float = 1.0
+) -> dict[str, np.ndarray]:
+    """As `gate_from_means`, for a layer whose gate has no bias, such as Mixtral's.
+
+    Without the bias x mu_e = x m + (x - m) d_e + m d_e, d_e = mu_e - m and m the mean
+    of means. Experts share the first term; the last one, if m is large, sends all
+    tokens to one of them. So rows are w_e = d_e - m (m d_e) / (|m|^2 + s^2 / D): m is
+    projected out, as far as it is longer than tokens vary along it.
+
+    Args:
+      means: [E, D]; concrete, as all arguments.
+      variance: s^2, as for `gate_from_means`.
+      sharpness: as for `gate_from_means`.
+
+    Returns:
+      {"kernel": [D, E]}, float32.
+
+    Raises:
+      ValueError: nearly nothing is left: means differ along m alone, or not at all.
+    """
+    means = np.asarray(means, np.float64)
+    each = max(float(variance), 1e-12) / means.shape[1]  # s^2 / D
+    m = means.mean(axis=0)
+    d = means - m[None]
+    w = d - (d @ m)[:, None] * m[None] / (m @ m + each)
+    if np.linalg.norm(w) <= 0.1 * np.linalg.norm(d):
+        raise ValueError(
+            f"means of {len(means)} specialists' data differ by {np.linalg.norm(d):.3g}"
+            f" in all, and by {np.linalg.norm(w):.3g} across the direction they share;"
+            " expected more than a tenth: a gate without a bias can't tell them apart."
+            " Use a layout whose gate has a bias, or a random gate"
+        )
+    return {"kernel": np.float32(sharpness / each * w.T)}
+
+
+def _inverse(rename: Mapping[str, str] | None) -> dict[str, str]:
+    return {there: here for here, there in (rename or {}).items()}
 
 
 def _renamed(leaf: str, rename: Mapping[str, str] | None) -> str:

@@ -125,6 +125,25 @@ def test_wrong_flags_are_named(tmp_path):
             conflict.run(conflict.Config(workdir=str(tmp_path), **options))
 
 
+def test_numbers_out_of_range_are_named(tmp_path):
+    for name, value in (
+        ("batch_size", 0), ("inputs", 1), ("features", 0), ("rate", 0.0),
+    ):  # fmt: skip
+        config = conflict.Config(workdir=str(tmp_path / "run"), **{name: value})
+        with pytest.raises(ValueError, match=f"--{name}: got {value}, expected"):
+            conflict.run(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_diverged_training_is_told_and_not_stored(tmp_path):
+    config = conflict.Config(
+        workdir=str(tmp_path), angles="90", seeds=1, steps=40, batch_size=8, rate=1e30
+    )
+    with pytest.raises(FloatingPointError, match=r"shared bottom, 90 .* lower --rate"):
+        conflict.run(config)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
 def test_paired_differences_have_students_interval():
     # Mean 2, standard deviation 1, three of them: 2 +- 4.303 / sqrt(3).
     assert (

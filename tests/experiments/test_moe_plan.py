@@ -1,9 +1,11 @@
 import subprocess
 import sys
+import typing
 
 import pytest
 
 from experiments import moe_plan
+from multitask_jax import moe
 
 SMALL = {"tokens": 16, "width": 8, "hidden": 12, "experts": 4, "kind": "mlp"}
 
@@ -24,6 +26,17 @@ def test_bytes_and_flops_of_a_device(tmp_path):
     room = 10  # ceil(1.25 * 16 * 2 / 4)
     assert plan.exchanged["all-to-all"] == (4, 4 * 4 * 4 * room * 8)
     assert "all-gather" not in plan.exchanged
+    assert plan.asked == plan.exchanged["all-to-all"][1]
+
+
+def test_bytes_in_bfloat16_are_told_although_a_cpu_widens_them():
+    config = moe_plan.Config(**SMALL | {"kind": "gelu", "mesh": "data=2,expert=4"})
+    assert moe_plan.make(config).asked == 4 * 2 * 4 * 10 * 8
+
+
+def test_every_kind_of_expert_can_be_planned():
+    kinds = typing.get_type_hints(moe_plan.Config)["kind"]
+    assert set(typing.get_args(kinds)) == set(moe.EXPERTS)
 
 
 @pytest.mark.parametrize(

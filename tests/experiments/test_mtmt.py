@@ -3,14 +3,17 @@
 import dataclasses
 import functools
 import json
+import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments import mtmt, mtmt_model
 from experiments import mtmt_training as training
+from multitask_jax import tree
 from multitask_jax.data import hillstrom
 from multitask_jax.data.uplift_simulator import simulate
 from multitask_jax.models import mtmt as models
@@ -65,15 +68,94 @@ def test_a_second_run_trains_nothing_and_another_one_is_refused(result, config):
             mtmt.run(dataclasses.replace(config, **{name: 0}))
 
 
+def test_another_policy_outcome_changes_what_is_told_alone(result, config):
+    workdir = Path(config.workdir)
+    weights = workdir / "model" / "model.safetensors"
+    before = weights.stat().st_ino, weights.stat().st_mtime_ns
+    told = result.trial.outcomes[0]
+    for outcome in (told, None):
+        mtmt.run(dataclasses.replace(config, policy_outcome=outcome))
+        about = mtmt_model.load(workdir / "model")[1]
+        assert about["policy_outcome"] == (outcome or result.trial.outcomes[-1])
+    assert (weights.stat().st_ino, weights.stat().st_mtime_ns) == before
+
+
+@pytest.mark.parametrize("damage", ["", "no JSON\n"])
+def test_a_line_that_a_kill_cut_short_is_no_end(tmp_path, damage):
+    """Nor is a log that is damaged further up: only a note comes of it."""
+    config = mtmt.Config(
+        workdir=str(tmp_path), data="simulator", rows=120, models="S-learner",
+        folds=2, seeds="0", epochs=1, batch_size=16, bootstrap=2, progress=False,
+    )  # fmt: skip
+    log = tmp_path / "metrics.jsonl"
+    mtmt._same_run(tmp_path, config, mtmt.load(config)[0])
+    log.write_text(damage + '{"step": 1, "mod')
+    report = mtmt.run(config).report
+    assert log.read_text().startswith(damage + '{"step": 1, "model": "S-learner"')
+    # Which of one epoch is the last is the best.
+    assert ("Best on validation rows" in report) == (not damage)
+
+
+def test_people_in_another_order_are_other_people(result, config, tmp_path):
+    run = dataclasses.replace(config, workdir=str(tmp_path))
+    mtmt._same_run(tmp_path, run, result.trial)
+    (tmp_path / "predictions").mkdir()
+    mtmt._same_run(tmp_path, run, result.trial)
+    order = np.arange(len(result.trial.arm))[::-1]
+    with pytest.raises(ValueError, match="predictions of another run"):
+        mtmt._same_run(tmp_path, run, result.trial.at(order))
+
+
+@pytest.mark.parametrize("name", ["flat effects", "shared bottom"])
+def test_ablations_are_trained_and_predict(result, config, tmp_path, name):
+    learner, trial = MODELS[name](3, 3), result.trial
+    params = jax.eval_shape(lambda key: learner.init(key, 8), jax.random.key(0))
+    experts = {p: x for p, x in tree.flatten(params).items() if "up_kernel" in p}
+    assert [len(x) for x in experts.values()] == [1 if "bottom" in name else 4]
+    folds = training.make_folds(trial.arm, 2, 0, 0.1)
+    options = {"rate": 5e-3, "epochs": 2, "rows": folds.train.shape[1], "batch": 128}
+    trainer = training.make_trainer(learner, 8, **options)
+    losses = []
+    state, scale = training.fit(
+        trainer, trial, folds, epochs=2, seed=0, each=lambda i, x: losses.append(x)
+    )
+    assert losses[1]["loss"] < losses[0]["loss"]
+    found = training.out_of_fold(trainer, state, scale, trial, folds)
+    assert np.isfinite(found).all()
+    assert (found[:, 1:] != found[:, :1]).any(axis=(0, 2)).all()
+
+
+def test_flat_effects_are_each_arms_own():
+    """In one tier, an arm's outcomes do not depend on another arm's effect."""
+    for name, shared in (("MTMT", True), ("flat effects", False)):
+        learner = MODELS[name](3, 1)
+        x = jnp.ones((2, 4))
+        params = jax.jit(lambda key, f=learner.init: f(key, 4))(jax.random.key(0))
+        flat = tree.flatten(params)
+        first = sorted({p.split("/")[0] for p in flat if p.endswith("treatment")})[0]
+        changed = tree.nest(
+            {
+                p: a + 1 if p.startswith(f"{first}/out/bias") else a
+                for p, a in flat.items()
+            }
+        )
+        gap = jax.jit(learner.predict)(changed, x) - jax.jit(learner.predict)(params, x)
+        np.testing.assert_allclose(gap[0, :, 0], [0, 1, shared], atol=1e-5)
+
+
 def test_a_model_of_other_settings_goes_with_its_predictions(result, config, tmp_path):
     (tmp_path / "run" / "model").mkdir(parents=True)
+    log = tmp_path / "run" / "metrics.jsonl"
+    log.write_text("")
     before = dataclasses.replace(config, workdir=str(tmp_path / "run"))
     mtmt._same_run(tmp_path / "run", before, result.trial)
     mtmt._same_run(tmp_path / "run", before, result.trial)
     assert (tmp_path / "run" / "model").exists()
+    assert log.exists()
     other = dataclasses.replace(before, epochs=3)
     mtmt._same_run(tmp_path / "run", other, result.trial)
     assert not (tmp_path / "run" / "model").exists()
+    assert not log.exists()
 
 
 def test_the_saved_model_is_a_function_of_features(result, config):
@@ -170,6 +252,15 @@ def test_customers_are_scored(shared, tmp_path):
         ({"seeds": "0,0"}, "each once"),
         ({"policy_outcome": "clicks"}, "expected one of"),
         ({"predict": True}, "needs --checkpoint"),
+        ({"rate": 0.0}, "--rate: got 0.0, expected more than 0"),
+        ({"download": True}, "--download: --data=simulator reads no file"),
+        ({"data_path": "a.csv"}, "--data_path: --data=simulator reads no file"),
+        ({"data": "hillstrom", "effect": 1.0}, "--effect: it is of"),
+        (
+            {"data": "hillstrom", "data_path": "a.csv", "download": True},
+            "one of the two",
+        ),
+        ({"rows": 24}, "outside a fold of --folds=5; expected at least 11"),
     ],
 )
 def test_wrong_flags_are_named(tmp_path, options, message):
@@ -181,7 +272,7 @@ def test_wrong_flags_are_named(tmp_path, options, message):
 def test_networks_that_still_learn_are_named(tmp_path):
     """Best after the last epoch with every seed, not with some."""
     path = tmp_path / "metrics.jsonl"
-    assert mtmt.still_learning(tmp_path, 2) == []
+    assert mtmt.still_learning(tmp_path, 2, "ab", [0, 1]) == []
     errors = {"a": ((3.0, 2.0), (3.0, 2.0)), "b": ((3.0, 2.0), (2.0, 3.0))}
     lines = [
         {"step": i + 1, "model": model, "seed": seed, "loss": 0.0, "validation": v}
@@ -189,8 +280,15 @@ def test_networks_that_still_learn_are_named(tmp_path):
         for seed, values in enumerate(by_seed)
         for i, v in enumerate(values)
     ]
+    # Of other models, seeds and epochs, which some other run left.
+    other = {"step": 2, "model": "c", "seed": 0, "validation": 0.0}
+    lines += [other, other | {"model": "a", "seed": 7, "step": 1}]
+    lines += [other | {"model": "a", "step": 3}]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert mtmt.still_learning(tmp_path, 2) == ["a"]
+    assert mtmt.still_learning(tmp_path, 2, "ab", [0, 1]) == ["a"]
+    for line in ("no JSON", '{"step": 2}'):
+        path.write_text(f"{line}\n{path.read_text()}")
+        assert mtmt.still_learning(tmp_path, 2, "ab", [0, 1]) == []
 
 
 def test_diverged_training_is_told(tmp_path):
@@ -221,3 +319,35 @@ def test_a_folder_without_a_model_is_named(tmp_path):
     (tmp_path / "about.json").write_text(json.dumps({"sizes": {}}))
     with pytest.raises(ValueError, match="train again"):
         mtmt_model.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arms": ["none", "mail"]}, "arms: got .*, expected 3 names"),
+        ({"arms": "abc"}, "arms: got 'abc'"),
+        ({"outcomes": ["visit", 2, "spend"]}, "outcomes: got"),
+        ({"outcomes": None}, "outcomes: got None"),
+        ({"mean": [0.0]}, "expected 3 numbers each"),
+        ({"sizes": {"hidden": "64"}}, "got hidden='64', expected one like 64"),
+        ({"sizes": {"tiers": [[0, 0]]}}, r"got tiers \(1, 2\)"),
+        ({"sizes": {"depth": 3}}, "unexpected keyword argument 'depth'"),
+        ({"encoder": {"fill": {}}}, "the encoder can't be read"),
+        ({"encoder": "WIDE"}, "the model takes 8"),
+    ],
+)
+def test_a_model_with_other_facts_is_named(result, config, tmp_path, changes, message):
+    folder = tmp_path / "model"
+    shutil.copytree(Path(config.workdir) / "model", folder)
+    if "sizes" in changes:
+        kept = json.loads((folder / "about.json").read_text())["sizes"]
+        changes = {"sizes": kept | changes["sizes"]}
+    if changes.get("encoder") == "WIDE":
+        strings, flags = dict.fromkeys(hillstrom.CATEGORIES, ("a",)), hillstrom.FLAGS
+        scale = dict.fromkeys(hillstrom.NUMBERS, (0.0, 1.0))
+        fill = dict.fromkeys((*scale, *flags), 0.0) | dict.fromkeys(strings, "a")
+        wide = strings | {"channel": ("a", "b")}
+        changes = {"encoder": hillstrom.Encoder(fill, scale, wide).to_json()}
+    mtmt_model.amend(folder, **changes)
+    with pytest.raises(ValueError, match=message):
+        mtmt_model.load(folder)

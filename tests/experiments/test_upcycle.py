@@ -75,13 +75,14 @@ def test_specialists_become_mixtrals_experts(tmp_path, three):
 
 @pytest.mark.parametrize("layout", ["mixtral", "names"])
 def test_copies_and_back_give_the_same_bytes(tmp_path, three, layout, capsys):
-    run(tmp_path / "moe", models=str(tmp_path / "a"), experts=4, layout=layout)
+    # The mean of two equal values is exact.
+    run(tmp_path / "moe", models=str(tmp_path / "a"), experts=2, layout=layout)
     run(tmp_path / "dense", to_dense=True, models=str(tmp_path / "moe"), layout=layout)
     assert "left out 2 tensors of gates" in capsys.readouterr().out
     found = read(tmp_path / "dense")
     assert found.keys() == three["a"].keys()
     for name, x in three["a"].items():
-        np.testing.assert_allclose(found[name], x, rtol=1e-6)
+        assert found[name].tobytes() == x.tobytes(), name
     about = json.loads((tmp_path / "dense" / "config.json").read_text())
     assert about["hidden_size"] == D
     assert "num_experts_per_tok" not in about
@@ -154,6 +155,37 @@ def test_to_dense_refuses_a_shared_expert(tmp_path):
     assert not (tmp_path / "dense").exists()
 
 
+def test_names_that_no_layout_knows_come_back_by_the_base(tmp_path):
+    rng = np.random.default_rng(0)
+    names = ["stem/kernel"]
+    names += [f"level_{i}/ffn/fc1/{n}/kernel" for i in range(2) for n in ("a", "b")]
+    tensors = {n: rng.normal(size=(D, H)).astype(np.float32) for n in names}
+    save_file(tensors, tmp_path / "a.safetensors")
+    a, pattern = (
+        str(tmp_path / "a.safetensors"),
+        r"(?P<block>level_\d)/ffn/(?P<leaf>.*)",
+    )
+    run(tmp_path / "moe", models=a, experts=2, mlp_pattern=pattern)
+    back = {"to_dense": True, "models": str(tmp_path / "moe"), "mlp_pattern": pattern}
+    with pytest.raises(ValueError, match=r"--mlp_pattern .* needs --base"):
+        run(tmp_path / "dense", **back)
+    run(tmp_path / "dense", base=a, **back)
+    found = read(tmp_path / "dense")
+    assert found.keys() == tensors.keys()
+    for name, x in tensors.items():
+        np.testing.assert_array_equal(found[name], x)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int32", "float8_e4m3fn"])
+def test_quantised_layers_are_refused(tmp_path, dtype):
+    names = STYLES["opt"].split()
+    tensors = {n: np.ones((D, H), jnp.dtype(dtype)) for n in names}
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(checkpoints.CheckpointError, match=f"fc1.weight: got {dtype}"):
+        run(tmp_path / "moe", models=str(tmp_path / "a.safetensors"), experts=2)
+    assert not (tmp_path / "moe").exists()
+
+
 def test_defaults_of_one_config_are_written_into_the_other(tmp_path, three):
     """Of keys that config.json lacks, Llama, Mixtral and Mistral take other values."""
     options = {"experts": 2}
@@ -189,6 +221,21 @@ def test_gates_are_as_wide_as_the_inputs(tmp_path):
     upcycle.run(config)
     gate = read(tmp_path / "moe")["model.layers.0.block_sparse_moe.gate.weight"]
     assert gate.shape == (3, D)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "width"),
+    [
+        ("model.layers.0.fc1.weight", (4, D), D),  # narrows: [out, in]
+        ("transformer.h.0.mlp.c_fc.weight", (D, H), D),  # Conv1D: [in, out]
+        ("transformer.h.0.mlp.c_fc.weight", (H, D), D),  # Linear of that name
+    ],
+)
+def test_gates_of_any_names_are_as_wide_as_the_inputs(tmp_path, name, shape, width):
+    save_file({name: np.ones(shape, np.float32)}, tmp_path / "a.safetensors")
+    run(tmp_path / "moe", models=str(tmp_path / "a.safetensors"), experts=3)
+    gates = [x for n, x in read(tmp_path / "moe").items() if "gate" in n]
+    assert [g.shape for g in gates] == [(3, width)]
 
 
 def test_a_dense_model_appears_with_its_config_or_not_at_all(
@@ -284,10 +331,11 @@ def test_gates_from_data_send_tokens_to_their_specialist(tmp_path):
 
 
 def test_gates_from_data_of_hugging_face_names(tmp_path, three, capsys):
-    """Mixtral's gates have no bias: rows point to what each specialist's data are."""
+    """Mixtral's gates have no bias: what means have in common must not choose."""
     names = [f"model.layers.{i}.mlp.gate_proj.weight" for i in range(2)]
     rng = np.random.default_rng(1)
-    data = [rng.normal(size=(64, D)).astype(np.float32) + 3 * s for s in (1, -1)]
+    means = np.float32([(10, 10, 10, 11.5, 8.5, 10), (10, 10, 10, 8.5, 11.5, 11)])
+    data = [m + 0.3 * rng.normal(size=(64, D)).astype(np.float32) for m in means]
 
     def apply(params, x):
         return sum(x @ params[name].T for name in names)
@@ -301,7 +349,7 @@ def test_gates_from_data_of_hugging_face_names(tmp_path, three, capsys):
         gate_data=",".join(f"{tmp_path}/{n}.moments.safetensors" for n in "ab"),
         k=1,
     )
-    assert "directions alone" in capsys.readouterr().out
+    assert "in common is left out" in capsys.readouterr().out
     found = read(tmp_path / "moe")
     for i in range(2):
         gate = found[f"model.layers.{i}.block_sparse_moe.gate.weight"]
@@ -324,12 +372,21 @@ def test_gates_from_data_of_hugging_face_names(tmp_path, three, capsys):
         ({"models": "a", "to_dense": True}, "got experts"),
         ({"models": "a,b", "k": 3}, "--k: got 3, expected 1 to 2"),
         ({"models": "a", "experts": 4, "k": 0}, "--k: got 0, expected 1 to 4"),
+        ({"models": "a", "experts": 2, "base": "b"}, "of one model"),
+        ({"models": "a", "experts": 2, "sharpness": 2.0}, "--sharpness: it is of"),
+        ({"models": "a,b", "gate_data": "x,y", "seed": 1}, "--seed: it is of random"),
+        ({"models": "a,b", "gate_data": "x,y", "gate_stddev": 0.1}, "--gate_stddev"),
+        ({"models": "a,b", "gate_data": "x,y", "sharpness": 0.0}, "more than 0"),
+        ({"models": "a", "experts": 2, "gate_stddev": -1.0}, "expected at least 0"),
+        ({"models": "a", "to_dense": True, "seed": 3}, "got 1 --models --seed"),
+        ({"models": "n.safetensors", "experts": 2, "k": 2}, "has no config.json"),
     ],
 )
 def test_wrong_flags_are_named_and_nothing_is_written(
     tmp_path, three, monkeypatch, options, message
 ):
     monkeypatch.chdir(tmp_path)
+    save_file(three["a"], tmp_path / "n.safetensors")
     before = sorted(tmp_path.iterdir())
     with pytest.raises(ValueError, match=message):
         run("moe", **options)

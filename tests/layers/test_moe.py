@@ -233,3 +233,21 @@ def test_tasks_of_tokens_tell_the_specialisation(x):
     np.testing.assert_allclose(sum_of(sown, "specialisation"), 1, atol=1e-3)
     with pytest.raises(ValueError, match="there is none"):
         init(Block(D, 2, 16), x, ids)
+
+
+@pytest.mark.parametrize(
+    "layer", [MoE(experts=2, hidden=3), MMoE(tasks=2, experts=2, hidden=3)]
+)
+def test_unknown_kinds_of_experts_are_named(layer):
+    """When parameters are made, and where there are some."""
+    x = jnp.ones((2, D))
+    params = jax.jit(layer.init)(jax.random.key(0), x)
+    other = layer.copy(kind="silu")
+    for run in (
+        lambda: other.init(jax.random.key(0), x),
+        lambda: other.apply(params, x),
+    ):
+        with pytest.raises(
+            ValueError, match=r"kind: got 'silu', expected one of mlp, "
+        ):
+            run()

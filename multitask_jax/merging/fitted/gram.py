@@ -13,6 +13,7 @@ from multitask_jax.merging.fitted.batching import batch_size, check_list
 from multitask_jax.merging.task_statistics import Gram
 
 Measure = Callable[[jax.Array], jax.Array]
+Total = Callable[[jax.Array], jax.Array]  # [k, ..., m, n], of k uses -> [..., m, n]
 RowsFn = Callable[[Any], jax.Array]  # inputs -> weight of each row of X
 
 
@@ -35,6 +36,10 @@ def squares(x: jax.Array) -> jax.Array:
     )
 
 
+def _added(measured: jax.Array) -> jax.Array:
+    return measured.sum(axis=0)
+
+
 class _Record:
     """Grams of the products seen so far, and what else leaves are used for."""
 
@@ -43,9 +48,11 @@ class _Record:
         params: dict[str, Any],
         measure: Measure = squares,
         wanted: Mapping[str, jax.Array] | None = None,
+        total: Total = _added,
     ):
         self.params = params
         self.measure = measure
+        self.total = total
         self.wanted = wanted  # bool [] by path; all without it
         self.grams: dict[str, Gram] = {}
         self.reasons: dict[str, str] = {}
@@ -79,7 +86,8 @@ class _Record:
         if old is None:
             self.grams[path] = new
         elif (old.axes, old.batch) == (new.axes, new.batch):
-            self.grams[path] = Gram(old.matrix + new.matrix, new.axes, new.batch)
+            both = self.total(jnp.stack([old.matrix, new.matrix]))
+            self.grams[path] = Gram(both, new.axes, new.batch)
         else:
             self.reasons.setdefault(path, "products contract different axes of it")
 
@@ -114,7 +122,7 @@ class _Record:
             )
 
         def body(carried: Any, xs: Any) -> Any:
-            inner = _Record(self.params, self.measure, self.wanted)
+            inner = _Record(self.params, self.measure, self.wanted, self.total)
             now = [*values[:consts], *carried, *xs]
             args = [
                 x if v is None else v._replace(replay=lambda _, x=x: x)
@@ -136,8 +144,8 @@ class _Record:
         )
         paths = {v.path for v in views[consts + carry :] if v is not None}
         for path, g in grams.items():
-            if path not in paths:  # a shared weight: the sum over steps
-                g = Gram(g.matrix.sum(axis=0), g.axes, g.batch)
+            if path not in paths:  # a shared weight: the total over steps
+                g = Gram(self.total(g.matrix), g.axes, g.batch)
             self.add(path, g)
         return [*last, *ys]
 
@@ -148,19 +156,22 @@ def captured(
     inputs: Any,
     measure: Measure = squares,
     wanted: Mapping[str, jax.Array] | None = None,
+    total: Total = _added,
 ) -> tuple[dict[str, Gram], _Record]:
-    """What `measure` makes of the inputs of each dense layer, summed over its uses.
+    """What `measure` makes of the inputs of each dense layer, in all of its uses.
 
     Args:
       apply_fn, params, inputs: as for `gram_matrices`.
-      measure: [..., rows, n] -> [..., m, n], to be added up.
+      measure: [..., rows, n] -> [..., m, n], of one use.
       wanted: bool [] by leaf path: others are 0 and not computed. All by default.
+      total: of several uses; their sum by default.
 
     Returns:
       By leaf path, as the matrix of a Gram, and what else was found out.
     """
     leaves = tree.flatten(params)
-    record = _Record({p: jnp.asarray(x) for p, x in leaves.items()}, measure, wanted)
+    arrays = {p: jnp.asarray(x) for p, x in leaves.items()}
+    record = _Record(arrays, measure, wanted, total)
     capture.evaluate(
         lambda by_path, inputs: apply_fn(tree.unflatten(params, by_path), inputs),
         record.params,
@@ -270,12 +281,17 @@ def _grams(
 
 def _weighted(weights: jax.Array, x: jax.Array) -> jax.Array:
     """sum_r w_r x_r x_r^T."""
+    check_weights(weights, x)
+    return squares(x * jnp.sqrt(weights)[:, None].astype(x.dtype))
+
+
+def check_weights(weights: jax.Array, x: jax.Array) -> None:
+    """Refuses weights of other rows than X [..., rows, n] has."""
     if x.shape[-2:-1] != weights.shape:
         raise ValueError(
             f"rows: got weights {list(weights.shape)} for a dense layer's inputs"
             f" {list(x.shape)}; expected one for each of its rows"
         )
-    return squares(x * jnp.sqrt(weights)[:, None].astype(x.dtype))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)

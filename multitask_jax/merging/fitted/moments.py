@@ -28,43 +28,81 @@ class Moments(NamedTuple):
     variance: Any  # []: mean squared distance from the mean, summed over n
 
 
-def _sums(x: jax.Array) -> jax.Array:
-    """[..., rows, n] -> [..., 3, n]: sum, sum of squares, number of rows."""
+def _measured(weights: jax.Array | None, x: jax.Array) -> jax.Array:
+    """[..., rows, n] -> [..., 3, n]: weight, mean, weighted squares around the mean.
+
+    Around the mean, for the difference of a mean of squares and a squared mean has few
+    digits where the mean is large.
+    """
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    rows = jnp.full((*x.shape[:-2], x.shape[-1]), x.shape[-2], x.dtype)
-    return jnp.stack([jnp.sum(x, -2), jnp.sum(x**2, -2), rows], axis=-2)
+    if weights is None:
+        weights = jnp.ones(x.shape[-2])
+    gram.check_weights(weights, x)
+    weight = jnp.sum(weights).astype(x.dtype)
+    weighted = functools.partial(
+        jnp.einsum, "...rn,r->...n", precision="highest", preferred_element_type=x.dtype
+    )
+    mean = weighted(x, weights) / jnp.where(weight > 0, weight, 1)
+    around = weighted((x - mean[..., None, :]) ** 2, weights)
+    return jnp.stack([jnp.full(mean.shape, weight, x.dtype), mean, around], axis=-2)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _of_batch(apply_fn: Any, params: Any, inputs: Any) -> dict[str, jax.Array]:
-    found, _ = gram.captured(apply_fn, params, inputs, _sums)
+def _total(measured: Any) -> Any:
+    """Of parts, [k, ..., 3, n] -> [..., 3, n] (Chan et al. 1979); of NumPy or JAX."""
+    xp = jnp if isinstance(measured, jax.Array) else np
+    weight, mean, around = xp.moveaxis(measured, -2, 0)  # [k, ..., n] each
+    whole = weight.sum(axis=0)
+    center = (weight * mean).sum(axis=0) / xp.where(whole > 0, whole, 1)
+    between = weight * (mean - center[None]) ** 2
+    return xp.stack([whole, center, (around + between).sum(axis=0)], axis=-2)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _of_batch(
+    apply_fn: Any, rows: gram.RowsFn | None, params: Any, inputs: Any
+) -> dict[str, jax.Array]:
+    weights = None if rows is None else rows(inputs).astype(jnp.float32)
+    measure = functools.partial(_measured, weights)
+    found, _ = gram.captured(apply_fn, params, inputs, measure, total=_total)
     return {path: g.matrix for path, g in found.items()}
 
 
 def input_moments(
-    apply_fn: Callable[..., Any], params: Any, batches: Iterable[Any]
+    apply_fn: Callable[..., Any],
+    params: Any,
+    batches: Iterable[Any],
+    *,
+    rows: gram.RowsFn | None = None,
 ) -> dict[str, Moments]:
-    """Moments by the path of each dense layer's weight.
+    """Moments by the path of each dense layer's weight, float32 NumPy arrays.
 
     Args:
       apply_fn, params, batches: as for `gram_matrices`.
+      rows: as for `gram_matrices`: inputs -> the weight of each row, such as a mask's
+        [B L] where 0 is padding. Without it padding counts as any token.
 
     Raises:
-      ValueError: no batches, one that is not in a list, or no dense layer.
+      ValueError: no batches, one that is not in a list, no dense layer, weights of
+        another number of rows than a layer has, or no row of any weight.
     """
     check_list(batches)
-    total: dict[str, jax.Array] = {}
+    total: dict[str, np.ndarray] = {}
     for batch in batches:
-        new = _of_batch(apply_fn, params, batch)
-        total = {p: x + total[p] if total else x for p, x in new.items()}
+        new = jax.device_get(_of_batch(apply_fn, rows, params, batch))
+        new = {p: np.float64(x) for p, x in new.items()}
+        total = {
+            p: _total(np.stack([total[p], x])) if total else x for p, x in new.items()
+        }
     if not total:
         raise ValueError("got no batches or no dense layer, expected some of both")
     out = {}
-    for path, sums in total.items():
-        first, second, rows = jnp.moveaxis(sums, -2, 0)
-        mean = first / rows
-        spread = jnp.maximum(second / rows - mean**2, 0)
-        out[path] = Moments(mean, jnp.sum(spread, axis=-1))
+    for path, (weight, mean, around) in (
+        (p, np.moveaxis(x, -2, 0)) for p, x in total.items()
+    ):
+        if not (weight > 0).all():
+            raise ValueError(f"{path}: got weights of rows that are all 0")
+        spread = np.float32((around / weight).sum(axis=-1))
+        out[path] = Moments(np.float32(mean), spread)
     return out
 
 
