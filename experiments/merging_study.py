@@ -37,13 +37,14 @@ from experiments import (
     flags,
     merge,
     parsing,
+    program_cache,
     study_analysis,
     study_merges,
     study_report,
     study_rows,
 )
 from experiments.flags import flag
-from experiments.study_merges import Merger
+from experiments.study_merges import BUDGET, Merger
 from experiments.study_store import Store, remember
 from experiments.study_tasks import (
     Evaluator,
@@ -53,7 +54,14 @@ from experiments.study_tasks import (
     make_pool,
     sample,
 )
-from experiments.study_training import JOINT, Data, Recipe, make_heads, train
+from experiments.study_training import (
+    JOINT,
+    LENGTHS,
+    Data,
+    Recipe,
+    make_heads,
+    train,
+)
 from multitask_jax import checkpoints
 from multitask_jax.data import text_tasks, tokens
 from multitask_jax.data.text_tasks import Rows
@@ -67,10 +75,11 @@ PARTS = (
     "redundancy",
     "forgetting",
     "gradients",
+    "conflicts",
 )
 GLUE = "glue/"  # before a task's name: tensorflow-datasets has it
-# May differ from an earlier run in the same folder.
-FREE = ("workdir", "seeds", "parts", "methods", "progress")
+# May differ from an earlier run in the same folder (of data and base the bytes count).
+FREE = ("workdir", "seeds", "parts", "methods", "progress", "data_dir", "model_dir")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,14 +108,20 @@ class Config:
     batch_size: int = flag("Rows a step.", 32)
     rate: float = flag("Peak learning rate.", 1e-4)
     max_length: int = flag("Tokens of a sentence, at most.", 64)
-    budget: int = flag("Evaluations on validation rows that a method gets.", 8)
+    budget: int = flag(
+        f"Evaluations on validation rows that a method gets, 1 to {BUDGET}.", BUDGET
+    )
     methods: str = flag(
         "Comma list of the main table's rows, like 'ties,ties + LiNeS,EMR' (all).", ""
     )
     parts: str = flag(f"Comma list of {', '.join(PARTS)}.", ",".join(PARTS))
-    unlabelled_rows: int = flag("Training rows that data-driven methods see.", 256)
+    unlabelled_rows: int = flag(
+        "Training rows that data-driven methods see, whole sixteens; 32 tokens of"
+        " each sentence at most.",
+        256,
+    )
     fisher_rows: int = flag(
-        "Of these, rows that Fisher takes gradients of (whole sixteens).", 256
+        "Of these, rows that Fisher takes gradients of, whole sixteens.", 256
     )
     adamerging_steps: int = flag("Steps of AdaMerging on the entropy.", 60)
     progress: bool = flag("Show progress.", True)
@@ -173,6 +188,21 @@ def check(config: Config) -> tuple[list[int], list[str], list[str]]:
     least |= {"batch_size": 1, "budget": 1, "unlabelled_rows": 16, "fisher_rows": 16}
     least |= {"test_rows": 0, "adamerging_steps": 0, "max_length": 4}
     parsing.at_least(config, **least)
+    if config.budget > BUDGET:
+        raise ValueError(
+            f"--budget: got {config.budget}, expected 1 to {BUDGET}: no method has more"
+            " candidates"
+        )
+    if not 0 < config.rate < float("inf"):
+        raise ValueError(f"--rate: got {config.rate}, expected a number above 0")
+    for name in ("unlabelled_rows", "fisher_rows"):
+        if (got := getattr(config, name)) % 16:
+            raise ValueError(f"--{name}: got {got}, expected whole sixteens")
+    if config.fisher_rows > config.unlabelled_rows:
+        raise ValueError(
+            f"--fisher_rows: got {config.fisher_rows}, more than the"
+            f" {config.unlabelled_rows} of --unlabelled_rows"
+        )
     model = Path(config.model_dir)
     if not (model / "config.json").is_file():
         raise ValueError(
@@ -244,6 +274,25 @@ class Study:
         params, rest = bert.from_hugging_face(tensors, shape=self.evaluator.shape)
         self.base = (jax.tree.map(np.ascontiguousarray, params), rest)
         self.store = Store(self.workdir)
+
+    def check(self, seeds: Sequence[int]) -> None:
+        """Raises ValueError for sentences or samples that training will not take."""
+        config, positions = self.config, self.evaluator.shape.positions
+        longest = max(x for x in (0, *LENGTHS) if x <= positions)
+        padded = next((x for x in LENGTHS if x >= config.max_length), config.max_length)
+        if padded > positions:
+            raise ValueError(
+                f"--max_length: got {config.max_length}, expected at most"
+                f" {longest or positions}: the base has {positions} positions"
+            )
+        for task in self.tasks:
+            for seed in seeds:
+                rows = text_tasks.take(task.train, config.train_rows, seed=seed)
+                if len(np.unique(rows.labels)) < 2:
+                    raise ValueError(
+                        f"{task.name}: the {len(rows.labels)} training rows of seed"
+                        f" {seed} have one label only; raise --train_rows"
+                    )
 
     def scores(
         self, tensors: Mapping[str, Any], seed: Seed, pool: Pool
@@ -344,35 +393,52 @@ def run(config: Config) -> Result:
     first = seeds[0]
     # Tasks by name: a folder that comes later, or goes, makes another study.
     told = dataclasses.replace(config, tasks=",".join(tasks))
-    # Coefficients that all seeds share are the first one's.
-    free = FREE if config.tune_every_seed else tuple(set(FREE) - {"seeds"})
     study = Study(config, tasks, rows)
-    known = study_merges.protocol(config.budget)
-    remember(told, Path(config.workdir), free, protocol=known, files=study.files)
-    for index in seeds:
-        seed = study.prepare(index)
-        study.references(seed)
-        if "methods" in parts:
-            study_rows.methods(study, seed, first)
-            study_rows.a_model_a_task(study, seed, first)
-        if "data_driven" in parts:
-            study_rows.data_driven(study, seed, first)
-        if "counts" in parts:
-            study_rows.counts(study, seed, first)
-        if "ablations" in parts:
-            study_rows.ablations(study, seed, first)
-        if "forgetting" in parts:
-            study_analysis.forgetting(study, seed)
-        if index == first:
-            study_analysis.conflicts(study, seed)
-            if "redundancy" in parts:
-                study_analysis.redundancy(study, seed)
-            if "gradients" in parts:
-                study_analysis.gradients(study, seed)
-    records = [r for r in study.store.records.values() if r["seed"] in seeds]
-    text = study_report.write(study.workdir, study.names, seeds, records)
+    study.check(seeds)
+    also = {"files": study.files, "protocol": study_merges.protocol(config.budget)}
+    if not config.tune_every_seed:  # coefficients that all seeds share are the first's
+        also["first_seed"] = first
+    remember(told, study.workdir, FREE, **also)
+    with program_cache.kept(study.workdir / "programs"):
+        for i in range(len(seeds)):
+            _run_seed(study, seeds[i], first, parts)
+            text = _report(study, seeds[: i + 1])
     print(text)
-    return Result(records, text)
+    return Result(_records(study, seeds), text)
+
+
+def _run_seed(study: Study, index: int, first: int, parts: Sequence[str]) -> None:
+    seed = study.prepare(index)
+    study.references(seed)
+    if "methods" in parts:
+        study_rows.methods(study, seed, first)
+        study_rows.a_model_a_task(study, seed, first)
+    if "data_driven" in parts:
+        study_rows.data_driven(study, seed, first)
+    if "counts" in parts:
+        study_rows.counts(study, seed, first)
+    if "ablations" in parts:
+        study_rows.ablations(study, seed, first)
+    if "forgetting" in parts:
+        study_analysis.forgetting(study, seed)
+    if index != first:
+        return
+    if "conflicts" in parts:
+        study_analysis.conflicts(study, seed)
+    if "redundancy" in parts:
+        study_analysis.redundancy(study, seed)
+    if "gradients" in parts:
+        study_analysis.gradients(study, seed)
+
+
+def _records(study: Study, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    return [r for r in study.store.records.values() if r["seed"] in seeds]
+
+
+def _report(study: Study, seeds: Sequence[int]) -> str:
+    """Of the seeds that are done: a later one's failure leaves it."""
+    records = _records(study, seeds)
+    return study_report.write(study.workdir, study.names, seeds, records)
 
 
 if __name__ == "__main__":

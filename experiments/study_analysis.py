@@ -26,13 +26,18 @@ def redundancy(study: Any, seed: Any) -> None:
     for t, name in enumerate(study.names):
 
         def make(t: int = t, name: str = name) -> dict[str, Any]:
+            known = study.store.records
             found = []
             for density in DENSITIES:
+                if density == 1:  # the specialist itself
+                    expert = known[("references", f"expert: {name}", seed.index)]
+                    found.append(expert["test"][name])
+                    continue
                 tau = merger.trimmed(merger.models[t], density)
                 # Nothing is chosen by it, so that test rows, which are more, will do.
                 pool = seed.own_test[name]
                 found.append(study.accuracies(merger.at(tau, {}), seed, pool)[name])
-            base = study.store.records[("references", "base", seed.index)]
+            base = known[("references", "base", seed.index)]
             return {"densities": DENSITIES, "test": found, "base": base["test"][name]}
 
         study.store.once("redundancy", name, seed.index, make)
@@ -50,27 +55,34 @@ def forgetting(study: Any, seed: Any) -> None:
     }
     pool = seed.data.validation
     base = functools.cache(lambda: study.accuracies(seed.merger.at({}, {}), seed, pool))
+    known = study.store.records
     for t, name in enumerate(study.names):
 
         def make(t: int = t, name: str = name) -> dict[str, Any]:
-            others = [n for n in study.names if n != name]
             tau = seed.merger.own(t)
-            out: dict[str, Any] = {"alphas": ALPHAS}
             tuned = study.accuracies(seed.merger.at(tau, {}), seed, pool)
+            # The choice weighs them by the base's accuracy.
+            others = [n for n in study.names if n != name and base()[n] > 0]
 
-            def accuracies(way: str, alpha: float) -> dict[str, float]:
+            def on_validation(way: str, alpha: float) -> dict[str, float]:
                 if alpha == 1:  # the specialist itself, either way
                     return tuned
                 if alpha == 0 and way == "WiSE-FT":
                     return base()
-                return study.accuracies(
-                    seed.merger.at(tau, ways[way](alpha)), seed, pool
-                )
+                model = seed.merger.at(tau, ways[way](alpha))
+                return study.accuracies(model, seed, pool)
 
+            def on_test(way: str, alpha: float) -> dict[str, float]:
+                if alpha == 1:
+                    return known[("references", f"expert: {name}", seed.index)]["test"]
+                if alpha == 0 and way == "WiSE-FT":
+                    return known[("references", "base", seed.index)]["test"]
+                model = seed.merger.at(tau, ways[way](alpha))
+                return study.accuracies(model, seed, seed.test)
+
+            out: dict[str, Any] = {"alphas": ALPHAS}
             for way in ways:
-                out[way] = {"validation": [accuracies(way, a) for a in ALPHAS]}
-            for way, at in ways.items():
-                found = out[way]["validation"]
+                found = [on_validation(way, a) for a in ALPHAS]
                 alpha = merging.select_alpha(
                     ALPHAS,
                     [f[name] for f in found],
@@ -78,10 +90,10 @@ def forgetting(study: Any, seed: Any) -> None:
                     fine_tuned=tuned[name],
                     zero_shot=[base()[n] for n in others],
                 )
-                model = seed.merger.at(tau, at(alpha))
-                out[way] |= {
+                out[way] = {
+                    "validation": found,
                     "alpha": alpha,
-                    "test": study.accuracies(model, seed, seed.test),
+                    "test": on_test(way, alpha),
                 }
             return out
 
@@ -102,7 +114,7 @@ def gradients(study: Any, seed: Any) -> None:
         found = []
         for name in study.names:
             encoded, rows = seed.data.encoded[name], seed.data.train[name]
-            few = np.arange(min(64, len(rows.labels)))
+            few = np.random.default_rng(0).permutation(len(rows.labels))[:64]
             found.append(
                 gradient(params, batch_of(encoded, rows, few, seed.heads[name]))
             )

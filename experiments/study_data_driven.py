@@ -56,19 +56,21 @@ def unlabelled(
     batch_size: int,
     length: int,
 ) -> dict[str, list[Inputs]]:
-    """Batches of each task's first rows, all of one shape.
+    """Batches of some rows of each task, all of one shape.
 
-    Sentences are cut to `length` tokens (the last of them stays at the end).
+    Drawn, since rows may be sorted by label. Sentences are cut to `length` tokens (the
+    last of them stays at the end).
     """
     out = {}
     for name, e in encoded.items():
+        some = np.random.default_rng(0).permutation(len(e.ids))[:rows]
         cut = tokens.Encoded(
             [
                 tuple(
                     s if len(s) <= length else np.append(s[: length - 1], s[-1])
                     for s in row
                 )
-                for row in e.ids[:rows]
+                for row in (e.ids[i] for i in some)
             ]
         )
         starts = range(0, len(cut.ids) - batch_size + 1, batch_size)

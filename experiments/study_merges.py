@@ -17,7 +17,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,11 +69,17 @@ SECOND: dict[str, tuple[str, tuple[Any, ...]]] = {
     "pcb": ("density", ("0.05", "0.2")),
     "sce": ("topk", (0.1, 1.0)),
     "consensus": ("tall_lambda", ("0.2", "0.4")),
+    "regmean": ("off_diagonal", (0.9, 0.99)),  # with LiNeS; without, it is the only one
 }
 # Half of the default, by which a merge takes a minute on two cores.
 FIXED: dict[str, Coefficients] = {"wudi": {"iterations": 200}}
 OFF_DIAGONALS = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
+BUDGET = 8  # evaluations a row has candidates for, at most
+# Their LiNeS rows are not merged once more by the command line: a merge takes from 10
+# to 40 s, and what is slow in it was compared without LiNeS.
+SLOW = ("wudi", "knots", "iso_cts", "tsv_m")
 QUIET = {"progress": False, "report": False, "overwrite": True}
+_KEPT = 6  # task vectors: what trimming leaves of each model is used twice
 SWEPT = ("scale", "lines_alpha", "lines_beta", "depth_mean")  # applied in memory
 
 
@@ -111,7 +117,7 @@ def grid(method: str, *, lines: bool, budget: int) -> tuple[Coefficients, ...]:
         axis, along, few = "scale", SCALES, FEW_SCALES
         if method in SUMS:
             along, few = SUM_SCALES, FEW_SUM_SCALES
-    elif method == "regmean":
+    elif method == "regmean":  # more of its own coefficient
         return tuple({"off_diagonal": x} for x in spread(OFF_DIAGONALS, budget))
     else:
         return ({},)
@@ -170,6 +176,7 @@ def protocol(budget: int) -> str:
     told = [(e.label, e.flags, e.grid) for e in entries(budget) + ablations(budget, {})]
     told.append(("TALL masks", {}, spread(TALL_LAMBDAS, budget)))
     told.append(("chosen by", {}, "likelihood"))
+    told.append(("unlabelled rows", {}, "drawn"))
     return hashlib.sha256(repr(told).encode()).hexdigest()[:12]
 
 
@@ -179,6 +186,17 @@ def add_scaled(base: Tensors, tau: Tensors, alpha: Any, beta: Any) -> Tensors:
     scaled = merging.scale_by_depth(alpha=alpha, beta=beta)
     # The model given is the task vector itself: nothing is subtracted first.
     return merging.merge(merging.Method((scaled,), start="parameters"), base, [tau])
+
+
+@jax.jit
+def add_tall(base: Tensors, total: Tensors, own: Tensors, tall_lambda: Any) -> Tensors:
+    """theta_0 + m_t tau, m_t = |tau_t| > lambda |tau - tau_t|: TALL masks' model t."""
+
+    def add(x: Any, tau: Any, tau_t: Any) -> Any:
+        mask = jnp.abs(tau_t) > tall_lambda * jnp.abs(tau - tau_t)
+        return x + jnp.where(mask, tau, 0)
+
+    return jax.tree.map(add, base, total, own)
 
 
 class Merger:
@@ -199,17 +217,29 @@ class Merger:
             flags = {"scale": 1.0} | flags  # where it has another default
         key = repr(sorted(flags.items()))
         if key not in self._kept:
-            output = self.folder / "delta"
-            around = {"output": str(output), "output_format": "delta", **QUIET}
-            quietly(dataclasses.replace(self.config, **flags, **around))
-            reader = checkpoints.open(self.config.base)
-            found = delta_file.read(output, reader)
-            reader.close()
-            shutil.rmtree(output)
-            if len(self._kept) > 2:
+            with self._merge(flags | {"output_format": "delta"}) as output:
+                reader = checkpoints.open(self.config.base)
+                found = delta_file.read(output, reader)
+                reader.close()
+            if len(self._kept) >= _KEPT:
                 self._kept.pop(next(iter(self._kept)))
             self._kept[key] = found
         return self._kept[key]
+
+    def merged(self, **flags: Any) -> dict[str, np.ndarray]:
+        """The model by a method that nothing scales.
+
+        theta_0 + (theta - theta_0) may differ from theta by a rounding.
+        """
+        with self._merge(flags) as output:
+            return checkpoints.read_tensors(output)
+
+    @contextlib.contextmanager
+    def _merge(self, flags: Coefficients) -> Iterator[Path]:
+        output = self.folder / "in_memory"
+        quietly(dataclasses.replace(self.config, **flags, output=str(output), **QUIET))
+        yield output
+        shutil.rmtree(output)
 
     def trimmed(self, model: str, density: float) -> dict[str, np.ndarray]:
         """tau of one model, but for its largest changes over the whole model 0."""
@@ -219,6 +249,11 @@ class Merger:
             trim_scope="model",
             density=str(density),
         )
+
+    def tall(self, t: int, tall_lambda: float) -> dict[str, np.ndarray]:
+        """The model that TALL masks leave for task t."""
+        found = add_tall(self._on_device, self.total, self.own(t), tall_lambda)
+        return {k: np.asarray(x) for k, x in found.items()} | self.rest
 
     def own(self, t: int) -> dict[str, np.ndarray]:
         """tau_t = theta_t - theta_0."""
@@ -275,6 +310,8 @@ def tune(
         every = entry.flags | given
         flags = {k: v for k, v in every.items() if k not in SWEPT}
         swept = {k: v for k, v in every.items() if k in SWEPT}
+        if own is None and not swept:
+            return given, merger.merged(**flags)
         tau = merger.task_vector(**flags) if own is None else own
         if swept.get("lines_alpha") == "norm":
             key = repr(flags)

@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from experiments import report_file
-from experiments.study_merges import FIXED, LEFT_OUT
+from experiments.study_merges import FIXED, LEFT_OUT, SLOW
 from multitask_jax import merging
 from multitask_jax.merging import report
 
@@ -135,17 +135,8 @@ def write(
         parts += ["", "## Number of tasks", "", f"![over tasks]({COUNTS})", ""]
         parts.append(_counts(workdir / COUNTS, records, counted))
     if ablated := records.rows("ablations"):
-        reference = records.references()
-        body = [
-            [
-                row,
-                *measures(records.accuracy("ablations", row), reference)[:3],
-                short(records.get("ablations", row)[0]["coefficients"]),
-            ]
-            for row in ablated
-        ]
-        head = ["TIES", "average", "normalised", "recovered", "chosen (first seed)"]
-        parts += ["", "## What each step of TIES is worth", "", table(head, body)]
+        parts += ["", "## What each step of TIES is worth", ""]
+        parts.append(_ablations(records, ablated, dict(rows).get("ties")))
     first = Records(names, seeds[:1], found)
     if trimmed := first.rows("redundancy"):
         parts += ["", "## Trimmed specialists (test rows, first seed)", ""]
@@ -179,6 +170,29 @@ def write(
     return text
 
 
+def _ablations(
+    records: Records, ablated: Sequence[str], tuned: np.ndarray | None
+) -> str:
+    """Variants of TIES, and what each has over two forms of it, paired by seed.
+
+    `tuned`: [S, T] of the main table's TIES, whose density is chosen, too.
+    """
+    reference = records.references()
+    fixed = records.accuracy("ablations", "TIES") if "TIES" in ablated else None
+    body = []
+    for row in ablated:
+        accuracy = records.accuracy("ablations", row)
+        gains = [
+            "" if x is None else spread((accuracy - x).mean(axis=1))
+            for x in (fixed, tuned)
+        ]
+        chosen = short(records.get("ablations", row)[0]["coefficients"])
+        body.append([row, *measures(accuracy, reference)[:3], *gains, chosen])
+    head = ["TIES", "average", "normalised", "recovered", "over TIES at density .2"]
+    head += ["over TIES, density chosen", "chosen (first seed)"]
+    return table(head, body)
+
+
 def _lines(found: Mapping[str, np.ndarray]) -> str:
     """Gains in average accuracy, paired by seed; "" without a pair."""
     body = []
@@ -202,8 +216,11 @@ def _notes(found: Sequence[Record]) -> list[str]:
     lines = [
         f"Left out: {', '.join(few)}; LiNeS on EMR and TALL masks, which keep a model"
         " a task: nothing of others is in them to be scaled down. Seconds and MB are of"
-        " the command line (first seed); without MB, of the merge in memory, where the"
-        " first of alike rows compiles."
+        " the command line as a process of its own (first seed; TALL masks: one task's"
+        " model). Seconds without MB: of LiNeS' rows within this process, where"
+        " programs are kept, and of what no command line has in memory, where the first"
+        f" of alike rows compiles. LiNeS' rows of {', '.join(SLOW)} are not merged by"
+        " the command line again."
     ]
     lines.append(
         "*scaled*: the task vector of a method without a scale, longer or shorter, by"

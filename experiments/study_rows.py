@@ -58,6 +58,9 @@ def tune_and_score(
     def make() -> dict[str, Any]:
         known = chosen_before(study, part, entry.label, seed, first)
         on_disk = part == "methods" and entry.tau is None and known is None
+        with_lines = entry.label.endswith("+ LiNeS")
+        if with_lines and entry.flags.get("method") in study_merges.SLOW:
+            on_disk = False
         out: dict[str, Any] = {}
         if on_disk and entry.grid == ({},):
             # Nothing to choose: the command line's merge is the only one.
@@ -71,7 +74,7 @@ def tune_and_score(
                 dataclasses.replace(merger.config, **entry.flags),
                 coefficients,
                 seed.folder / "merged",
-                measured=seed.index == first and not entry.label.endswith("+ LiNeS"),
+                measured=seed.index == first and not with_lines,
             )
             out = final.record()
             if tensors is not None:
@@ -133,17 +136,25 @@ def floats(path: Any) -> dict[str, Any]:
 
 def statistics_files(study: Any, seed: Any) -> dict[str, str]:
     """Gram and Fisher files beside the specialists."""
-    start = time.perf_counter()
-    files = study_data_driven.save_statistics(
-        seed.folder,
-        study.evaluator.shape,
-        lambda name: floats(seed.folder / name),
-        unlabelled(study, seed),
-        fisher_rows=study.config.fisher_rows,
-        seed=seed.index,
-    )
-    spent = {"seconds": round(time.perf_counter() - start, 2)}
-    study.store.once("statistics", "gram and fisher", seed.index, lambda: spent)
+    files: dict[str, str] = {}
+
+    def make() -> dict[str, Any]:
+        start = time.perf_counter()
+        files.update(
+            study_data_driven.save_statistics(
+                seed.folder,
+                study.evaluator.shape,
+                lambda name: floats(seed.folder / name),
+                unlabelled(study, seed),
+                fisher_rows=study.config.fisher_rows,
+                seed=seed.index,
+            )
+        )
+        return {"seconds": round(time.perf_counter() - start, 2)}
+
+    study.store.once("statistics", "gram and fisher", seed.index, make)
+    if not files:  # made before: what is there is not made again
+        make()
     return files
 
 
@@ -161,32 +172,44 @@ def a_model_a_task(study: Any, seed: Any, first: int) -> None:
 
     def emr() -> dict[str, Any]:
         models, final = study_merges.emr_models(
-            seed.merger.config, seed.folder / "merged", study.names, measured=True
+            seed.merger.config,
+            seed.folder / "merged",
+            study.names,
+            measured=seed.index == first,
         )
         return {"coefficients": {}, **final.record(), "test": accuracies(models)}
 
     def tall_masks(tall_lambda: str) -> dict[str, Any]:
-        flags = {"method": "tall_masks", "tall_lambda": tall_lambda}
-        merger = seed.merger
-        return {
-            n: merger.at(merger.task_vector(task=t, **flags), {})
-            for t, n in enumerate(study.names)
-        }
+        value = float(tall_lambda)
+        return {n: seed.merger.tall(t, value) for t, n in enumerate(study.names)}
 
     def tall() -> dict[str, Any]:
         known = chosen_before(study, "methods", "TALL masks", seed, first)
-        found = []
+        found, out = [], {}
+        chosen = known
         if known is None:
             values = study_merges.spread(study_merges.TALL_LAMBDAS, study.config.budget)
             for value in values:
                 own = scores(tall_masks(value), seed.data.own)
                 found.append(study_merges.mean(own))
             best = int(np.argmax([score.likelihood for score in found]))
-            known = {"tall_lambda": values[best]}
+            chosen = {"tall_lambda": values[best]}
+        models = tall_masks(**chosen)
+        if known is None:
+            # One task's model by the command line: the others differ in --task alone.
+            final = study_merges.merge_on_disk(
+                dataclasses.replace(seed.merger.config, method="tall_masks", task=0),
+                chosen,
+                seed.folder / "merged",
+                measured=seed.index == first,
+            )
+            gap = study_merges.difference(models[study.names[0]], final.tensors)
+            out = {**final.record(), "difference": gap}
         return {
-            "coefficients": known,
+            "coefficients": chosen,
             **recorded(found),
-            "test": accuracies(tall_masks(**known)),
+            **out,
+            "test": accuracies(models),
         }
 
     for row, make in zip(A_MODEL_A_TASK, (emr, tall), strict=True):

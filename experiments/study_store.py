@@ -89,4 +89,11 @@ def remember(config: Any, workdir: Path, free: Sequence[str], **also: Any) -> No
             " pass another --workdir or remove it"
         )
     workdir.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(told, indent=1) + "\n")
+    replace(path, json.dumps(told, indent=1) + "\n")
+
+
+def replace(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

@@ -19,6 +19,7 @@ import numpy as np
 import optax
 from safetensors.numpy import load_file, save_file
 
+from experiments.study_store import replace
 from experiments.study_tasks import Evaluator, Head, Pool, logits, make_pool, probe
 from multitask_jax import checkpoints, training
 from multitask_jax.data import tokens
@@ -172,14 +173,14 @@ def train(
         config={**recipe._asdict(), "seed": seed, "tasks": ",".join(names)},
         eval_fn=evaluate,
         eval_every=epoch,
-        checkpoint_every=2 * epoch if name == JOINT else None,
+        checkpoint_every=epoch if name == JOINT else None,
         log_every=max(1, epoch // 4),
         progress=False,
     )
     best = result.best
-    prefix = bert.prefix_of(checkpoints.open(model_dir).tensors)
+    spelling = bert.spelling_of(checkpoints.open(model_dir).tensors)
     tensors = bert.to_hugging_face(
-        best.params, base[1], shape=evaluator.shape, prefix=prefix
+        best.params, base[1], shape=evaluator.shape, spelling=spelling
     )
     bert.save(out, tensors, like=model_dir)
     record = {
@@ -192,6 +193,6 @@ def train(
         "history": result.history,
     }
     # Last of all: a directory without it is trained anew.
-    done.write_text(json.dumps(record) + "\n")
+    replace(done, json.dumps(record) + "\n")
     shutil.rmtree(working, ignore_errors=True)
     return record

@@ -69,7 +69,7 @@ def read(folder: str | os.PathLike[str]) -> Task:
     Raises:
       FileNotFoundError: one of the three files is missing.
       ValueError: a line has other columns than the header, a label is not among those
-        of train.tsv, a file is empty; names file and line.
+        of train.tsv, a file is empty or not UTF-8; names file and line.
     """
     folder = Path(folder)
     raw = {part: _lines(folder / f"{part}.tsv") for part in PARTS}
@@ -110,7 +110,14 @@ def _order(label: str) -> tuple[float, str]:
 
 
 def _lines(path: Path) -> list[tuple[str, tuple[str, ...]]]:
-    header, *lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        line = path.read_bytes()[: e.start].count(b"\n") + 1
+        raise ValueError(
+            f"{path}:{line}: got bytes that are not UTF-8, expected a text in UTF-8"
+        ) from None
+    header, *lines = text.rstrip("\n").split("\n")
     columns = header.split("\t")
     if columns[0] != "label" or len(columns) not in (2, 3):
         raise ValueError(

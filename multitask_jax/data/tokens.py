@@ -92,11 +92,13 @@ def pad(
     return Batch(filled, ids, mask)
 
 
-def in_order(encoded: Encoded, batch_size: int) -> list[Batch]:
+def in_order(
+    encoded: Encoded, batch_size: int, *, buckets: Sequence[int] = BUCKETS
+) -> list[Batch]:
     """All rows once, sorted by length, in batches of one size."""
     order = np.argsort(encoded.lengths(), kind="stable")
     return [
-        pad(encoded, order[i : i + batch_size], size=batch_size)
+        pad(encoded, order[i : i + batch_size], size=batch_size, buckets=buckets)
         for i in range(0, len(order), batch_size)
     ]
 

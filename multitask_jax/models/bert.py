@@ -132,7 +132,18 @@ _EMBEDDINGS = {
 }
 
 
-def _names(shape: Shape) -> dict[tuple[str, ...], str]:
+class Spelling(NamedTuple):
+    """How a checkpoint names the encoder's tensors."""
+
+    prefix: str = ""  # "bert." in models with a head
+    scale: str = "weight"  # of norms; "gamma" in checkpoints made by TensorFlow
+    bias: str = "bias"  # "beta" there
+
+
+_PLAIN = Spelling()
+
+
+def _names(shape: Shape, spelling: Spelling) -> dict[tuple[str, ...], str]:
     """Path in the parameters -> Hugging Face name, of every tensor."""
     modules = {("embedding_norm",): "embeddings.LayerNorm"}
     for i in range(shape.depth):
@@ -140,15 +151,21 @@ def _names(shape: Shape) -> dict[tuple[str, ...], str]:
             modules[(f"layer_{i}", name)] = f"encoder.layer.{i}.{there}"
     out: dict[tuple[str, ...], str] = {(k,): v for k, v in _EMBEDDINGS.items()}
     for path, there in modules.items():
-        weight = "scale" if path[-1].endswith("norm") else "kernel"
-        out[(*path, weight)] = f"{there}.weight"
-        out[(*path, "bias")] = f"{there}.bias"
-    return out
+        if path[-1].endswith("norm"):
+            out[(*path, "scale")] = f"{there}.{spelling.scale}"
+            out[(*path, "bias")] = f"{there}.{spelling.bias}"
+        else:
+            out[(*path, "kernel")] = f"{there}.weight"
+            out[(*path, "bias")] = f"{there}.bias"
+    return {path: spelling.prefix + name for path, name in out.items()}
 
 
-def prefix_of(names: Collection[str]) -> str:
-    """What the encoder's names begin with: "bert." in models with a head, else ""."""
-    return "" if _EMBEDDINGS["words"] in names else "bert."
+def spelling_of(names: Collection[str]) -> Spelling:
+    """How a checkpoint with these names spells the encoder's."""
+    prefix = "" if _EMBEDDINGS["words"] in names else "bert."
+    if f"{prefix}embeddings.LayerNorm.gamma" in names:
+        return Spelling(prefix, "gamma", "beta")
+    return Spelling(prefix)
 
 
 def from_hugging_face(
@@ -162,10 +179,9 @@ def from_hugging_face(
     Raises:
       ValueError: tensors are missing or of other shapes than the encoder's; names some.
     """
-    names = _names(shape)
+    names = _names(shape, spelling_of(tensors))
     sizes = jax.eval_shape(lambda: init(jax.random.key(0), shape))
-    prefix = prefix_of(tensors)
-    if missing := [n for n in names.values() if prefix + n not in tensors]:
+    if missing := [n for n in names.values() if n not in tensors]:
         raise ValueError(
             f"not a BERT encoder of {shape.depth} layers: of {len(tensors)} tensors"
             f" {len(missing)} are missing, among them {missing[:3]}"
@@ -175,16 +191,16 @@ def from_hugging_face(
         at, expected = params, sizes
         for key in path[:-1]:
             at, expected = at.setdefault(key, {}), expected[key]
-        x = tensors[prefix + name]
+        x = tensors[name]
         x = x.T if path[-1] == "kernel" else x
         if np.shape(x) != (wanted := expected[path[-1]].shape):
             turn = slice(None, None, -1 if path[-1] == "kernel" else 1)
             raise ValueError(
-                f"{prefix + name}: got shape {np.shape(x)[turn]}, expected"
+                f"{name}: got shape {np.shape(x)[turn]}, expected"
                 f" {wanted[turn]} by the sizes {shape}"
             )
         at[path[-1]] = x
-    used = {prefix + name for name in names.values()}
+    used = set(names.values())
     return params, {k: x for k, x in tensors.items() if k not in used}
 
 
@@ -193,18 +209,18 @@ def to_hugging_face(
     rest: Mapping[str, Any] | None = None,
     *,
     shape: Shape,
-    prefix: str = "",
+    spelling: Spelling = _PLAIN,
 ) -> dict[str, Any]:
     """The inverse of `from_hugging_face`, bit for bit.
 
-    `prefix`: of the encoder's names, see `prefix_of`.
+    `spelling`: see `spelling_of`.
     """
     out = dict(rest or {})
-    for path, name in _names(shape).items():
+    for path, name in _names(shape, spelling).items():
         x: Any = params
         for key in path:
             x = x[key]
-        out[prefix + name] = x.T if path[-1] == "kernel" else x
+        out[name] = x.T if path[-1] == "kernel" else x
     return out
 
 

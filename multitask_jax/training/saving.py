@@ -20,7 +20,7 @@ import numpy as np
 from multitask_jax import tree as trees
 from multitask_jax.training.state import TrainState
 
-_KEPT = 2  # the newest, and one more if that should be damaged
+_KEPT = 2  # the newest, and one to go back to by hand if that should be damaged
 
 
 class Best(NamedTuple):
@@ -92,7 +92,8 @@ def save(
     ocp.save(folder / str(int(state.step)), arrays, custom_metadata=metadata)
     kept = _steps(folder)[-_KEPT:]
     for path in folder.iterdir():
-        if path not in kept:  # also what a killed run left half written
+        # Older steps, and what a killed run left half written: STEP.orbax-...
+        if path not in kept and path.is_dir() and path.name.split(".")[0].isdecimal():
             shutil.rmtree(path)
 
 

@@ -71,3 +71,11 @@ def test_find(tmp_path):
 def test_errors_name_file_and_line(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         text_tasks.read(write(tmp_path / "x", **options))
+
+
+def test_other_encodings_are_refused(tmp_path):
+    folder = write(tmp_path / "x")
+    lines = ["label\tsentence", "1\ta", "0\tcaf\xe9"]
+    (folder / "validation.tsv").write_text("\n".join(lines), encoding="latin-1")
+    with pytest.raises(ValueError, match=r"validation\.tsv:3: got bytes that are not"):
+        text_tasks.read(folder)

@@ -106,12 +106,17 @@ def test_every_part_is_there(result, config, places):
     assert f"| {FITTED} + LiNeS |" in result.report
 
 
-def test_specialists_learn_and_heads_fit_the_base(result):
+def test_specialists_learn_and_heads_fit_the_base(result, places):
     reference = rows(result, "references")
     for name in ("first", "second", "third"):
         own = reference[f"expert: {name}"]["test"][name]
         assert own >= reference["base"]["test"][name] - 0.1
         assert own > 0.6
+    base = checkpoints.read_tensors(places[0])
+    for name in rows(result, "training"):
+        found = checkpoints.read_tensors(places[2] / "seed_0" / name)
+        key = "encoder.layer.0.output.dense.weight"
+        assert np.abs(found[key] - base[key]).max() > 1e-4
 
 
 def test_fine_tuning_is_traced_once_a_shape_whatever_the_task(result, config):
@@ -129,6 +134,32 @@ def test_tuned_in_memory_is_what_the_command_line_writes(result):
     compared = [r for r in rows(result, "methods").values() if "difference" in r]
     assert len(compared) >= 3
     assert [r["row"] for r in compared if r["difference"] > 0] == []
+
+
+def test_a_seed_is_added_under_the_first_ones_coefficients(places, fewer, tmp_path):
+    """A method that ends in parameters, too, is merged as the command line does."""
+    config = smoke(
+        places,
+        parts="methods",
+        methods="ties,karcher,TALL masks",
+        tune_every_seed=False,
+    )
+    config = dataclasses.replace(config, workdir=str(tmp_path / "out"))
+    first = merging_study.run(config)
+    moved = tmp_path / "moved"
+    shutil.copytree(places[1], moved)  # where the data lie says nothing
+    both = dataclasses.replace(config, seeds="0,1", data_dir=str(moved))
+    result = merging_study.run(both)
+    assert result.records[: len(first.records)] == first.records
+    second = {
+        r["row"]: r for r in result.records if r["part"] == "methods" and r["seed"] == 1
+    }
+    for row, record in rows(first, "methods").items():
+        assert second[row]["coefficients"] == record["coefficients"]
+        assert second[row].get("validation", []) == []
+    assert rows(first, "methods")["TALL masks"]["difference"] == 0
+    with pytest.raises(ValueError, match=r"another run .*'first_seed': \(0, 1\)"):
+        merging_study.run(dataclasses.replace(both, seeds="1,0"))
 
 
 def test_budget(result, config):
@@ -189,6 +220,11 @@ def test_other_settings_are_refused(result, config):
         ({"budget": 0}, "--budget: got 0"),
         ({"test_rows": -5}, "--test_rows: got -5"),
         ({"adamerging_steps": -1}, "--adamerging_steps: got -1"),
+        ({"budget": 9}, "--budget: got 9, expected 1 to 8"),
+        ({"rate": 0.0}, "--rate: got 0.0, expected a number above 0"),
+        ({"unlabelled_rows": 20}, "--unlabelled_rows: got 20, expected whole sixteens"),
+        ({"fisher_rows": 32}, "--fisher_rows: got 32, more than the 16"),
+        ({"max_length": 100}, r"--max_length: got 100, expected at most \d+: the base"),
     ],
 )
 def test_errors(config, changes, message, tmp_path):
@@ -248,6 +284,38 @@ def test_scaled_task_vectors_are_merges_on_disk(models, tmp_path, flags, swept):
     config = dataclasses.replace(models, **flags)
     final = study_merges.merge_on_disk(config, swept, tmp_path / "out", measured=False)
     assert study_merges.difference(got, final.tensors) == 0
+
+
+@pytest.mark.parametrize("method", ["linear", "karcher", "multislerp", "model_stock"])
+def test_what_nothing_scales_is_the_command_lines(models, tmp_path, method):
+    """theta itself: theta_0 + (theta - theta_0) is a rounding away from it."""
+    merger = study_merges.Merger(models, tmp_path)
+    entry = study_merges.Entry(method, {"method": method}, ({},))
+    got = study_merges.tune(entry, merger, None).tensors
+    config = dataclasses.replace(models, method=method)
+    final = study_merges.merge_on_disk(config, {}, tmp_path / "out", measured=False)
+    assert study_merges.difference(got, final.tensors) == 0
+
+
+def test_tall_masks_in_memory_are_the_command_lines(models, tmp_path):
+    merger = study_merges.Merger(models, tmp_path)
+    config = dataclasses.replace(models, method="tall_masks", task=1)
+    final = study_merges.merge_on_disk(
+        config, {"tall_lambda": "0.3"}, tmp_path / "out", measured=False
+    )
+    assert study_merges.difference(merger.tall(1, 0.3), final.tensors) == 0
+
+
+def test_unlabelled_rows_are_of_all_labels():
+    """Rows that are sorted by label, as files often are."""
+    rows = [(np.array([i, i + 1], np.int32),) for i in range(640)]
+    head = study_tasks.Head(np.zeros((4, 2), np.float32), np.zeros(2, np.float32))
+    found = study_data_driven.unlabelled(
+        {"a": tokens.Encoded(rows)}, {"a": head}, rows=64, batch_size=16, length=8
+    )
+    first = np.concatenate([b["ids"][:, 0, 0] for b in found["a"]])
+    assert len(first) == len(set(first)) == 64
+    assert 16 < (first < 320).sum() < 48
 
 
 def test_lines_after_a_method_with_statistics(models, tmp_path):
@@ -325,7 +393,7 @@ def test_other_bytes_are_another_study(places, config, result, tmp_path):
     head, first, *rest = path.read_text().splitlines()
     path.write_text("\n".join([head, f"{first} more", *rest]) + "\n")
     changed = dataclasses.replace(config, data_dir=str(tasks))
-    with pytest.raises(ValueError, match=r"'data_dir': .*'files': \("):
+    with pytest.raises(ValueError, match=r"another run .*'files': \("):
         merging_study.run(changed)
 
 

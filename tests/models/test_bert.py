@@ -121,18 +121,27 @@ def test_too_long_sentences_are_refused(params: Any) -> None:
         bert.embed(params, ids, mask, shape=TINY)
 
 
+def older(name: str) -> str:
+    """As TensorFlow's checkpoints, and bert-base-uncased, name norms."""
+    norm, _, leaf = name.rpartition("LayerNorm.")
+    return f"{norm}LayerNorm.{'gamma' if leaf == 'weight' else 'beta'}"
+
+
+@pytest.mark.parametrize("old", [False, True])
 @pytest.mark.parametrize("prefix", ["", "bert."])
-def test_conversion_is_a_bijection(params: Any, prefix: str) -> None:
+def test_conversion_is_a_bijection(params: Any, prefix: str, old: bool) -> None:
     extra = {"classifier.weight": np.arange(6, dtype=np.float32).reshape(2, 3)}
     tensors = bert.to_hugging_face(params, shape=TINY)
     assert len(tensors) == 5 + 16 * TINY.depth == len(jax.tree.leaves(params))
     assert tensors["encoder.layer.1.intermediate.dense.weight"].shape == (24, 16)
-    stored = {prefix + k: x for k, x in tensors.items()} | extra
+    named = {k: older(k) if old and "LayerNorm" in k else k for k in tensors}
+    stored = {prefix + named[k]: x for k, x in tensors.items()} | extra
     back, rest = bert.from_hugging_face(stored, shape=TINY)
     assert_same_tree(back, params)
     assert_same_tree(rest, extra)
-    assert bert.prefix_of(stored) == prefix
-    there = bert.to_hugging_face(back, rest, shape=TINY, prefix=prefix)
+    spelling = bert.spelling_of(stored)
+    assert spelling == (prefix, *(("gamma", "beta") if old else ("weight", "bias")))
+    there = bert.to_hugging_face(back, rest, shape=TINY, spelling=spelling)
     assert_same_tree(there, stored)
 
 

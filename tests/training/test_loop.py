@@ -121,6 +121,15 @@ def test_killed_amid_an_evaluation_or_a_save(moment, whole_run, tmp_path, monkey
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2
 
 
+def test_what_others_put_beside_checkpoints_stays(tmp_path):
+    folder = tmp_path / "checkpoints"
+    (folder / "notes").mkdir(parents=True)
+    (folder / ".DS_Store").write_text("x")
+    run(tmp_path)
+    assert len(list(folder.iterdir())) == 4
+    assert (folder / ".DS_Store").read_text() == "x"
+
+
 def test_nothing_is_trained_again_once_done(whole_run, tmp_path):
     first = run(tmp_path)
     again = run(tmp_path, batches=killing(at=0))
