@@ -20,9 +20,9 @@ Legend: N clips.
 """
 
 import dataclasses
-import json
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,11 +30,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from experiments import egom2p_evaluation as measures
+from experiments import egom2p_folders as folders
 from experiments import egom2p_pictures as pictures
 from experiments import egom2p_report as reports
 from experiments import egom2p_tokens as tokens_of
 from experiments import egom2p_training as training
-from experiments import flags, parsing, study_store
+from experiments import flags, json_files, parsing
 from experiments.egom2p_evaluation import TASKS, Model
 from experiments.flags import flag
 from multitask_jax import checkpoints, evaluation, sharding
@@ -101,33 +102,21 @@ class Config:
     progress: bool = flag("Show progress bars.", True)
 
 
-# What each stage adds to what its results depend on.
-_DEPENDS = {
-    "record": ("seed", "clips"),
-    "tokenize": (
-        "video_steps", "trajectory_steps", "tokenizer_batch", "quantizer", "mirror",
-    ),
-    "pretrain": (
-        "size", "steps", "batch", "rate", "inputs", "targets_budget", "masking",
-        "focus", "evaluate_every",
-    ),
-}  # fmt: skip
-
-
 def run(config: Config) -> dict[str, Any]:
     """Runs a stage, or all that are not done; returns what `evaluate` found.
 
     Raises:
       ValueError: a flag is out of range, or --workdir is of another run.
       FileNotFoundError: a stage finds nothing to start from.
+      OSError: clips can't be recorded here.
     """
     check(config)
     if config.stage == "generate":
         return generate(config)
     workdir = Path(config.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    about = json.dumps(dataclasses.asdict(config), indent=1)
-    (workdir / "config.json").write_text(about + "\n")
+    about = dataclasses.asdict(config)
+    json_files.write(workdir / "config.json", about, indent=1)
     todo: dict[str, Callable[[Config, Path], Any]] = {
         "record": record,
         "tokenize": tokenize,
@@ -144,37 +133,83 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def check(config: Config) -> None:
-    """Raises ValueError for a number that makes no sense, by name."""
+    """Raises ValueError for what would fail, or count for nothing, hours later."""
     least = {"batch": 1, "inputs": 1, "targets_budget": 1, "test_clips": 2}
     least |= {"tokenizer_batch": 1, "video_steps": 1, "trajectory_steps": 1}
     least |= {"steps": 1, "evaluate_every": 1, "clip": 0, "temperature": 0, "rate": 0}
     parsing.at_least(config, **least)
-    for name in ("focus", "top_p"):
-        if not 0 <= (got := getattr(config, name)) <= 1:
-            raise ValueError(f"--{name}: got {got}, expected a share from 0 to 1")
+    if not 0 <= config.focus <= 1:
+        raise ValueError(f"--focus: got {config.focus}, expected a share from 0 to 1")
+    if not 0 < config.top_p <= 1:
+        raise ValueError(
+            f"--top_p: got {config.top_p}, expected a share above 0, at most 1"
+            " (--temperature=0 takes the likeliest)"
+        )
+    if config.stage in ("all", "pretrain"):
+        _check_training(config)
+    if config.stage == "generate" and config.mean:
+        sampling = ("temperature", "top_p", "guidance", "schedule")
+        _unused(config, sampling, "--mean, which is no sample")
+
+
+def _check_training(config: Config) -> None:
+    asked, chunk = config.targets_budget, SHAPES[config.size].chunk
+    if chunk and asked > chunk and asked % chunk:
+        raise ValueError(
+            f"--targets_budget: got {asked}, expected at most {chunk} or a multiple of"
+            f" it with --size={config.size}"
+        )
+    if config.masking == "uniform":
+        _unused(config, ("focus",), "--masking=uniform, which has none")
+    # Before JAX has started, too: later, a CPU can't simulate devices any more.
+    if (mesh := mesh_of(config)) is not None:
+        axes = training.mesh_layout(mesh)["batch_axis"]
+        if config.batch % (parts := math.prod(mesh.shape[n] for n in axes)):
+            raise ValueError(
+                f"--batch: got {config.batch}, expected a multiple of {parts}, the"
+                f" {' and '.join(axes)} of --mesh={config.mesh}"
+            )
+
+
+def _unused(config: Config, names: tuple[str, ...], beside: str) -> None:
+    """Refuses flags that were given and would count for nothing."""
+    for name in names:
+        if (got := getattr(config, name)) != getattr(Config, name):
+            raise ValueError(f"--{name}: got {got} beside {beside}; leave it out")
 
 
 def record(config: Config, workdir: Path) -> None:
-    """Records clips, unless the user's own are there."""
+    """Records clips, unless the user's own are there.
+
+    Raises:
+      OSError: ViZDoom is missing or does not work.
+    """
     folder = workdir / "clips"
     if folder.exists() and not (folder / "dataset.json").exists():
         return  # not ours
     from multitask_jax.data import vizdoom_clips
 
-    vizdoom_clips.record(
-        folder, clips=config.clips, seed=config.seed, progress=config.progress
-    )
+    try:
+        vizdoom_clips.record(
+            folder, clips=config.clips, seed=config.seed, progress=config.progress
+        )
+    except (ModuleNotFoundError, RuntimeError) as e:
+        raise OSError(
+            f"{e}; or, instead of recording, put your own clips into {folder}/train,"
+            f" validation and test, and remove {folder}/dataset.json if it is there"
+        ) from e
 
 
 def tokenize(config: Config, workdir: Path) -> None:
     """Trains the tokenizers and tokenizes the splits."""
-    _same(config, workdir / "tokenizers", ("record", "tokenize"))
+    folders.agree(config, "tokenizers")
     clips = {
         split: tokens_of.read_clips(workdir / "clips" / split)
         for split in tokens_of.SPLITS
     }
     if config.mirror:
         clips["train"] = tokens_of.with_mirrored(clips["train"])
+    folders.remember(config, "tokenizers")
     made = tokens_of.train(
         clips["train"],
         clips["validation"],
@@ -189,7 +224,8 @@ def tokenize(config: Config, workdir: Path) -> None:
     if config.progress:
         print(reports.reconstructions(made))
     frozen = tokens_of.load(workdir / "tokenizers")
-    _same(config, workdir / "tokens", ("record", "tokenize"))
+    folders.agree(config, "tokens")
+    folders.remember(config, "tokens")
     for split, some in clips.items():
         path = workdir / "tokens" / f"{split}.npz"
         if not path.exists():
@@ -197,16 +233,21 @@ def tokenize(config: Config, workdir: Path) -> None:
 
 
 def pretrain(config: Config, workdir: Path) -> None:
-    """Trains the model on tokens; goes on from its last checkpoint."""
+    """Trains the model on tokens; goes on from its last checkpoint.
+
+    Raises:
+      ValueError: the tokens are of other clips, tokenizers or flags than now.
+    """
     folder = workdir / "model"
-    _same(config, folder, ("record", "tokenize", "pretrain"))
+    folders.agree(config, "tokenizers", "tokens", "model")
     if (folder / "params").exists():
         return
     frozen = _tokenizers(workdir)
     train, validation = (
-        tokens_of.read(_there(workdir / "tokens" / f"{split}.npz", "tokenize"))
+        tokens_of.read(folders.there(workdir / "tokens" / f"{split}.npz", "tokenize"))
         for split in ("train", "validation")
     )
+    folders.remember(config, "model")
     found = training.pretrain(
         train,
         validation,
@@ -218,7 +259,7 @@ def pretrain(config: Config, workdir: Path) -> None:
         mesh=mesh_of(config),
         progress=config.progress,
     )
-    (folder / "history.json").write_text(json.dumps(found.history))
+    json_files.write(folder / "history.json", found.history)
     save_params(folder / "params", found.params)
 
 
@@ -263,7 +304,7 @@ def settings_of(config: Config) -> training.Settings:
 def load_model(workdir: Path, shape: Shape) -> Model:
     """The model that `pretrain` saved."""
     frozen = _tokenizers(workdir)
-    path = _there(workdir / "model" / "params", "pretrain")
+    path = folders.there(workdir / "model" / "params", "pretrain")
     params = load_params(path)
     return Model(params, tokens_of.modalities_of(frozen), shape, frozen)
 
@@ -271,7 +312,8 @@ def load_model(workdir: Path, shape: Shape) -> Model:
 def evaluate(config: Config, workdir: Path) -> dict[str, Any]:
     """Measures the four tasks on held-out clips and writes the report.
 
-    The flags of training are those that the model was trained by, whatever is given.
+    The flags of training are those that the model was trained by, whatever is given;
+    --seed is that of generation.
 
     Returns:
       Each clip's measures [N] by task, by method, by measure.
@@ -279,10 +321,10 @@ def evaluate(config: Config, workdir: Path) -> dict[str, Any]:
     Raises:
       ValueError: the clips are not those that the tokenizers saw.
     """
-    _tokenized(workdir)
-    config = _as_trained(config, workdir)
+    folders.tokenized(workdir)
+    seed, config = config.seed, folders.as_trained(config)
     # The model remembers its clips and tokenizers, too.
-    _same(config, workdir / "model", ("record", "tokenize", "pretrain"))
+    folders.agree(config, "model")
     model = load_model(workdir, SHAPES[config.size])
     train = tokens_of.read_clips(workdir / "clips" / "train")
     test = tokens_of.read_clips(workdir / "clips" / "test", config.test_clips)
@@ -303,7 +345,7 @@ def evaluate(config: Config, workdir: Path) -> dict[str, Any]:
         known = mods.unflatten(model.modalities, own.ids)[task.wanted]
         tokenizer = model.tokenizers[task.wanted]
         estimates = measures.of_model(
-            model, task, own, seed=config.seed + i, **_sampling(config)
+            model, task, own, seed=seed + i, **_sampling(config)
         ) | measures.baselines(task, tokenizer, train, truth, known)
         found[task.name] = {
             name: measures.score(task.wanted, x, truth) for name, x in estimates.items()
@@ -319,15 +361,15 @@ def evaluate(config: Config, workdir: Path) -> dict[str, Any]:
                     measures.features(model, again), real
                 )
     curves = {
-        kind: json.loads((workdir / "tokenizers" / f"{kind}.json").read_text())
+        kind: json_files.read(workdir / "tokenizers" / f"{kind}.json")
         for kind in model.tokenizers
     }
-    history = json.loads((workdir / "model" / "history.json").read_text())
+    history = json_files.read(workdir / "model" / "history.json")
     drawn = reports.moving(test) if len(made) == len(TASKS) else []
     if drawn:
         figure = pictures.grid(test.arrays, made, drawn)
         figure.savefig(workdir / "grid.png", dpi=90)
-    about = _about(config, train, history)
+    about = _about(config, seed, train, history)
     report = reports.text(found, frechet, curves, test, about, grid=bool(drawn))
     (workdir / "report.md").write_text(report + "\n")
     # "loss" last: the names of what was evaluated become the runs of one figure.
@@ -377,7 +419,7 @@ def generate(config: Config) -> dict[str, Any]:
             f"got --given={','.join(given)} and --targets={','.join(targets)}; expected"
             " something given that is not a target too"
         )
-    model = load_model(workdir, SHAPES[_as_trained(config, workdir).size])
+    model = load_model(workdir, SHAPES[folders.as_trained(config).size])
     for flag_name, names in (("targets", targets), ("given", given)):
         for name in names:
             parsing.one_of(flag_name, name, tuple(model.tokenizers))
@@ -389,7 +431,10 @@ def generate(config: Config) -> dict[str, Any]:
     )
     tokens = tokens_of.tokenize(model.tokenizers, some)
     if config.mean:
-        made = {k: measures.means(model, tokens, tuple(given), k)[0] for k in targets}
+        made = {
+            k: measures.means(model, tokens, tuple(given), k, seed=config.seed)[0]
+            for k in targets
+        }
     else:
         codes = measures.predict(
             model,
@@ -416,59 +461,23 @@ def _sampling(config: Config) -> dict[str, Any]:
     }
 
 
-def _there(path: Path, stage: str) -> Path:
-    if not path.exists():
-        raise FileNotFoundError(f"no {path}; run --stage={stage} first")
-    return path
-
-
-def _tokenized(workdir: Path) -> None:
-    """Raises FileNotFoundError without the stage's last file."""
-    _there(workdir / "tokens" / "test.npz", "tokenize")
-
-
 def _tokenizers(workdir: Path) -> dict[str, tokenizers.Tokenizer]:
-    _tokenized(workdir)
+    folders.tokenized(workdir)
     return tokens_of.load(workdir / "tokenizers")
 
 
-def _same(config: Config, folder: Path, stages: Sequence[str]) -> None:
-    """Writes folder/settings.json; refuses one whose results are of other settings."""
-    names = [name for stage in stages for name in _DEPENDS[stage]]
-    settings = {name: getattr(config, name) for name in names}
-    workdir = Path(config.workdir)
-    settings["files"] = tokens_of.files_of(workdir / "clips")
-    if folder.name != "tokenizers":  # what comes after them
-        settings["codes"] = tokens_of.tokenizers_of(workdir / "tokenizers")
-    file = folder / "settings.json"
-    if differ := study_store.changed(file, settings):
-        raise ValueError(
-            f"{folder} was made with other settings (there, now): {differ}; choose"
-            " another --workdir, or remove that folder and what was made after it"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(settings, indent=1) + "\n")
-
-
-def _as_trained(config: Config, workdir: Path) -> Config:
-    """The config with the flags by which the model in `workdir` was made."""
-    file = _there(workdir / "model" / "settings.json", "pretrain")
-    made = json.loads(file.read_text())
-    names = {field.name for field in dataclasses.fields(config)}
-    return dataclasses.replace(config, **{k: made[k] for k in names & made.keys()})
-
-
-def _about(config: Config, train: Clips, history: list[Any]) -> list[str]:
+def _about(config: Config, seed: int, train: Clips, history: list[Any]) -> list[str]:
     counts = ", ".join(f"{int(x.sum())} with {k}" for k, x in train.present.items())
+    focus = f", focus {config.focus:g}" if config.masking == "dirichlet" else ""
     best = min((r for r in history if "eval/loss" in r), key=lambda r: r["eval/loss"])
     return [
         f"Trained on {len(train.names)} clips ({counts})"
         f"{' and their mirror images' if config.mirror else ''}: {config.size} model,"
         f" {config.steps} steps of {config.batch} clips (step {best['step']} was best"
         f" on validation), {config.inputs} tokens shown and {config.targets_budget}"
-        f" asked at most, {config.masking} masks, focus {config.focus:g}.",
+        f" asked at most, {config.masking} masks{focus}.",
         f"Generated with temperature {config.temperature}, top-p {config.top_p},"
-        f" guidance {config.guidance}, {config.schedule} schedule.",
+        f" guidance {config.guidance}, {config.schedule} schedule, seed {seed}.",
     ]
 
 

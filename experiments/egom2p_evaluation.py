@@ -89,7 +89,10 @@ def score(kind: str, estimate: np.ndarray, truth: np.ndarray) -> dict[str, np.nd
 
 
 def constant(kind: str, clips: Clips, count: int) -> np.ndarray:
-    """The mean of the training clips, for everyone: in log for depth."""
+    """The mean of the training clips, for everyone: in log for depth.
+
+    A pixel whose depth is never known has the median over all pixels.
+    """
     x = clips.arrays[kind][clips.present[kind]]
     if kind == "camera":
         mean = poses.from_vector(poses.to_vector(x).mean(axis=0))
@@ -99,7 +102,12 @@ def constant(kind: str, clips: Clips, count: int) -> np.ndarray:
     elif kind == "depth":
         # A pixel's own, over clips and frames.
         log = np.log(np.maximum(x, 1e-3), dtype=np.float32)
-        mean = np.broadcast_to(np.exp(np.nanmean(log, axis=(0, 1)))[None], x.shape[1:])
+        known = np.isfinite(log)
+        total = np.sum(log, axis=(0, 1), where=known, dtype=np.float64)
+        times = known.sum(axis=(0, 1))
+        mean = np.exp(total / np.maximum(times, 1))
+        mean = _filled(np.where(times > 0, mean, np.nan))[None]
+        mean = np.broadcast_to(mean, x.shape[1:])
     else:
         mean = x.mean(axis=(0, 1), dtype=np.float64)[None]
         mean = np.broadcast_to(np.rint(mean).astype(x.dtype), x.shape[1:])
@@ -109,26 +117,40 @@ def constant(kind: str, clips: Clips, count: int) -> np.ndarray:
 def least_abs_rel(clips: Clips, count: int, every: int = 8) -> np.ndarray:
     """Depth of least |x - d| / d over training clips, a pixel's own: [count, F, H, W].
 
-    That is a median weighted by 1 / d; of each `every`-th frame.
+    That is a median weighted by 1 / d; of each `every`-th frame. A pixel that is never
+    known has the median over all pixels, as in `constant`.
     """
     x = clips.arrays["depth"][clips.present["depth"]]
     d = np.sort(x[:, ::every].reshape(-1, *x.shape[2:]), axis=0)  # NaN last
     weight = np.cumsum(np.nan_to_num(1 / np.maximum(d, 1e-3)), axis=0, dtype=np.float64)
     middle = np.argmax(weight >= weight[-1:] / 2, axis=0)
-    median = np.take_along_axis(d, middle[None], axis=0)  # [1, H, W]
+    median = _filled(np.take_along_axis(d, middle[None], axis=0))  # [1, H, W]
     return np.broadcast_to(median[None], (count, *x.shape[1:])).astype(x.dtype)
+
+
+def _filled(values: np.ndarray) -> np.ndarray:
+    """Values of pixels, the median of all in place of NaN."""
+    return np.where(np.isfinite(values), values, np.nanmedian(values))
 
 
 def copy_first(kind: str, truth: np.ndarray) -> np.ndarray:
     """The *true* first value of the target, held: no motion. No model is given that.
 
-    The first valid one of a gaze.
+    The first known one of a gaze, and of each pixel of a depth; where a pixel has none
+    in the whole clip, the clip's median.
     """
-    if kind != "gaze":
+    if kind in ("rgb", "camera"):
         return np.broadcast_to(truth[:, :1], truth.shape).copy()
-    valid = np.isfinite(truth).all(axis=-1)
-    first = truth[np.arange(len(truth)), np.argmax(valid, axis=1)]
-    return np.broadcast_to(first[:, None], truth.shape).copy()
+    known = np.isfinite(truth)
+    at = np.argmax(known.all(axis=-1, keepdims=True) if kind == "gaze" else known, 1)
+    held = np.take_along_axis(truth, at[:, None], axis=1)[:, 0]
+    if kind == "depth":
+        held = [
+            np.where(np.isfinite(h), h, np.nanmedian(x))
+            for h, x in zip(held, truth, strict=True)
+        ]
+        held = np.stack(held)
+    return np.broadcast_to(held[:, None], truth.shape).copy()
 
 
 class Model(NamedTuple):
@@ -161,6 +183,7 @@ def predict(
 ) -> dict[str, np.ndarray]:
     """Codes of the targets by name [N, *grid], given some of the clips' tokens.
 
+    Tokens that stand for nothing known are not shown, as in training.
     `sampling`: as `egom2p_generation.generate` has it.
     """
     codes = mods.unflatten(model.modalities, tokens.ids)
@@ -171,6 +194,7 @@ def predict(
                 model.params,
                 {name: codes[name][rows] for name in given},
                 targets,
+                known=tokens.known[rows],
                 modalities=model.modalities,
                 shape=model.shape,
                 key=jax.random.fold_in(jax.random.key(seed), i),
@@ -181,12 +205,18 @@ def predict(
 
 
 def means(
-    model: Model, tokens: Tokens, given: tuple[str, ...], wanted: str, batch: int = 16
+    model: Model,
+    tokens: Tokens,
+    given: tuple[str, ...],
+    wanted: str,
+    *,
+    batch: int = 16,
+    seed: int = 0,
 ) -> np.ndarray:
     """The mean of what the model believes of a modality, in the data's units [N, ...].
 
-    One pass: each token by itself, given some of the clips' tokens; then the mean of
-    `DRAWS` clips.
+    One pass: each token by itself, given some of the clips' tokens, of which those that
+    stand for nothing known are not shown; then the mean of `DRAWS` clips of a seed.
     """
     codes = mods.unflatten(model.modalities, tokens.ids)
     count, found = len(tokens.ids), []
@@ -195,11 +225,14 @@ def means(
             model.params,
             {name: codes[name][rows] for name in given},
             [wanted],
+            known=tokens.known[rows],
             modalities=model.modalities,
             shape=model.shape,
         )
         tokenizer = model.tokenizers[wanted]
-        found.append(tokenizers.decode_mean(tokenizer, p[wanted], draws=DRAWS[wanted]))
+        found.append(
+            tokenizers.decode_mean(tokenizer, p[wanted], draws=DRAWS[wanted], seed=seed)
+        )
     return np.concatenate(found)[:count]
 
 
@@ -222,8 +255,10 @@ def of_model(
         **sampling,
     )
     return {
-        "EgoM2P, mean": means(model, tokens, (task.given,), task.wanted),
-        "EgoM2P, shown another clip": means(model, other, (task.given,), task.wanted),
+        "EgoM2P, mean": means(model, tokens, (task.given,), task.wanted, seed=seed),
+        "EgoM2P, shown another clip": means(
+            model, other, (task.given,), task.wanted, seed=seed
+        ),
         "EgoM2P, sample": tokenizers.decode(
             model.tokenizers[task.wanted], codes[task.wanted]
         ),
@@ -275,16 +310,24 @@ def features(model: Model, codes: np.ndarray) -> np.ndarray:
     )
 
 
-def bootstrap(
-    values: np.ndarray, *, replicates: int = 1000, seed: int = 0
-) -> tuple[float, float, float]:
-    """Mean over clips that have a value, and its 95 % interval over clips [N]."""
+class Interval(NamedTuple):
+    """A mean over clips and its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+    clips: int  # that have a value
+
+
+def bootstrap(values: np.ndarray, *, replicates: int = 1000, seed: int = 0) -> Interval:
+    """Mean over clips [N] that have a value, and its interval over these clips."""
     values = values[np.isfinite(values)]
     if not len(values):
-        return (float("nan"),) * 3
+        return Interval(*(float("nan"),) * 3, 0)
     rng = np.random.default_rng(seed)
     rows = rng.integers(0, len(values), (replicates, len(values)))
-    return float(values.mean()), *evaluation.interval(values[rows].mean(axis=1))
+    low, high = evaluation.interval(values[rows].mean(axis=1))
+    return Interval(float(values.mean()), low, high, len(values))
 
 
 def decoded(

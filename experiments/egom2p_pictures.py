@@ -13,6 +13,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
+from multitask_jax.data.egocentric import MODALITIES
+
 TRUTH, MADE = "#222222", "#e15c00"
 _SHOWN = (0, 5, 10, 15)  # frames of a strip
 
@@ -145,6 +147,8 @@ def write_made(
 ) -> list[Path]:
     """Arrays, films and pictures of what was made of one clip.
 
+    Those that an earlier call left in the folder go.
+
     Args:
       folder: made if it is not there.
       made: arrays by modality without an axis of clips.
@@ -155,6 +159,10 @@ def write_made(
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = [folder / "made.npz"]
+    if written[0].exists():  # else the pictures of these names are not ours
+        for name in MODALITIES:
+            for suffix in ("gif", "png"):
+                (folder / f"{name}.{suffix}").unlink(missing_ok=True)
     np.savez(written[0], **made)
     for name, x in made.items():
         picture = folder / f"{name}.png"

@@ -28,7 +28,7 @@ from experiments import egom2p_training as runs
 from experiments.egom2p_tokens import Tokens
 from experiments.flags import flag
 from multitask_jax import sharding, training
-from multitask_jax.masked.modalities import Modality, lengths
+from multitask_jax.masked.modalities import Modalities, Modality, lengths
 from multitask_jax.merging.report import table
 from multitask_jax.models import egom2p
 
@@ -117,14 +117,16 @@ def make(config: Config) -> Plan:
     )  # fmt: skip
 
 
-def step_flops(shape: egom2p.Shape, inputs: int, targets: int) -> float:
+def step_flops(
+    shape: egom2p.Shape, inputs: int, targets: int, modalities: Modalities = PAPER
+) -> float:
     """Of a clip's matrix products: 2 a weight and token, attention's scores and sums.
 
     Going back costs twice as much; blocks that are computed again, once more, as are
     the logits of chunks.
     """
     d, hidden = shape.width, shape.hidden
-    ids = sum(m.vocabulary for m in PAPER)
+    ids = sum(m.vocabulary for m in modalities)
     mlp = 3 * d * hidden
     encoder = inputs * 2 * (4 * d**2 + mlp) + 4 * inputs**2 * d
     own = targets * 2 * 4 * d**2 + 4 * targets**2 * d

@@ -42,11 +42,12 @@ class Pairs(NamedTuple):
     """Clips that have both modalities of a task."""
 
     ids: np.ndarray  # int32 [N, L]
+    known: np.ndarray  # bool [N, L]: the token stands for something known
     truth: np.ndarray  # [N, ...] of the target, in the data's units
 
     def at(self, rows: np.ndarray) -> "Pairs":
         """Some of the clips."""
-        return Pairs(self.ids[rows], self.truth[rows])
+        return Pairs(self.ids[rows], self.known[rows], self.truth[rows])
 
 
 class Regressor(nn.Module):
@@ -100,6 +101,7 @@ def loss_fn(
 
     def loss(params: Any, batch: Pairs, key: Array) -> tuple[Array, dict[str, Array]]:
         masks = task_masks(key, len(batch.ids), net.modalities, settings)
+        masks = masks._replace(inputs=masks.of_known(batch.known).inputs)
         signal, known = signals.to_network(config, statistics, batch.truth)
         known = jnp.broadcast_to(known, signal.shape)
         wanted = mods.indices(net.modalities, settings.task)[1]
@@ -171,12 +173,13 @@ def fit(
 
 
 def predict(model: Trained, tokens: Tokens, batch: int = 16) -> np.ndarray:
-    """The target of clips from all tokens of what is given, in the data's units."""
+    """The target of clips from all known tokens of what is given, in data's units."""
     count, out = len(tokens.ids), []
     for rows in rows_in_batches(count, batch):
         made = _predict(
             model.modalities, model.shape, model.task, model.tokenizer.config,
             model.params, model.tokenizer.statistics, tokens.ids[rows],
+            tokens.known[rows],
         )  # fmt: skip
         out.append(np.asarray(made))
     return np.concatenate(out)[:count]
@@ -191,11 +194,16 @@ def _predict(
     params: Any,
     statistics: Statistics,
     ids: Array,
+    known: Array,
 ) -> Array:
-    slots = []
-    for name in (task.given, task.wanted):
-        position = jnp.tile(mods.positions(modalities, [name]), (len(ids), 1))
-        slots.append(Slots(position, jnp.ones(position.shape, bool)))
+    given, wanted = (
+        jnp.tile(mods.positions(modalities, [name]), (len(ids), 1))
+        for name in (task.given, task.wanted)
+    )
+    slots = (
+        Slots(given, jnp.take_along_axis(known, given, axis=1)),
+        Slots(wanted, jnp.ones(wanted.shape, bool)),
+    )
     net = Regressor(modalities, shape, _numbers(config))
     y = net.apply({"params": params}, ids, Masks(*slots))
     return signals.from_network(config, statistics, signal_of(config, y))

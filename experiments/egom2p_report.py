@@ -15,15 +15,16 @@ from multitask_jax.merging.report import table
 Measured = Mapping[str, Mapping[str, Mapping[str, np.ndarray]]]  # [N] of a measure
 
 _NOTES = """\
-Each number is a mean over clips with its 95 % bootstrap interval, which is of clips
-of these few maps, not of other maps. *mean*: what the model expects, the mean of 256
-paths or 64 depths, each token drawn by itself (of RGB, the decoder gets the mean of the
-codes' vectors); *shown another clip*: that mean, had it been given another clip's
-tokens, which a model that uses them does worse by; *sample*: a clip that could be, its
-tokens drawn together.
+Each number is a mean over clips with its 95 % bootstrap interval (and the number of
+clips that have a value), which is of clips of these few maps, not of other maps.
+*mean*: what the model expects, the mean of 256 paths or 64 depths, each token drawn by
+itself (of RGB, the decoder gets the mean of the codes' vectors); *shown another clip*:
+that mean, had it been given another clip's tokens, which a model that uses them does
+worse by; *sample*: a clip that could be, its tokens drawn together.
 *constant*: the mean of the training clips, of depth in log; *of least AbsRel*: the one
 that fits them best by that measure (0 m has 1). *first held*: the *true* first value of
-the target, held for the whole clip; the model is given no true value of its target.
+the target (of a depth, each pixel's first known one), held for the whole clip; the
+model is given no true value of its target.
 *its own tokens*: the truth through the tokenizer, the best that a model of tokens can
 do. Gaze is a *proxy*: the lagged bearing to the nearest labelled object. Poses are
 compared as they are, without alignment: they begin at the same one. Frechet distances
@@ -31,8 +32,8 @@ are on features of our own (the model's encoder), of that many clips only, and c
 rows of this table alone.
 """
 _PAIRED = """\
-Gains are means over clips of the difference, with its 95 % bootstrap interval, above 0
-where the first is better."""
+Gains are means over clips of the difference, with its 95 % bootstrap interval (and the
+number of clips that have a value), above 0 where the first is better."""
 
 
 def results(
@@ -62,8 +63,8 @@ def results(
         for method, values in rows_of.items():
             row = [method]
             for name in units:
-                mean, low, high = bootstrap(values[name])
-                row.append(f"{mean:.3g} ({low:.3g} to {high:.3g})")
+                x = bootstrap(values[name])
+                row.append(f"{x.mean:.3g} ({x.low:.3g} to {x.high:.3g}; {x.clips})")
             if task.wanted == "rgb" and frechet:
                 row.append(f"{frechet[method]:.3g}")
             rows.append(row)
@@ -90,15 +91,15 @@ def compared(
                 for some in (first, second)
             ]  # [S, N] each
             difference = np.mean(values[0] - values[1], axis=0)
-            mean, low, high = bootstrap(difference if more else -difference)
-            said = "better" if low > 0 else "worse" if high < 0 else "undecided"
+            x = bootstrap(difference if more else -difference)
+            said = "better" if x.low > 0 else "worse" if x.high < 0 else "undecided"
             count[said] += 1
             label = f"{task.name}, {measure}{f', {unit}' if unit else ''}"
             rows.append(
                 [
                     f"{label} {'up' if more else 'down'}",
                     *map(_over_seeds, values),
-                    f"{mean:+.3g} ({low:+.3g} to {high:+.3g})",
+                    f"{x.mean:+.3g} ({x.low:+.3g} to {x.high:+.3g}; {x.clips})",
                     said,
                 ]
             )

@@ -24,7 +24,6 @@ Legend: N clips, S seeds.
 
 import dataclasses
 import functools
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +37,7 @@ from experiments import egom2p_regressor as regressor
 from experiments import egom2p_study_report as reports
 from experiments import egom2p_tokens as tokens_of
 from experiments import egom2p_training as training
-from experiments import flags, merge, parsing, study_store
+from experiments import flags, json_files, merge, parsing, study_store
 from experiments.egom2p import load_params, save_params
 from experiments.egom2p_evaluation import Model, Task
 from experiments.egom2p_regressor import Pairs
@@ -117,11 +116,11 @@ def decoding(study: Study) -> dict[str, Any]:
 
         def measured(model: Model = model, seed: int = seed) -> Measured:
             made, clock = decoded(study, model, seed)
-            path.write_text(json.dumps(clock))  # noqa: B023
+            json_files.write(path, clock)  # noqa: B023
             return made
 
         found.append(study.once(f"decoding-{seed}", measured))
-        seconds.append(json.loads(path.read_text()))
+        seconds.append(json_files.read(path))
     return {"measured": found, "seconds": seconds}
 
 
@@ -188,7 +187,8 @@ def regress(study: Study, task: Task) -> regressor.Trained:
         pairs = []
         for split in ("train", "validation"):
             rows, truth = study.pairs(task, split)
-            pairs.append(Pairs(study.tokens[split].ids[rows], truth))
+            some = study.tokens[split].at(rows)
+            pairs.append(Pairs(some.ids, some.known, truth))
         start = time.perf_counter()
         found = regressor.fit(
             *pairs,
@@ -257,8 +257,7 @@ def frames(study: Study) -> dict[str, Any]:
     kept = Path(config.base) / "tokenizers"
     quality = {
         "4 frames": {
-            kind: json.loads((kept / f"{kind}.json").read_text())["quality"]
-            for kind in made
+            kind: json_files.read(kept / f"{kind}.json")["quality"] for kind in made
         },
         "1 frame": {kind: report["quality"] for kind, report in made.items()},
     }
@@ -319,12 +318,12 @@ def merging(study: Study) -> dict[str, Any]:
         for name, model in others.items():
             for task, values in study.judge(study.of(model)).items():
                 found[task][f"merged: {name}"] = values["model"]
-        path.write_text(json.dumps(chosen))
+        json_files.write(path, chosen)
         return found
 
     return {
         "measured": study.once("merging", measured),
-        "scales": json.loads(path.read_text()),
+        "scales": json_files.read(path),
     }
 
 
@@ -369,14 +368,14 @@ def run(config: Config) -> dict[str, Any]:
     }
     # What was done before is told again: its runs and measures are there.
     file = study.workdir / "parts.json"
-    done = json.loads(file.read_text()) if file.exists() else []
+    done = json_files.read(file) if file.exists() else []
     found = {}
     for part in dict.fromkeys([*done, *parts]):
         start = time.perf_counter()
         found[part] = todo[part](study)
         if config.progress:
             print(f"{part}: {time.perf_counter() - start:.0f} s", flush=True)
-        file.write_text(json.dumps(list(dict.fromkeys([*done, *found]))))
+        json_files.write(file, list(dict.fromkeys([*done, *found])))
     reports.write(study.workdir, found, _about(study))
     return found
 

@@ -16,13 +16,14 @@ from experiments.egom2p_report import Measured, compared, counted, only, results
 from multitask_jax.merging.report import table
 
 _NOTES = """\
-Held-out maps. A number is a mean over clips with its 95 % bootstrap interval over them;
-where there are several seeds, the mean over these and, behind +-, their standard
-deviation. EgoM2P's numbers are those of the *mean* that it expects, unless a row says
-sample (temperature 1, top-p .9) or *shown another clip* (their mean, had the model been
-given another clip's tokens). *first held* is told the true first value. Gaze is a
-*proxy*. Verdicts are about these runs on these maps: intervals resample clips, neither
-seeds nor maps. At this size and with this data, not the paper's.
+Held-out maps. A number is a mean over clips with its 95 % bootstrap interval (and the
+number of clips); where there are several seeds, the mean over these and, behind +-,
+their standard deviation. EgoM2P's numbers are those of the *mean* that it expects,
+unless a row says sample (temperature 1, top-p .9) or *shown another clip* (their mean,
+had the model been given another clip's tokens). *first held* is told the true first
+value. Gaze is a *proxy*. Verdicts are about these runs on these maps: intervals
+resample clips, neither seeds nor maps. At this size and with this data, not the
+paper's.
 """
 
 

@@ -4,7 +4,6 @@ Legend: N clips, L tokens of a clip.
 """
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 from experiments import egom2p_evaluation as measures
 from experiments import egom2p_tokens as tokens_of
 from experiments import egom2p_training as training
-from experiments import parsing, study_store
+from experiments import json_files, parsing, study_store
 from experiments.egom2p import load_params, save_params
 from experiments.egom2p_evaluation import TASKS, Model, Task
 from experiments.egom2p_tokens import Tokens
@@ -52,7 +51,7 @@ class Study:
                 )
             splits[split] = tokens_of.read(path)
         self.tokens = splits
-        made_of = json.loads((base / "tokenizers" / "settings.json").read_text())
+        made_of = json_files.read(base / "tokenizers" / "settings.json")
         if made_of.get("files") != tokens_of.files_of(base / "clips"):
             raise ValueError(
                 f"{base}/tokens: made of other clips than are in {base}/clips now;"
@@ -77,7 +76,7 @@ class Study:
                 f"{self.workdir} goes on from another base (there, here): {differ};"
                 " pass another --workdir or remove it"
             )
-        file.write_text(json.dumps(self.made_of, indent=1) + "\n")
+        json_files.write(file, self.made_of, indent=1)
 
     def settings(self, seed: int = 0, **changes: Any) -> Settings:
         """Of a run."""
@@ -152,14 +151,14 @@ class Study:
         if study_store.changed(about, told):
             return
         folder.mkdir(parents=True)
-        history = json.loads((model / "history.json").read_text())
-        (folder / "run.json").write_text(json.dumps({"history": history}))
+        history = json_files.read(model / "history.json")
+        json_files.write(folder / "run.json", {"history": history})
         (folder / "params").symlink_to(model / "params", target_is_directory=True)
 
     def keep(self, folder: Path, history: list[dict[str, float]], spent: float) -> None:
         """Writes a run's learning curve and its seconds; prints the latter."""
         made = {"seconds": round(spent, 1), "history": history}
-        (folder / "run.json").write_text(json.dumps(made))
+        json_files.write(folder / "run.json", made)
         if self.config.progress:
             print(f"{folder.name}: {spent:.0f} s", flush=True)
 

@@ -4,7 +4,6 @@ Legend: N clips, M modalities, L tokens of a clip.
 """
 
 import hashlib
-import json
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from experiments import json_files
 from multitask_jax.data import egocentric
 from multitask_jax.data.egocentric import MODALITIES, Clips
 from multitask_jax.masked import modalities as mods
@@ -91,8 +91,8 @@ def train(
             )
             tokenizers.save(tokenizer, folder / kind)
             quality = tokenizers.reconstruction_report(tokenizer, valid)
-            report.write_text(json.dumps({"quality": quality, "curve": curve}))
-        found[kind] = json.loads(report.read_text())
+            json_files.write(report, {"quality": quality, "curve": curve})
+        found[kind] = json_files.read(report)
     return found
 
 

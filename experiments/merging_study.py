@@ -56,7 +56,7 @@ from experiments.study_tasks import (
 )
 from experiments.study_training import (
     JOINT,
-    LENGTHS,
+    TRAINING_LENGTHS,
     Data,
     Recipe,
     make_heads,
@@ -120,8 +120,8 @@ class Config:
         " each sentence at most.",
         256,
     )
-    fisher_rows: int = flag(
-        "Of these, rows that Fisher takes gradients of, whole sixteens.", 256
+    fisher_rows: int | None = flag(
+        "Of these, rows that Fisher takes gradients of, whole sixteens (all)."
     )
     adamerging_steps: int = flag("Steps of AdaMerging on the entropy.", 60)
     progress: bool = flag("Show progress.", True)
@@ -190,15 +190,15 @@ def check(config: Config) -> tuple[list[int], list[str], list[str]]:
     parsing.at_least(config, **least)
     if config.budget > BUDGET:
         raise ValueError(
-            f"--budget: got {config.budget}, expected 1 to {BUDGET}: no method has more"
-            " candidates"
+            f"--budget: got {config.budget}, expected 1 to {BUDGET}: methods with one"
+            " coefficient have no more candidates"
         )
     if not 0 < config.rate < float("inf"):
         raise ValueError(f"--rate: got {config.rate}, expected a number above 0")
     for name in ("unlabelled_rows", "fisher_rows"):
-        if (got := getattr(config, name)) % 16:
+        if (got := getattr(config, name) or 0) % 16:
             raise ValueError(f"--{name}: got {got}, expected whole sixteens")
-    if config.fisher_rows > config.unlabelled_rows:
+    if (config.fisher_rows or 0) > config.unlabelled_rows:
         raise ValueError(
             f"--fisher_rows: got {config.fisher_rows}, more than the"
             f" {config.unlabelled_rows} of --unlabelled_rows"
@@ -232,10 +232,13 @@ def chosen_rows(config: Config) -> list[str]:
 
 
 def digest(
-    tasks: Sequence[text_tasks.Task], tensors: Mapping[str, Any], tokenizer: bytes
+    tasks: Sequence[text_tasks.Task],
+    tensors: Mapping[str, Any],
+    shape: bert.Shape,
+    tokenizer: bytes,
 ) -> str:
     """A short name of what was read of the tasks and the base."""
-    found = hashlib.sha256(tokenizer)
+    found = hashlib.sha256(tokenizer + repr(shape).encode())
     for task in tasks:
         for rows in (task.train, task.validation, task.test):
             found.update(rows.labels.tobytes() + repr(rows.sentences).encode())
@@ -270,20 +273,22 @@ class Study:
                 " them first"
             )
         tokenizer = Path(config.model_dir) / "tokenizer.json"
-        self.files = digest(self.tasks, tensors, tokenizer.read_bytes())
-        params, rest = bert.from_hugging_face(tensors, shape=self.evaluator.shape)
+        shape = self.evaluator.shape
+        self.files = digest(self.tasks, tensors, shape, tokenizer.read_bytes())
+        params, rest = bert.from_hugging_face(tensors, shape=shape)
         self.base = (jax.tree.map(np.ascontiguousarray, params), rest)
         self.store = Store(self.workdir)
 
     def check(self, seeds: Sequence[int]) -> None:
         """Raises ValueError for sentences or samples that training will not take."""
         config, positions = self.config, self.evaluator.shape.positions
-        longest = max(x for x in (0, *LENGTHS) if x <= positions)
-        padded = next((x for x in LENGTHS if x >= config.max_length), config.max_length)
+        lengths = TRAINING_LENGTHS
+        longest = max((x for x in lengths if x <= positions), default=0)
+        padded = next((x for x in lengths if x >= config.max_length), config.max_length)
         if padded > positions:
             raise ValueError(
-                f"--max_length: got {config.max_length}, expected at most"
-                f" {longest or positions}: the base has {positions} positions"
+                f"--max_length: got {config.max_length}, expected at most {longest}:"
+                f" the base has {positions} positions"
             )
         for task in self.tasks:
             for seed in seeds:
@@ -291,7 +296,8 @@ class Study:
                 if len(np.unique(rows.labels)) < 2:
                     raise ValueError(
                         f"{task.name}: the {len(rows.labels)} training rows of seed"
-                        f" {seed} have one label only; raise --train_rows"
+                        f" {seed} have one label only; raise --train_rows, or leave"
+                        " the task out"
                     )
 
     def scores(

@@ -20,7 +20,6 @@ Legend: N people, F features, A arms, O outcomes, S seeds, K folds.
 import contextlib
 import dataclasses
 import hashlib
-import json
 import math
 import os
 import shutil
@@ -35,6 +34,7 @@ from tqdm import tqdm
 
 from experiments import (
     flags,
+    json_files,
     mtmt_model,
     mtmt_predict,
     mtmt_report,
@@ -57,6 +57,7 @@ ALL = (*MODELS, *BOOSTED)
 LEAST = 11
 # What predictions do not depend on.
 _AROUND = ("workdir", "models", "seeds", "policy_outcome", "bootstrap", "progress")
+_AROUND += ("effect",)  # the people tell
 _AROUND += ("predict", "checkpoint", "input", "output", "data_path", "download")
 
 
@@ -344,7 +345,7 @@ def _seeds(text: str) -> list[int]:
 def _has_final(workdir: Path, seed: int) -> bool:
     """Whether the saved model is that of this run."""
     file = workdir / "model" / "about.json"
-    return file.is_file() and json.loads(file.read_text()).get("seed") == seed
+    return file.is_file() and json_files.read(file).get("seed") == seed
 
 
 def _same_run(workdir: Path, config: Config, trial: Trial) -> None:
@@ -369,7 +370,7 @@ def _same_run(workdir: Path, config: Config, trial: Trial) -> None:
             shutil.rmtree(workdir / "model")
         (workdir / "metrics.jsonl").unlink(missing_ok=True)
     workdir.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(about, indent=2) + "\n")
+    json_files.write(file, about, indent=2)
 
 
 def _save_array(file: Path, x: np.ndarray) -> None:

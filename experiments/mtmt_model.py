@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
+from experiments import json_files
 from multitask_jax import checkpoints
 from multitask_jax import tree as trees
 from multitask_jax.data.hillstrom import Encoder
@@ -65,10 +66,7 @@ def save(
 def amend(folder: str | os.PathLike[str], **about: Any) -> None:
     """Changes what else was kept of a saved model, such as its policy_outcome."""
     file = Path(folder) / _ABOUT
-    partial = file.with_name(f"{_ABOUT}.partial")
-    text = json.dumps(json.loads(file.read_text()) | about, indent=2) + "\n"
-    partial.write_text(text)
-    os.replace(partial, file)
+    json_files.write(file, json_files.read(file) | about, indent=2)
 
 
 def load(

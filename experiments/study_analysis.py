@@ -61,8 +61,9 @@ def forgetting(study: Any, seed: Any) -> None:
         def make(t: int = t, name: str = name) -> dict[str, Any]:
             tau = seed.merger.own(t)
             tuned = study.accuracies(seed.merger.at(tau, {}), seed, pool)
-            # The choice weighs them by the base's accuracy.
-            others = [n for n in study.names if n != name and base()[n] > 0]
+            others = [n for n in study.names if n != name]
+            # The criterion divides by it; of none right half a row is made.
+            zero_shot = [max(base()[n], 0.5 / len(pool.labels[n])) for n in others]
 
             def on_validation(way: str, alpha: float) -> dict[str, float]:
                 if alpha == 1:  # the specialist itself, either way
@@ -88,7 +89,7 @@ def forgetting(study: Any, seed: Any) -> None:
                     [f[name] for f in found],
                     [[f[n] for n in others] for f in found],
                     fine_tuned=tuned[name],
-                    zero_shot=[base()[n] for n in others],
+                    zero_shot=zero_shot,
                 )
                 out[way] = {
                     "validation": found,

@@ -9,6 +9,7 @@ Legend: B rows, S sentences a row, L tokens, F features, T tasks.
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def unlabelled(
     batch_size: int,
     length: int,
 ) -> dict[str, list[Inputs]]:
-    """Batches of some rows of each task, all of one shape.
+    """Batches of some rows of each task, all of one shape, of whole sixteens.
 
     Drawn, since rows may be sorted by label. Sentences are cut to `length` tokens (the
     last of them stays at the end).
@@ -73,13 +74,14 @@ def unlabelled(
                 for row in (e.ids[i] for i in some)
             ]
         )
-        starts = range(0, len(cut.ids) - batch_size + 1, batch_size)
+        count = len(cut.ids) // 16 * 16
+        size = math.gcd(count, batch_size)
         padded = [
-            tokens.pad(cut, np.arange(i, i + batch_size), buckets=(length,))
-            for i in starts
+            tokens.pad(cut, np.arange(i, i + size), buckets=(length,))
+            for i in range(0, count, size)
         ]
         head = {
-            k: np.broadcast_to(x, (batch_size, *x.shape))
+            k: np.broadcast_to(x, (size, *x.shape))
             for k, x in heads[name]._asdict().items()
         }
         out[name] = [{"ids": p.ids, "mask": p.mask, **head} for p in padded]
@@ -128,7 +130,7 @@ def save_statistics(
                 paths["gram"], found, examples=size * len(batches[name])
             )
         if not paths["fisher"].exists():
-            few = batches[name][: max(1, fisher_rows // size)]
+            few = _first(batches[name], fisher_rows)
             keys = jax.random.split(jax.random.key(1000 * seed + i), len(few))
             pairs = [
                 (b, jax.random.categorical(key, apply(params, b)))
@@ -138,20 +140,38 @@ def save_statistics(
                 apply, params, pairs, labels="given", examples_at_once=4
             )
             merging.save_statistics(
-                paths["fisher"], tree.flatten(fisher), examples=size * len(few)
+                paths["fisher"], tree.flatten(fisher), examples=sum(map(_rows, few))
             )
     return {kind: ",".join(made) for kind, made in files.items()}
+
+
+def _rows(inputs: Inputs) -> int:
+    return len(inputs["ids"])
+
+
+def _first(batches: Sequence[Inputs], rows: int) -> list[Inputs]:
+    """The first rows of batches, so many in all."""
+    out = []
+    for b in batches:
+        few = min(rows - sum(map(_rows, out)), _rows(b))
+        if few > 0:
+            out.append({k: v[:few] for k, v in b.items()})
+    return out
 
 
 def in_memory(
     shape: bert.Shape,
     base: Tensors,
     models: Mapping[str, Tensors],
+    large: Mapping[str, Sequence[Inputs]],
     batches: Mapping[str, Sequence[Inputs]],
     *,
     steps: int,
 ) -> dict[str, Callable[[], Tensors]]:
-    """`IN_MEMORY`, each a function that merges."""
+    """`IN_MEMORY`, each a function that merges.
+
+    RegMean++ is given the `large` batches, AdaMerging steps on `batches`.
+    """
     names, f = list(models), apply_fn(shape)
     many = [models[n] for n in names]
     data = [list(batches[n]) for n in names]
@@ -159,7 +179,11 @@ def in_memory(
 
     def regmean_plus_plus() -> Tensors:
         return merging.regmean_plus_plus(
-            f, many, data, off_diagonal=OFF_DIAGONAL, rows=real_tokens
+            f,
+            many,
+            [list(large[n]) for n in names],
+            off_diagonal=OFF_DIAGONAL,
+            rows=real_tokens,
         )
 
     def adamerging(level: str) -> Tensors:

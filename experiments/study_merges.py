@@ -14,8 +14,8 @@ import functools
 import hashlib
 import io
 import shlex
-import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -236,10 +236,11 @@ class Merger:
 
     @contextlib.contextmanager
     def _merge(self, flags: Coefficients) -> Iterator[Path]:
-        output = self.folder / "in_memory"
-        quietly(dataclasses.replace(self.config, **flags, output=str(output), **QUIET))
-        yield output
-        shutil.rmtree(output)
+        with tempfile.TemporaryDirectory(dir=self.folder) as around:
+            output = Path(around) / "merged"
+            flags = flags | QUIET | {"output": str(output)}
+            quietly(dataclasses.replace(self.config, **flags))
+            yield output
 
     def trimmed(self, model: str, density: float) -> dict[str, np.ndarray]:
         """tau of one model, but for its largest changes over the whole model 0."""

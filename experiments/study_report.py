@@ -230,7 +230,7 @@ def _notes(found: Sequence[Record]) -> list[str]:
     for method, options in FIXED.items():
         said = ", ".join(f"{k} {v}" for k, v in options.items())
         lines.append(f"{method} has {said}.")
-    spent = [r["seconds"] for r in found if r["part"] == "statistics"]
+    spent = [r["spent"] for r in found if r["part"] == "statistics"]
     if spent:
         lines.append(
             f"Fisher's and RegMean's statistics took {spent[0]:.0f} s together, which"

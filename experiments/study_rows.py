@@ -25,6 +25,8 @@ from multitask_jax import checkpoints
 A_MODEL_A_TASK = ("EMR", "TALL masks")
 # Methods that are also merged for 2..T tasks.
 COUNTED = ("linear", "task_arithmetic", "ties", "ties + LiNeS", "iso_c")
+ADAMERGING_BATCH = 16  # rows of each task a step
+STATISTICS_BATCH = 64  # at most: means over rows are the same, larger products faster
 UNLABELLED_LENGTH = 32  # tokens that data-driven methods see of a sentence
 
 
@@ -57,9 +59,9 @@ def tune_and_score(
 
     def make() -> dict[str, Any]:
         known = chosen_before(study, part, entry.label, seed, first)
-        on_disk = part == "methods" and entry.tau is None and known is None
         with_lines = entry.label.endswith("+ LiNeS")
-        if with_lines and entry.flags.get("method") in study_merges.SLOW:
+        on_disk = part == "methods" and entry.tau is None and known is None
+        if on_disk and with_lines and entry.flags["method"] in study_merges.SLOW:
             on_disk = False
         out: dict[str, Any] = {}
         if on_disk and entry.grid == ({},):
@@ -118,13 +120,13 @@ def methods(study: Any, seed: Any, first: int) -> None:
         tune_and_score(study, "methods", entry, seed, first, seed.merger)
 
 
-def unlabelled(study: Any, seed: Any) -> dict[str, list[Any]]:
+def unlabelled(study: Any, seed: Any, batch_size: int) -> dict[str, list[Any]]:
     """Batches a task that data-driven methods are given."""
     return study_data_driven.unlabelled(
         seed.data.encoded,
         seed.heads,
         rows=study.config.unlabelled_rows,
-        batch_size=16,
+        batch_size=batch_size,
         length=min(UNLABELLED_LENGTH, study.config.max_length),
     )
 
@@ -136,26 +138,17 @@ def floats(path: Any) -> dict[str, Any]:
 
 def statistics_files(study: Any, seed: Any) -> dict[str, str]:
     """Gram and Fisher files beside the specialists."""
-    files: dict[str, str] = {}
-
-    def make() -> dict[str, Any]:
-        start = time.perf_counter()
-        files.update(
-            study_data_driven.save_statistics(
-                seed.folder,
-                study.evaluator.shape,
-                lambda name: floats(seed.folder / name),
-                unlabelled(study, seed),
-                fisher_rows=study.config.fisher_rows,
-                seed=seed.index,
-            )
-        )
-        return {"seconds": round(time.perf_counter() - start, 2)}
-
-    study.store.once("statistics", "gram and fisher", seed.index, make)
-    if not files:  # made before: what is there is not made again
-        make()
-    return files
+    save = functools.partial(
+        study_data_driven.save_statistics,
+        seed.folder,
+        study.evaluator.shape,
+        lambda name: floats(seed.folder / name),
+        unlabelled(study, seed, STATISTICS_BATCH),
+        fisher_rows=study.config.fisher_rows or study.config.unlabelled_rows,
+        seed=seed.index,
+    )
+    study.store.once("statistics", "gram and fisher", seed.index, lambda: save() and {})
+    return save()  # what is there is not made again
 
 
 def a_model_a_task(study: Any, seed: Any, first: int) -> None:
@@ -185,28 +178,27 @@ def a_model_a_task(study: Any, seed: Any, first: int) -> None:
 
     def tall() -> dict[str, Any]:
         known = chosen_before(study, "methods", "TALL masks", seed, first)
-        found, out = [], {}
-        chosen = known
-        if known is None:
+        found, out, choose = [], {}, known is None
+        if choose:
             values = study_merges.spread(study_merges.TALL_LAMBDAS, study.config.budget)
             for value in values:
                 own = scores(tall_masks(value), seed.data.own)
                 found.append(study_merges.mean(own))
             best = int(np.argmax([score.likelihood for score in found]))
-            chosen = {"tall_lambda": values[best]}
-        models = tall_masks(**chosen)
-        if known is None:
+            known = {"tall_lambda": values[best]}
+        models = tall_masks(**known)
+        if choose:
             # One task's model by the command line: the others differ in --task alone.
             final = study_merges.merge_on_disk(
                 dataclasses.replace(seed.merger.config, method="tall_masks", task=0),
-                chosen,
+                known,
                 seed.folder / "merged",
                 measured=seed.index == first,
             )
             gap = study_merges.difference(models[study.names[0]], final.tensors)
             out = {**final.record(), "difference": gap}
         return {
-            "coefficients": chosen,
+            "coefficients": known,
             **recorded(found),
             **out,
             "test": accuracies(models),
@@ -225,7 +217,8 @@ def data_driven(study: Any, seed: Any, first: int) -> None:
         study.evaluator.shape,
         floats(study.config.model_dir),
         {n: floats(seed.folder / n) for n in study.names},
-        unlabelled(study, seed),
+        unlabelled(study, seed, STATISTICS_BATCH),
+        unlabelled(study, seed, ADAMERGING_BATCH),
         steps=study.config.adamerging_steps,
     )
     for row, make in rows.items():

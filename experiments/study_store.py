@@ -1,13 +1,12 @@
 """Results of a study that can be stopped: one record a line, none is made twice."""
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import sweep_log
+from experiments import json_files, sweep_log
 
 
 class Store:
@@ -61,7 +60,7 @@ def changed(
     """
     if not path.exists():
         return {}
-    stored = json.loads(path.read_text())
+    stored = json_files.read(path)
     return {
         k: (stored.get(k), v)
         for k, v in told.items()
@@ -89,11 +88,4 @@ def remember(config: Any, workdir: Path, free: Sequence[str], **also: Any) -> No
             " pass another --workdir or remove it"
         )
     workdir.mkdir(parents=True, exist_ok=True)
-    replace(path, json.dumps(told, indent=1) + "\n")
-
-
-def replace(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    json_files.write(path, told, indent=1)

@@ -20,7 +20,7 @@ from multitask_jax.data.text_tasks import Rows, Task
 from multitask_jax.models import bert
 
 # The same rows are embedded hundreds of times: a program for every four tokens pays.
-LENGTHS = (*range(4, 64, 4), *tokens.BUCKETS[tokens.BUCKETS.index(64) :])
+POOL_LENGTHS = (*range(4, 64, 4), *tokens.BUCKETS[tokens.BUCKETS.index(64) :])
 NEVER = -1e9  # the logit of a class that only pads a head
 
 
@@ -88,7 +88,9 @@ def make_pool(
         size = shape[0] * shape[1]
         places[name] = np.arange(start, start + size).reshape(shape)
         start += size
-    batches = tokens.in_order(tokens.Encoded(sentences), batch_size, buckets=LENGTHS)
+    batches = tokens.in_order(
+        tokens.Encoded(sentences), batch_size, buckets=POOL_LENGTHS
+    )
     return Pool(batches, places, {name: r.labels for name, r in rows.items()})
 
 

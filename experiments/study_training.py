@@ -6,7 +6,6 @@ Checkpoints are Hugging Face directories; one that is complete is not trained ag
 """
 
 import functools
-import json
 import shutil
 import time
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ import numpy as np
 import optax
 from safetensors.numpy import load_file, save_file
 
-from experiments.study_store import replace
+from experiments import json_files
 from experiments.study_tasks import Evaluator, Head, Pool, logits, make_pool, probe
 from multitask_jax import checkpoints, training
 from multitask_jax.data import tokens
@@ -28,7 +27,7 @@ from multitask_jax.models import bert
 
 JOINT = "joint"
 # Training pads to few lengths: each is a program that takes seconds to compile.
-LENGTHS = (16, 32, 48, *tokens.BUCKETS[tokens.BUCKETS.index(64) :])
+TRAINING_LENGTHS = (16, 32, 48, *tokens.BUCKETS[tokens.BUCKETS.index(64) :])
 
 
 class Recipe(NamedTuple):
@@ -73,7 +72,7 @@ def batch_of(
     encoded: tokens.Encoded, rows: Rows, chosen: np.ndarray, head: Head
 ) -> dict[str, Any]:
     """The chosen rows of a task, padded, with their labels and their head."""
-    padded = tokens.pad(encoded, chosen, buckets=LENGTHS)
+    padded = tokens.pad(encoded, chosen, buckets=TRAINING_LENGTHS)
     return {
         "ids": padded.ids,
         "mask": padded.mask,
@@ -135,7 +134,7 @@ def train(
     out = folder / name
     done = out / "training.json"
     if done.exists():
-        return json.loads(done.read_text())
+        return json_files.read(done)
     shutil.rmtree(out, ignore_errors=True)
     names = list(data.train) if name == JOINT else [name]
     size = recipe.batch_size
@@ -193,6 +192,6 @@ def train(
         "history": result.history,
     }
     # Last of all: a directory without it is trained anew.
-    replace(done, json.dumps(record) + "\n")
+    json_files.write(done, record)
     shutil.rmtree(working, ignore_errors=True)
     return record

@@ -269,7 +269,9 @@ def _copies(config: Config, models: Sequence[str]) -> int:
             )
         return 0
     merges = ("base", "density", "scale")
-    if config.method != Config.method or any(getattr(config, n) for n in merges):
+    if config.method != Config.method or any(
+        getattr(config, n) is not None for n in merges
+    ):
         raise ValueError(
             "--method, --base, --density, --scale: nothing is merged of one model's"
             " copies; leave them out"

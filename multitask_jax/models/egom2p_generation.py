@@ -1,6 +1,6 @@
 """What EgoM2P makes of a clip: tokens that fit each other, or beliefs about each.
 
-Legend: B batch, N tokens shown, Q queries.
+Legend: B batch, N tokens shown, Q queries, L positions.
 """
 
 import functools
@@ -80,6 +80,7 @@ def generate(
     modalities: Modalities,
     shape: Shape,
     key: Array,
+    known: np.ndarray | None = None,
     temperature: float = 0.01,
     p: float = 0.8,
     guidance: float = 1.0,
@@ -93,15 +94,18 @@ def generate(
       targets: name -> steps of parallel decoding; later ones see earlier ones.
       modalities, shape: of the model.
       key: one for the batch.
+      known: bool [B, L] by position; inputs' tokens that are not are not shown. All
+        are if not given.
       temperature, p, guidance, schedule: see `masked.decoding.generate`.
 
     Returns:
       Codes of the targets by name, int32 [B, *grid].
 
     Raises:
-      ValueError: names, steps or codes that the model does not have.
+      ValueError: names, steps or codes that the model does not have, or `known` of
+        another shape.
     """
-    ids, present = flatten(modalities, inputs)
+    ids, present = _given(modalities, inputs, known)
     out = _generate(
         params, ids, present, key, modalities=modalities, shape=shape,
         inputs=tuple(inputs), targets=tuple(targets.items()), temperature=temperature,
@@ -109,6 +113,24 @@ def generate(
     )  # fmt: skip
     found = unflatten(modalities, np.asarray(out))
     return {name: found[name] for name in targets}
+
+
+def _given(
+    modalities: Modalities,
+    inputs: Mapping[str, np.ndarray],
+    known: np.ndarray | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids [B, L] and which of them there are [B, L]."""
+    ids, present = flatten(modalities, inputs)
+    present = np.repeat(present, lengths(modalities), axis=1)
+    if known is None:
+        return ids, present
+    if np.shape(known) != ids.shape or np.asarray(known).dtype != bool:
+        raise ValueError(
+            f"known: got {np.asarray(known).dtype}{list(np.shape(known))}, expected"
+            f" bool{list(ids.shape)}, of all modalities' positions"
+        )
+    return ids, present & known
 
 
 @functools.partial(
@@ -128,12 +150,11 @@ def _probabilities(
         jnp.tile(positions(modalities, names), (len(ids), 1))
         for names in (inputs, targets)
     )
-    shown = jnp.repeat(present, lengths(modalities), axis=1)
     every = logits(
         params,
         jnp.take_along_axis(ids, given, axis=1),
         given,
-        jnp.take_along_axis(shown, given, axis=1),
+        jnp.take_along_axis(present, given, axis=1),
         asked,
         jnp.ones(asked.shape, bool),
         modalities=modalities,
@@ -156,6 +177,7 @@ def probabilities(
     *,
     modalities: Modalities,
     shape: Shape,
+    known: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
     """What the model believes of each token of the targets, given the inputs alone.
 
@@ -167,15 +189,17 @@ def probabilities(
       inputs: codes of what is given by name, int32 [B, *grid].
       targets: names.
       modalities, shape: of the model.
+      known: as `generate` has it.
 
     Returns:
       Probabilities of codes by name, float32 [B, *grid, vocabulary].
 
     Raises:
-      ValueError: names or codes that the model does not have, or one that is both.
+      ValueError: names or codes that the model does not have, one that is both, or
+        `known` of another shape.
     """
     indices(modalities, [*inputs, *targets])
-    ids, present = flatten(modalities, inputs)
+    ids, present = _given(modalities, inputs, known)
     found = _probabilities(
         params, ids, present, modalities=modalities, shape=shape,
         inputs=tuple(inputs), targets=tuple(targets),

@@ -262,7 +262,10 @@ def views(
     gated = any(re.search(r"/gate/\w+$", name) for name in matches)
     known = None
     if base is not None:
-        dense_leaves = mlp_leaves(list(base.tensors), layout.pattern)
+        try:
+            dense_leaves = mlp_leaves(list(base.tensors), layout.pattern)
+        except ValueError as e:
+            raise ValueError(f"{base.path}: {e}") from None
         known = {expert_name(layout, f): name for name, f in dense_leaves.items()}
     own: dict[int, dict[str, tuple[TensorInfo, Part]]] = {}
     around: dict[str, None] = {}  # names of gates but for their last word

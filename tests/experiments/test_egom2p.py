@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import sys
 from pathlib import Path
 
 import jax
@@ -12,14 +13,16 @@ import pytest
 from experiments import (
     egom2p,
     egom2p_evaluation,
+    egom2p_folders,
     egom2p_regressor,
     egom2p_study,
     egom2p_study_report,
+    egom2p_tokens,
 )
 from experiments import egom2p_training as training
 from experiments.egom2p_tokens import Tokens
 from multitask_jax import sharding
-from multitask_jax.data import poses
+from multitask_jax.data import egocentric, poses
 from multitask_jax.masked.modalities import flatten
 from multitask_jax.models.egom2p import Shape
 from tests.experiments.common import from_flagfile
@@ -88,6 +91,16 @@ def test_a_second_run_does_nothing_anew_and_another_one_is_refused(found, config
         ({"inputs": 0}, "--inputs: got 0"),
         ({"focus": 75}, "--focus: got 75, expected a share"),
         ({"top_p": 80}, "--top_p: got 80"),
+        ({"top_p": 0}, "--top_p: got 0, expected a share above 0"),
+        (
+            {"size": "base", "targets_budget": 200},
+            "--targets_budget: got 200, expected at most 128 or a multiple of it",
+        ),
+        ({"mesh": "data"}, "mesh: got 'data', expected axes and their sizes"),
+        ({"mesh": "model=2"}, "mesh: got axes model; expected some of data, fsdp"),
+        ({"mesh": "data=4096"}, "needs 4096 devices"),
+        ({"mesh": "data=2,fsdp=2", "batch": 6}, "--batch: got 6, .* multiple of 4"),
+        ({"masking": "uniform", "focus": 0.5}, "--focus: got 0.5 beside --masking"),
         ({"temperature": -1}, "--temperature: got -1"),
     ],
 )
@@ -104,14 +117,114 @@ def test_a_mesh_that_is_not_there_is_refused(tmp_path):
     assert egom2p.mesh_of(dataclasses.replace(config, mesh="data=4,tensor=2")).size == 8
 
 
+def test_a_mesh_and_a_focus_do_not_matter_where_nothing_is_trained():
+    egom2p.check(egom2p.Config(stage="evaluate", mesh="data=4096", masking="uniform"))
+    base = egom2p.Config(size="base", stage="pretrain")
+    for count in (100, 128, 256):
+        egom2p.check(dataclasses.replace(base, targets_budget=count))
+
+
+@pytest.mark.parametrize(
+    "given", [{"temperature": 1.0}, {"top_p": 0.5}, {"guidance": 2.0}, {"schedule": ""}]
+)
+def test_a_mean_refuses_flags_of_sampling(given):
+    config = egom2p.Config(stage="generate", mean=True, **given)
+    with pytest.raises(ValueError, match=f"--{next(iter(given))}: .* beside --mean"):
+        egom2p.run(config)
+
+
+def test_evaluation_generates_by_the_seed_given(found, config, monkeypatch):
+    """Whatever seed the model was trained by; its folders still fit."""
+    seeds = []
+
+    def of_model(*args, seed, **sampling):
+        seeds.append(seed)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(egom2p_evaluation, "of_model", of_model)
+    with pytest.raises(KeyboardInterrupt):
+        egom2p.run(dataclasses.replace(config, stage="evaluate", seed=5))
+    assert seeds == [5]
+
+
+def test_without_vizdoom_the_extra_is_named_and_nothing_made(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vizdoom", None)
+    config = egom2p.Config(workdir=str(tmp_path), stage="record")
+    with pytest.raises(OSError, match=r"\[egocentric\].*put your own clips into"):
+        egom2p.run(config)
+    assert not (tmp_path / "clips").exists()
+
+
 def test_clips_that_came_later_are_seen(tmp_path):
     (tmp_path / "clips").mkdir()
     config = egom2p.Config(workdir=str(tmp_path))
     for _ in range(2):
-        egom2p._same(config, tmp_path / "tokenizers", ("record", "tokenize"))
+        egom2p_folders.agree(config, "tokenizers")
+        egom2p_folders.remember(config, "tokenizers")
     (tmp_path / "clips" / "mine.npz").write_bytes(b"1")
+    # Nothing was made of the clips before.
+    egom2p_folders.agree(config, "tokenizers")
+    (tmp_path / "tokenizers" / "rgb.json").write_text("{}")
     with pytest.raises(ValueError, match=r"made with other settings.*'files'"):
-        egom2p._same(config, tmp_path / "tokenizers", ("record", "tokenize"))
+        egom2p_folders.agree(config, "tokenizers")
+    (tmp_path / "tokenizers" / "settings.json").write_text("{")
+    with pytest.raises(ValueError, match=r"tokenizers/settings\.json.*damaged"):
+        egom2p_folders.agree(config, "tokenizers")
+
+
+def own_clips(folder, kinds=("camera", "gaze"), count=2, seed=0):
+    """Random walks and gazes in the splits, some of them (*synthetic*)."""
+    rng = np.random.default_rng(seed)
+    camera = np.tile(np.eye(4, dtype=np.float32), (count, egocentric.SAMPLES, 1, 1))
+    camera[:, 1:, :3, 3] = rng.normal(size=(count, egocentric.SAMPLES - 1, 3))
+    gaze = rng.random((count, *egocentric.SHAPES["gaze"]), np.float32)
+    gaze[:, :8] = np.nan  # the first token of each
+    arrays = {"camera": camera, "gaze": gaze}
+    for split in ("train", "validation", "test"):
+        egocentric.save_shard(
+            folder / split / "mine.npz", {k: arrays[k] for k in kinds}
+        )
+
+
+def test_a_stage_that_failed_on_its_input_goes_on_when_that_is_mended(config, tmp_path):
+    """Of one's own clips, and stages in the wrong order; stale tokens are refused."""
+
+    def stage(name, **changes):
+        return egom2p.run(
+            dataclasses.replace(config, workdir=str(tmp_path), stage=name, **changes)
+        )
+
+    with pytest.raises(FileNotFoundError, match="tokenize"):
+        stage("pretrain")
+    own_clips(tmp_path / "clips", ("gaze",))
+    with pytest.raises(ValueError, match=r"training clips have \['gaze'\], expected"):
+        stage("tokenize")
+    (tmp_path / "clips" / "train" / "mine.npz").write_bytes(b"no zip")
+    with pytest.raises(ValueError, match="can't be read"):
+        stage("tokenize")
+    own_clips(tmp_path / "clips")
+    stage("tokenize", mirror=False)
+    tokens = egom2p_tokens.read(tmp_path / "tokens" / "train.npz")
+    assert tokens.known[:, :-8].all()  # of cameras
+    assert not tokens.known[:, -8].any()  # of gazes
+    assert tokens.known[:, -7:].all()
+    # Clips or flags that the tokens are not of make no model.
+    with pytest.raises(ValueError, match=r"tokenizers was made .*'mirror'"):
+        stage("pretrain")
+    own_clips(tmp_path / "clips", seed=1)
+    with pytest.raises(ValueError, match=r"tokenizers was made .*'files'"):
+        stage("pretrain", mirror=False)
+    own_clips(tmp_path / "clips")
+    about = tmp_path / "tokens" / "settings.json"
+    made = json.loads(about.read_text())
+    about.write_text(json.dumps(made | {"codes": "of others"}))
+    with pytest.raises(ValueError, match=r"tokens was made .*'codes'"):
+        stage("pretrain", mirror=False)
+    assert not (tmp_path / "model").exists()
+    about.write_text(json.dumps(made))
+    stage("pretrain", mirror=False)
+    assert (tmp_path / "model" / "params").exists()
+    assert not list(tmp_path.glob("*/*.partial"))
 
 
 def test_a_clip_is_made_of_another_modality(found, config, tmp_path):
@@ -122,13 +235,16 @@ def test_a_clip_is_made_of_another_modality(found, config, tmp_path):
     made = egom2p.run(dataclasses.replace(make, given="rgb", targets="depth,camera"))
     assert made["depth"].shape == (16, 64, 64)
     poses.check(made["camera"])
+    assert (tmp_path / "made" / "camera.png").exists()
+    (tmp_path / "made" / "note.txt").write_text("mine")
     mean = egom2p.run(
         dataclasses.replace(make, given="rgb", targets="depth", mean=True)
     )
     assert mean["depth"].shape == (16, 64, 64)
     assert (mean["depth"] != made["depth"]).any()
+    # Of the pictures that the first call left, those that are not made now are gone.
     files = {p.name for p in (tmp_path / "made").iterdir()}
-    assert files == {"made.npz", "depth.gif", "depth.png", "camera.png"}
+    assert files == {"made.npz", "depth.gif", "depth.png", "note.txt"}
     for changes, message in (
         ({"targets": ""}, "needs --input=clip.npz and --targets"),
         ({"targets": "sound"}, "targets: got 'sound'"),

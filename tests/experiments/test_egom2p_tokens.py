@@ -1,9 +1,12 @@
 """Collections that lack a modality."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from experiments import egom2p_tokens
+from experiments import egom2p_tokens, json_files
 from multitask_jax.data.egocentric import Clips
 from multitask_jax.masked import tokenizers
 
@@ -66,3 +69,29 @@ def test_one_modality_is_nothing_to_make_others_of(tmp_path, fitted):
         train(tmp_path, alone, clips(3))
     assert fitted == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_kinds_file_is_whole_or_told(tmp_path, fitted):
+    """A run that was cut off while it wrote, as another editor could leave it."""
+    made = train(tmp_path, clips(20), clips(3))
+    assert not list(tmp_path.glob("*.partial"))
+    whole = (tmp_path / "gaze.json").read_text()
+    assert json.loads(whole) == made["gaze"]
+    (tmp_path / "gaze.json").write_text(whole[:-3])
+    with pytest.raises(ValueError, match=r"gaze\.json: expected JSON, got a damaged"):
+        train(tmp_path, clips(20), clips(3))
+
+
+def test_a_file_of_json_is_replaced_as_a_whole(tmp_path, monkeypatch):
+    path = tmp_path / "history.json"
+    json_files.write(path, [1])
+
+    def fail(self, text):
+        with self.open("w") as file:
+            file.write(text[:2])
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Path, "write_text", fail)
+    with pytest.raises(OSError, match="no space"):
+        json_files.write(path, [1, 2, 3])
+    assert json_files.read(path) == [1]

@@ -19,8 +19,11 @@ def test_programs_are_kept_and_the_settings_come_back(tmp_path):
 
 
 def test_a_folder_of_the_users_is_used(tmp_path):
-    before = jax.config.jax_compilation_cache_dir
-    assert before is not None  # the suite has one
-    with program_cache.kept(tmp_path / "programs"):
-        assert jax.config.jax_compilation_cache_dir == before
-    assert not (tmp_path / "programs").exists()
+    before, own = jax.config.jax_compilation_cache_dir, str(tmp_path / "own")
+    jax.config.update("jax_compilation_cache_dir", own)
+    try:
+        with program_cache.kept(tmp_path / "programs"):
+            assert jax.config.jax_compilation_cache_dir == own
+        assert not (tmp_path / "programs").exists()
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)

@@ -8,7 +8,7 @@ import pytest
 from multitask_jax import sharding, training
 from multitask_jax import tree as trees
 from multitask_jax.masked.masks import Masks, Slots, dirichlet_masks
-from multitask_jax.masked.modalities import flatten, modality_of
+from multitask_jax.masked.modalities import flatten, modality_of, positions
 from multitask_jax.models import egom2p, egom2p_generation
 from tests.masked.common import MODALITIES
 from tests.masked.test_modalities import random_tokens
@@ -283,6 +283,39 @@ def test_probabilities_are_those_that_one_step_of_generation_has():
     np.testing.assert_allclose(alone["depth"], found["depth"], atol=1e-6)
     with pytest.raises(ValueError, match="each once"):
         tell(given, ["rgb"])
+
+
+def test_tokens_that_say_nothing_are_not_shown():
+    """Not known: their codes change nothing; known: they do."""
+    codes = random_tokens(np.random.default_rng(2), 3)
+    other = {k: x.copy() for k, x in codes.items()}
+    other["gaze"][:, 1:] = (other["gaze"][:, 1:] + 1) % 3
+    ids, _ = flatten(MODALITIES, codes)
+    all_, some = np.ones(ids.shape, bool), np.ones(ids.shape, bool)
+    some[:, positions(MODALITIES, ["gaze"])[1:]] = False
+    settings = {"modalities": MODALITIES, "shape": SHAPE}
+    loud = {**params(), "token_embedding": 50 * params()["token_embedding"]}
+    loud["head"] = 50 * loud["head"]
+
+    def believed(codes, **known):
+        given = {"rgb": codes["rgb"], "gaze": codes["gaze"]}
+        p = egom2p_generation.probabilities(loud, given, ["depth"], **settings, **known)
+        return p["depth"]
+
+    def sampled(codes, **known):
+        return egom2p_generation.generate(
+            loud, {"gaze": codes["gaze"]}, {"depth": 2}, key=jax.random.key(0),
+            temperature=1.0, p=1.0, **settings, **known,
+        )["depth"]  # fmt: skip
+
+    for make in (believed, sampled):
+        np.testing.assert_array_equal(make(codes), make(codes, known=all_))
+        assert (make(codes) != make(other)).any()
+        hidden = make(codes, known=some)
+        np.testing.assert_array_equal(hidden, make(other, known=some))
+        assert (hidden != make(codes)).any()
+        with pytest.raises(ValueError, match=r"known: got bool\[3, 1\], expected bool"):
+            make(codes, known=some[:, :1])
 
 
 def test_products_in_bfloat16_change_little():

@@ -48,6 +48,26 @@ DECODER = {
 }
 
 
+def named(params):
+    """Our parameters, or their gradients, by PyTorch's names."""
+    out = {
+        "token.weight": params["token_embedding"],
+        "modality.weight": params["modality_embedding"],
+        "mask_token": params["mask_token"],
+        "context.weight": params["context"]["kernel"].T,
+        **{f"{n}.weight": params[n]["scale"] for n in ("encoder_norm", "decoder_norm")},
+    }
+    for name, names in (("encoder", ENCODER), ("decoder", DECODER)):
+        for i in range(2):
+            found = block(params[name], i, names)
+            out |= {f"{name}.{i}.{k}": x for k, x in found.items()}
+    first = mods.first_ids(MODALITIES)
+    for i, m in enumerate(MODALITIES):
+        head = params["head"][:, first[i] : first[i] + m.vocabulary]
+        out[f"heads.{i}.weight"] = head.T
+    return out
+
+
 @pytest.mark.filterwarnings("ignore:::torch")
 def test_loss_and_gradients_are_those_of_pytorch():
     torch = pytest.importorskip("torch", reason="pip install multitask-jax[torch]")
@@ -55,7 +75,7 @@ def test_loss_and_gradients_are_those_of_pytorch():
 
     rng = np.random.default_rng(0)
     ids, present = mods.flatten(MODALITIES, random_tokens(rng, 3))
-    keys = jax.random.split(jax.random.key(0), 3)
+    keys = jax.random.split(jax.random.key(4), 3)  # asks for all modalities
     masks = jax.vmap(
         lambda k, p: dirichlet_masks(k, p, MODALITIES, inputs=20, targets=15)
     )(keys, present)
@@ -66,23 +86,10 @@ def test_loss_and_gradients_are_those_of_pytorch():
         return egom2p.loss(params, ids, masks, modalities=MODALITIES, shape=SHAPE)[0]
 
     value, slopes = jax.value_and_grad(ours)(params)
-    state = {
-        "token.weight": params["token_embedding"],
-        "modality.weight": params["modality_embedding"],
+    state = named(params) | {
         "position": mods.position_table(MODALITIES, 16),
         "of": mods.modality_of(MODALITIES).astype(np.int64),
-        "mask_token": params["mask_token"],
-        "context.weight": params["context"]["kernel"].T,
-        **{f"{n}.weight": params[n]["scale"] for n in ("encoder_norm", "decoder_norm")},
     }
-    for name, names in (("encoder", ENCODER), ("decoder", DECODER)):
-        for i in range(2):
-            found = block(params[name], i, names)
-            state |= {f"{name}.{i}.{k}": x for k, x in found.items()}
-    first = mods.first_ids(MODALITIES)
-    for i, m in enumerate(MODALITIES):
-        head = params["head"][:, first[i] : first[i] + m.vocabulary]
-        state[f"heads.{i}.weight"] = head.T
     model = egom2p_in_torch.EgoM2P(
         {
             **SHAPE._asdict(),
@@ -98,9 +105,10 @@ def test_loss_and_gradients_are_those_of_pytorch():
     loss = model(*batch)
     loss.backward()
     assert float(loss.detach()) == pytest.approx(float(value), rel=1e-5)
-    np.testing.assert_allclose(
-        model.token.weight.grad, slopes["token_embedding"], rtol=1e-3, atol=1e-6
-    )
-    np.testing.assert_allclose(
-        model.context.weight.grad.T, slopes["context"]["kernel"], rtol=1e-3, atol=1e-6
-    )
+    expected, found = named(slopes), dict(model.named_parameters())
+    assert expected.keys() == found.keys()
+    for name, slope in expected.items():
+        assert np.abs(slope).max() > 1e-5, name
+        np.testing.assert_allclose(
+            found[name].grad, slope, rtol=1e-3, atol=1e-6, err_msg=name
+        )

@@ -43,7 +43,8 @@ def encode(tokenizer: Tokenizer, x: np.ndarray, batch: int = 64) -> np.ndarray:
 def known(tokenizer: Tokenizer, x: np.ndarray) -> np.ndarray:
     """Which tokens of clips stand for anything known: [N, ...] -> [N, *G] bool.
 
-    A gaze has samples without one; a token of nothing else is no truth to learn.
+    A gaze has samples, and a depth pixels, without a value; a token of nothing else is
+    no truth to learn.
 
     Raises:
       ValueError: clips of other shapes or of another dtype.

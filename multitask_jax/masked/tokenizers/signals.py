@@ -16,7 +16,13 @@ import numpy as np
 
 from multitask_jax.data import poses
 from multitask_jax.masked.tokenizers.quantizers import along_last
-from multitask_jax.masked.tokenizers.types import CHANNELS, Config, Statistics, grid
+from multitask_jax.masked.tokenizers.types import (
+    CHANNELS,
+    PATCH,
+    Config,
+    Statistics,
+    grid,
+)
 
 Array = jax.Array
 _NEAREST = 1e-2  # metres: what depth 0 is taken for
@@ -81,16 +87,21 @@ def _held(signal: Array, known: Array) -> Array:
 
 
 def known_tokens(config: Config, x: np.ndarray) -> np.ndarray:
-    """Which tokens [N, *G] have any sample that is known; only a gaze's may not.
+    """Which tokens [N, *G] have any value that is known; a depth's or gaze's may not.
 
     Args:
       config: of the tokenizer.
       x: clips [N, ...], checked.
     """
-    if config.kind != "gaze":
-        return np.ones((len(x), *grid(config)), bool)
-    valid = np.isfinite(x).all(axis=-1)
-    return valid.reshape(len(x), -1, config.stride).any(axis=-1)
+    cells = grid(config)
+    if config.kind == "gaze":
+        valid = np.isfinite(x).all(axis=-1)
+        return valid.reshape(len(x), *cells, config.stride).any(axis=-1)
+    if config.kind == "depth":
+        t, h, w = cells
+        valid = np.isfinite(x).reshape(len(x), t, config.temporal, h, PATCH, w, PATCH)
+        return valid.any(axis=(2, 4, 6))
+    return np.ones((len(x), *cells), bool)
 
 
 def from_network(config: Config, statistics: Statistics, y: Array) -> Array:

@@ -96,9 +96,8 @@ def input_moments(
     if not total:
         raise ValueError("got no batches or no dense layer, expected some of both")
     out = {}
-    for path, (weight, mean, around) in (
-        (p, np.moveaxis(x, -2, 0)) for p, x in total.items()
-    ):
+    for path, x in total.items():
+        weight, mean, around = np.moveaxis(x, -2, 0)
         if not (weight > 0).all():
             raise ValueError(f"{path}: got weights of rows that are all 0")
         spread = np.float32((around / weight).sum(axis=-1))

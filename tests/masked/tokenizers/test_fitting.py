@@ -108,8 +108,10 @@ def test_the_mean_of_draws_is_the_expected_signal():
     p = np.mean([np.eye(size, dtype=np.float32)[t] for t in both], axis=0)
     found = tokenizers.decode_mean(tokenizer, p, draws=4000)
     ends = np.stack([tokenizers.decode(tokenizer, t) for t in both])
-    if (ends > 0).all() and (ends < 1).all():  # else cut off at the picture's edge
-        np.testing.assert_allclose(found, ends.mean(axis=0), atol=0.02)
+    inside = ((ends > 0) & (ends < 1)).all(axis=0)  # others: cut at the picture's edge
+    moved = np.abs(ends[0] - ends[1]) > 0.1
+    assert (inside & moved).any()
+    np.testing.assert_allclose(found[inside], ends.mean(axis=0)[inside], atol=0.02)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -162,8 +164,19 @@ def test_a_gap_in_a_gaze_is_its_nearest_sample():
     expected = np.ones((1, 8), bool)
     expected[:, 2:5] = False
     np.testing.assert_array_equal(tokenizers.known(tokenizer, gap), expected)
+
+
+def test_a_token_of_no_known_depth_is_no_truth():
+    """A pixel of one frame that is known is enough; tokens are 4 frames of 8 x 8."""
     video, _ = _fitted("depth")
     assert tokenizers.known(video, _data("depth")).all()
+    some = np.full((1, 8, 16, 16), 2.0, np.float32)
+    some[:, 4:, 8:, :8] = np.nan
+    some[:, 4:, :8, 8:] = np.nan
+    some[0, 7, 7, 15] = 1.0
+    expected = np.ones((1, 2, 2, 2), bool)
+    expected[0, 1, 1, 0] = False
+    np.testing.assert_array_equal(tokenizers.known(video, some), expected)
 
 
 def test_decoded_cameras_begin_at_the_identity():

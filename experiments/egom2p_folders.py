@@ -1,0 +1,92 @@
+"""What lies in a run's folders, and by which flags and from what it was made.
+
+WORKDIR/tokenizers, tokens and model have a settings.json each: the flags that their
+contents depend on, and digests of the clips and tokenizers that they were made from.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiments import egom2p_tokens as tokens_of
+from experiments import json_files
+
+if TYPE_CHECKING:
+    from experiments.egom2p import Config
+
+_RECORD = ("seed", "clips")
+_TOKENIZE = (
+    *_RECORD, "video_steps", "trajectory_steps", "tokenizer_batch", "quantizer",
+    "mirror",
+)  # fmt: skip
+_PRETRAIN = (
+    *_TOKENIZE, "size", "steps", "batch", "rate", "inputs", "targets_budget", "masking",
+    "focus", "evaluate_every",
+)  # fmt: skip
+# Folder -> the flags that its contents depend on.
+_DEPENDS = {"tokenizers": _TOKENIZE, "tokens": _TOKENIZE, "model": _PRETRAIN}
+_FILE = "settings.json"
+
+
+def agree(config: "Config", *names: str) -> None:
+    """Refuses folders of WORKDIR that were made by other settings than now.
+
+    Settings that are alone in their folder are those of a stage that failed before it
+    made anything: they bind nobody.
+
+    Raises:
+      ValueError: tells the folder and what differs.
+    """
+    for name in names:
+        folder = Path(config.workdir) / name
+        file = folder / _FILE
+        if not file.exists():
+            continue
+        if all(p.name.startswith((_FILE, ".")) for p in folder.iterdir()):
+            continue
+        made, now = json_files.read(file), _settings(config, name)
+        if differ := {k: (made.get(k), v) for k, v in now.items() if made.get(k) != v}:
+            raise ValueError(
+                f"{folder} was made with other settings (there, now): {differ}; choose"
+                " another --workdir, or remove that folder and what was made after it"
+            )
+
+
+def remember(config: "Config", name: str) -> None:
+    """Writes a folder's settings.json; call it once its inputs were read."""
+    path = Path(config.workdir) / name / _FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    json_files.write(path, _settings(config, name), indent=1)
+
+
+def as_trained(config: "Config") -> "Config":
+    """The config with the flags by which the model in its workdir was made.
+
+    Raises:
+      FileNotFoundError: there is no model.
+    """
+    file = Path(config.workdir) / "model" / _FILE
+    made = json_files.read(there(file, "pretrain"))
+    names = {field.name for field in dataclasses.fields(config)}
+    return dataclasses.replace(config, **{k: made[k] for k in names & made.keys()})
+
+
+def there(path: Path, stage: str) -> Path:
+    """The path; FileNotFoundError names the stage that makes it."""
+    if not path.exists():
+        raise FileNotFoundError(f"no {path}; run --stage={stage} first")
+    return path
+
+
+def tokenized(workdir: Path) -> None:
+    """Raises FileNotFoundError without the last file of the stage `tokenize`."""
+    there(workdir / "tokens" / "test.npz", "tokenize")
+
+
+def _settings(config: "Config", name: str) -> dict[str, Any]:
+    settings = {key: getattr(config, key) for key in _DEPENDS[name]}
+    workdir = Path(config.workdir)
+    settings["files"] = tokens_of.files_of(workdir / "clips")
+    if name != "tokenizers":  # what comes after them
+        settings["codes"] = tokens_of.tokenizers_of(workdir / "tokenizers")
+    return settings
