@@ -54,7 +54,7 @@ FEW_SUM_SCALES, FEW_SCALES = (0.2, 0.3, 0.5, 0.8), (0.4, 0.7, 1.0, 1.5)
 # Of LiNeS: the mean scale over depth as a multiple m of alpha, beta = 2 alpha (m - 1),
 # since alpha by the norm rule differs by two orders between methods.
 DEPTH_MEANS = (1.0, 1.5, 2.0, 3.0, 4.5, 7.0, 10.0, 15.0)
-FEW_DEPTH_MEANS = (1.0, 2.0, 4.0, 7.0)
+FEW_DEPTH_MEANS = (1.0, 1.5, 2.5, 5.0)
 TALL_LAMBDAS = ("0.1", "0.2", "0.3", "0.4", "0.5", "0.6", "0.8", "1.0")
 # A second coefficient: its values share the budget.
 SECOND: dict[str, tuple[str, tuple[Any, ...]]] = {
