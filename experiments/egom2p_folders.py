@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments import egom2p_tokens as tokens_of
-from experiments import json_files
+from experiments import json_files, study_store
 
 if TYPE_CHECKING:
     from experiments.egom2p import Config
@@ -44,8 +44,7 @@ def agree(config: "Config", *names: str) -> None:
             continue
         if all(p.name.startswith((_FILE, ".")) for p in folder.iterdir()):
             continue
-        made, now = json_files.read(file), _settings(config, name)
-        if differ := {k: (made.get(k), v) for k, v in now.items() if made.get(k) != v}:
+        if differ := study_store.changed(file, _settings(config, name)):
             raise ValueError(
                 f"{folder} was made with other settings (there, now): {differ}; choose"
                 " another --workdir, or remove that folder and what was made after it"

@@ -31,7 +31,7 @@ from typing import Any
 from experiments import flags, fuzz_mutations
 from experiments.flags import flag
 from experiments.fuzz_targets import TARGETS
-from experiments.parsing import paths, size_in_bytes
+from experiments.parsing import at_least, paths, size_in_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +73,7 @@ def count_of(config: Config) -> dict[str, int]:
     for name in names:
         if name not in TARGETS:
             raise ValueError(f"--readers: got {name!r}, expected {', '.join(TARGETS)}")
-    if config.inputs < 1:
-        raise ValueError(f"--inputs: got {config.inputs}, expected at least 1")
+    at_least(config, inputs=1)
     shares = {name: 1 / TARGETS[name].cost for name in names}
     unit = config.inputs / sum(shares.values())
     return {name: -int(-unit * share // 1) for name, share in shares.items()}

@@ -57,8 +57,8 @@ ALL = (*MODELS, *BOOSTED)
 LEAST = 11
 # What predictions do not depend on.
 _AROUND = ("workdir", "models", "seeds", "policy_outcome", "bootstrap", "progress")
-_AROUND += ("effect",)  # the people tell
-_AROUND += ("predict", "checkpoint", "input", "output", "data_path", "download")
+_AROUND += ("predict", "checkpoint", "input", "output")
+_AROUND += ("data_path", "download", "effect")  # the people tell
 
 
 @dataclasses.dataclass(frozen=True)

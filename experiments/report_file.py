@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import t as student
 
 
 def over_seeds(values: np.ndarray, digits: int = 1) -> str:
@@ -22,6 +21,8 @@ def between_seeds(difference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     n, mean = len(difference), difference.mean(axis=0)
     if n == 1:
         return np.full_like(mean, -np.inf), np.full_like(mean, np.inf)
+    from scipy.stats import t as student  # takes a second, which others need not wait
+
     half = student.ppf(0.975, n - 1) * difference.std(axis=0, ddof=1) / n**0.5
     return mean - half, mean + half
 

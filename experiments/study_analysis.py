@@ -1,7 +1,7 @@
 """What the study looks at besides the table: redundancy, forgetting, conflicts.
 
 All but forgetting on the first seed's specialists alone. A `study` is
-experiments.merging_study.Study.
+experiments.study_state.Study.
 """
 
 import dataclasses
@@ -65,25 +65,24 @@ def forgetting(study: Any, seed: Any) -> None:
             # The criterion divides by it; of none right half a row is made.
             zero_shot = [max(base()[n], 0.5 / len(pool.labels[n])) for n in others]
 
-            def on_validation(way: str, alpha: float) -> dict[str, float]:
-                if alpha == 1:  # the specialist itself, either way
-                    return tuned
+            def accuracies(
+                way: str, alpha: float, rows: Any, at_0: Any, at_1: Any
+            ) -> dict[str, float]:
+                """On some rows; base and specialist were measured before."""
+                if alpha == 1:  # either way
+                    return at_1
                 if alpha == 0 and way == "WiSE-FT":
-                    return base()
+                    return at_0
                 model = seed.merger.at(tau, ways[way](alpha))
-                return study.accuracies(model, seed, pool)
+                return study.accuracies(model, seed, rows)
 
-            def on_test(way: str, alpha: float) -> dict[str, float]:
-                if alpha == 1:
-                    return known[("references", f"expert: {name}", seed.index)]["test"]
-                if alpha == 0 and way == "WiSE-FT":
-                    return known[("references", "base", seed.index)]["test"]
-                model = seed.merger.at(tau, ways[way](alpha))
-                return study.accuracies(model, seed, seed.test)
-
+            on_test = [
+                known[("references", row, seed.index)]["test"]
+                for row in ("base", f"expert: {name}")
+            ]
             out: dict[str, Any] = {"alphas": ALPHAS}
             for way in ways:
-                found = [on_validation(way, a) for a in ALPHAS]
+                found = [accuracies(way, a, pool, base(), tuned) for a in ALPHAS]
                 alpha = merging.select_alpha(
                     ALPHAS,
                     [f[name] for f in found],
@@ -94,7 +93,7 @@ def forgetting(study: Any, seed: Any) -> None:
                 out[way] = {
                     "validation": found,
                     "alpha": alpha,
-                    "test": on_test(way, alpha),
+                    "test": accuracies(way, alpha, seed.test, *on_test),
                 }
             return out
 

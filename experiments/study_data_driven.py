@@ -121,13 +121,12 @@ def save_statistics(
         if all(path.exists() for path in paths.values()):
             continue
         params = load(name)
-        size = len(batches[name][0]["ids"])
         if not paths["gram"].exists():
             found = merging.gram_matrices(
                 apply, params, batches[name], rows=real_tokens
             )
             merging.save_statistics(
-                paths["gram"], found, examples=size * len(batches[name])
+                paths["gram"], found, examples=sum(map(_rows, batches[name]))
             )
         if not paths["fisher"].exists():
             few = _first(batches[name], fisher_rows)

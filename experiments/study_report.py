@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from experiments import report_file
-from experiments.study_merges import FIXED, LEFT_OUT, SLOW
+from experiments.study_candidates import FIXED, LEFT_OUT, SLOW
 from multitask_jax import merging
 from multitask_jax.merging import report
 

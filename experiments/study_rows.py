@@ -1,6 +1,6 @@
 """The rows of the study's tables: what is merged, tuned, scored and recorded.
 
-A `study` is experiments.merging_study.Study, a `seed` its Seed, `first` the number of
+A `study` is experiments.study_state.Study, a `seed` its Seed, `first` the number of
 the seed that coefficients are chosen on if that is done once.
 """
 
@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from experiments import study_data_driven, study_merges
+from experiments import study_candidates, study_data_driven, study_merges
 from experiments.study_data_driven import IN_MEMORY
 from experiments.study_merges import Entry, Merger, Tensors
 from experiments.study_tasks import Pool, Score, floats_of
@@ -61,7 +61,7 @@ def tune_and_score(
         known = chosen_before(study, part, entry.label, seed, first)
         with_lines = entry.label.endswith("+ LiNeS")
         on_disk = part == "methods" and entry.tau is None and known is None
-        if on_disk and with_lines and entry.flags["method"] in study_merges.SLOW:
+        if on_disk and with_lines and entry.flags["method"] in study_candidates.SLOW:
             on_disk = False
         out: dict[str, Any] = {}
         if on_disk and entry.grid == ({},):
@@ -97,7 +97,7 @@ def labels(budget: int) -> list[str]:
     """All rows of the main table."""
     fitted = [f"{row}{more}" for row in IN_MEMORY for more in ("", " + LiNeS")]
     return [
-        *(e.label for e in study_merges.entries(budget)),
+        *(e.label for e in study_candidates.entries(budget)),
         *A_MODEL_A_TASK,
         *fitted,
     ]
@@ -105,7 +105,7 @@ def labels(budget: int) -> list[str]:
 
 def methods(study: Any, seed: Any, first: int) -> None:
     """The main table, but for what looks at data in memory."""
-    every = study_merges.entries(study.config.budget)
+    every = study_candidates.entries(study.config.budget)
     entries = [e for e in every if e.label in study.rows]
     kind = {"fisher": "fisher", "regmean": "gram"}
     needed = {kind[m] for m in (e.flags["method"] for e in entries) if m in kind}
@@ -180,7 +180,9 @@ def a_model_a_task(study: Any, seed: Any, first: int) -> None:
         known = chosen_before(study, "methods", "TALL masks", seed, first)
         found, out, choose = [], {}, known is None
         if choose:
-            values = study_merges.spread(study_merges.TALL_LAMBDAS, study.config.budget)
+            values = study_candidates.spread(
+                study_candidates.TALL_LAMBDAS, study.config.budget
+            )
             for value in values:
                 own = scores(tall_masks(value), seed.data.own)
                 found.append(study_merges.mean(own))
@@ -249,7 +251,7 @@ def rows_in_memory(
 
     if row in study.rows:
         study.store.once("methods", row, seed.index, score)
-    with_lines = study_merges.with_lines(row, study.config.budget, tau)
+    with_lines = study_candidates.with_lines(row, study.config.budget, tau)
     if with_lines.label in study.rows:
         tune_and_score(study, "methods", with_lines, seed, first, seed.merger)
 
@@ -260,7 +262,7 @@ def counts(study: Any, seed: Any, first: int) -> None:
         models = ",".join(seed.merger.models[:n])
         config = dataclasses.replace(seed.merger.config, models=models)
         merger = Merger(config, seed.folder)
-        for entry in study_merges.entries(study.config.budget):
+        for entry in study_candidates.entries(study.config.budget):
             if entry.label in COUNTED:
                 row = entry._replace(label=f"{entry.label}: {n}")
                 tune_and_score(study, "counts", row, seed, first, merger)
@@ -269,5 +271,5 @@ def counts(study: Any, seed: Any, first: int) -> None:
 def ablations(study: Any, seed: Any, first: int) -> None:
     """What each step of TIES is worth; scales are tuned for each."""
     joint = floats(seed.folder / JOINT)
-    for entry in study_merges.ablations(study.config.budget, joint):
+    for entry in study_candidates.ablations(study.config.budget, joint):
         tune_and_score(study, "ablations", entry, seed, first, seed.merger)

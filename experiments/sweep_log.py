@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from experiments import merge
+from experiments import json_files, merge
 
 Log = Sequence[Mapping[str, Any]]  # lines of metrics.jsonl; a failed score is None
 Space = Mapping[str, Sequence[Any]]
@@ -28,9 +28,7 @@ def open_log(workdir: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]
     settings = json.loads(json.dumps(settings))
     path, metrics = workdir / "config.json", workdir / "metrics.jsonl"
     if not metrics.exists() or not metrics.stat().st_size:  # nothing to lose
-        partial = workdir / ".config.json.partial"
-        partial.write_text(json.dumps(settings, indent=1) + "\n")
-        partial.rename(path)
+        json_files.write(path, settings, indent=1)
         return []
     if not path.exists():
         raise ValueError(f"{metrics} has no config.json; choose another --workdir")

@@ -173,9 +173,8 @@ class MMoE(nn.Module):
             lambda g: moe.route(moe.gate_logits({"kernel": g}, tokens), kind="soft")
         )(gates)
         # Experts see each token once, whatever the number of tasks.
-        served = moe.experts.named(self.kind)(
-            params, tokens[None], batched
-        )  # [E, N, D]
+        expert = moe.experts.named(self.kind)
+        served = expert(params, tokens[None], batched)  # [E, N, D]
         weights = routing.weights.astype(served.dtype)  # [T, N, E]
         both = jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), routing)
         tasks = jnp.repeat(jnp.arange(self.tasks), len(tokens))

@@ -10,9 +10,11 @@ import pytest
 from experiments import (
     merging_study,
     study_analysis,
+    study_candidates,
     study_data_driven,
     study_merges,
     study_rows,
+    study_state,
     study_tasks,
     study_training,
 )
@@ -57,10 +59,10 @@ def config(places):
 @pytest.fixture(scope="module")
 def fewer():
     """Fewer ablations, whose candidates belong to the protocol."""
-    ablations = study_merges.ablations
+    ablations = study_candidates.ablations
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            study_merges,
+            study_candidates,
             "ablations",
             lambda *a: [e for e in ablations(*a) if e.label in ABLATED],
         )
@@ -194,7 +196,7 @@ def test_a_cut_off_line_is_done_again(result, config, tmp_path):
 
 
 def test_other_candidates_are_refused(result, config, monkeypatch):
-    monkeypatch.setattr(study_merges, "SCALES", (0.5, 1.0))
+    monkeypatch.setattr(study_candidates, "SCALES", (0.5, 1.0))
     with pytest.raises(ValueError, match=r"another run .*'protocol': \("):
         merging_study.run(config)
 
@@ -366,8 +368,8 @@ def test_tasks_of_glue_by_name(places, monkeypatch):
     assert names == ["glue/sst2", "glue/rte"]
     mixed = dataclasses.replace(config, data_dir=str(tasks), tasks="second,glue/sst2")
     _, names, _ = merging_study.check(mixed)
-    assert merging_study.read_task(str(tasks), names[0]).name == "second"
-    assert merging_study.read_task(str(tasks), names[1]).name == "sst2"
+    assert study_state.read_task(str(tasks), names[0]).name == "second"
+    assert study_state.read_task(str(tasks), names[1]).name == "sst2"
     assert asked == ["sst2"]
     twice = dataclasses.replace(config, tasks="glue/sst2,glue/sst2")
     with pytest.raises(ValueError, match="expected each name once"):

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from experiments import merge, study_merges, study_tasks
+from experiments import merge, study_candidates, study_merges, study_tasks
 from experiments.study_stand_in import make_base
 from multitask_jax import checkpoints, merging
 from multitask_jax.models import bert
@@ -18,8 +18,8 @@ def base(tmp_path_factory):
 
 @pytest.mark.parametrize("budget", [1, 2, 8])
 def test_no_method_has_more_candidates_than_the_budget(budget):
-    entries = study_merges.entries(budget)
-    assert {e.flags["method"] for e in entries} | set(study_merges.LEFT_OUT) == set(
+    entries = study_candidates.entries(budget)
+    assert {e.flags["method"] for e in entries} | set(study_candidates.LEFT_OUT) == set(
         merging.METHODS
     )
     for entry in entries:
@@ -98,7 +98,7 @@ def test_lines_after_a_method_with_statistics(models, tmp_path):
         files.append(str(tmp_path / f"{i}.safetensors"))
         merging.save_statistics(files[-1], fisher)
     merger = study_merges.Merger(models, tmp_path)
-    found = {e.label: e for e in study_merges.entries(2)}["fisher + LiNeS"]
+    found = {e.label: e for e in study_candidates.entries(2)}["fisher + LiNeS"]
     found = found._replace(flags=found.flags | {"statistics": ",".join(files)})
     tuned = study_merges.tune(found, merger, lambda x: study_tasks.Score(0.5, -1.0))
     expected = {"depth_mean": 1.0, "lines_alpha": 1.0, "lines_beta": 0.0}
@@ -124,7 +124,7 @@ def test_the_likeliest_candidate_is_chosen(models, tmp_path):
 def test_lines_rule_is_each_seeds_own(models, tmp_path):
     """Of coefficients chosen elsewhere the multiple is kept, alpha is not."""
     merger = study_merges.Merger(models, tmp_path)
-    every = {e.label: e for e in study_merges.entries(2)}
+    every = {e.label: e for e in study_candidates.entries(2)}
     known = {"depth_mean": 3.0, "lines_alpha": 9.0, "lines_beta": 9.0}
     tau = merger.task_vector(method="ties")
     alpha = merger.norm_alpha(tau)
