@@ -43,6 +43,8 @@ from experiments.study_state import GLUE, Study
 from experiments.study_store import remember
 from experiments.study_training import JOINT
 from multitask_jax.data import text_tasks
+from multitask_jax.host_memory import keep_freed_memory
+from multitask_jax.layers import products
 
 PARTS = (
     "methods",
@@ -84,6 +86,11 @@ class Config:
     batch_size: int = flag("Rows a step.", 32)
     rate: float = flag("Peak learning rate.", 1e-4)
     max_length: int = flag("Tokens of a sentence, at most.", 64)
+    products: str = flag(
+        "Factors of the encoder's products: float32, or bfloat16 summed in float32,"
+        " half the time on CPUs that multiply it (AMX) and on TPUs, more on others.",
+        "float32",
+    )
     budget: int = flag(
         f"Evaluations on validation rows that a method gets, 1 to {BUDGET}.", BUDGET
     )
@@ -147,6 +154,7 @@ def check(config: Config) -> tuple[list[int], list[str], list[str]]:
     least |= {"batch_size": 1, "budget": 1, "unlabelled_rows": 16, "fisher_rows": 16}
     least |= {"test_rows": 0, "adamerging_steps": 0, "max_length": 4}
     parsing.at_least(config, **least)
+    parsing.one_of("products", config.products, products.NAMES)
     if config.budget > BUDGET:
         raise ValueError(
             f"--budget: got {config.budget}, expected 1 to {BUDGET}: methods with one"
@@ -241,4 +249,5 @@ def _report(study: Study, seeds: Sequence[int]) -> str:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # of encoders and activations, hundreds of times
     flags.main(Config, flags.plain_errors(run, "the same command goes on from there"))

@@ -33,7 +33,7 @@ def redundancy(study: Any, seed: Any) -> None:
                     expert = known[("references", f"expert: {name}", seed.index)]
                     found.append(expert["test"][name])
                     continue
-                tau = merger.trimmed(merger.models[t], density)
+                tau = merger.whole(merger.trimmed(merger.models[t], density))
                 # Nothing is chosen by it, so that test rows, which are more, will do.
                 pool = seed.own_test[name]
                 found.append(study.accuracies(merger.at(tau, {}), seed, pool)[name])
@@ -54,12 +54,12 @@ def forgetting(study: Any, seed: Any) -> None:
         "WiSE-FT": lambda a: {"scale": a},
     }
     pool = seed.data.validation
-    base = functools.cache(lambda: study.accuracies(seed.merger.at({}, {}), seed, pool))
+    base = functools.cache(lambda: study.accuracies(seed.merger.base, seed, pool))
     known = study.store.records
     for t, name in enumerate(study.names):
 
         def make(t: int = t, name: str = name) -> dict[str, Any]:
-            tau = seed.merger.own(t)
+            tau = seed.merger.whole(seed.merger.own(t))
             tuned = study.accuracies(seed.merger.at(tau, {}), seed, pool)
             others = [n for n in study.names if n != name]
             # The criterion divides by it; of none right half a row is made.

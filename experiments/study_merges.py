@@ -52,7 +52,7 @@ class Tuned(NamedTuple):
 
     coefficients: Coefficients
     scores: list[Score]  # of all candidates, in the grid's order
-    tensors: dict[str, np.ndarray]  # the best merge
+    tensors: dict[str, Any]  # the best merge
 
 
 @jax.jit
@@ -146,15 +146,19 @@ class Merger:
         alpha = merging.norm_rule(self.total, dict(tau), len(self.models))
         return _four_digits(float(alpha))
 
-    def at(self, tau: Tensors, swept: Coefficients) -> dict[str, np.ndarray]:
-        """The model of a task vector at a scale or with LiNeS."""
-        alpha = swept.get("lines_alpha", swept.get("scale", 1.0))
-        beta = swept.get("lines_beta", 0.0)
+    def whole(self, tau: Tensors) -> dict[str, jax.Array]:
+        """A task vector on the device, 0 where it has no tensor."""
         full = {
             k: tau[k] if k in tau else np.zeros_like(x) for k, x in self.base.items()
         }
-        found = add_scaled(self._on_device, full, jnp.float32(alpha), jnp.float32(beta))
-        return {k: np.asarray(x) for k, x in found.items()} | self.rest
+        return jax.device_put(full)
+
+    def at(self, tau: Tensors, swept: Coefficients) -> dict[str, Any]:
+        """The model of a `whole` task vector at a scale or with LiNeS."""
+        alpha = swept.get("lines_alpha", swept.get("scale", 1.0))
+        beta = swept.get("lines_beta", 0.0)
+        found = add_scaled(self._on_device, tau, jnp.float32(alpha), jnp.float32(beta))
+        return dict(found) | self.rest
 
 
 def mean(scores: Mapping[str, Score]) -> Score:
@@ -181,22 +185,25 @@ def tune(
     """
     own = None if entry.tau is None else entry.tau(merger)
     alphas: dict[str, float] = {}  # by the norm rule, of each task vector
+    wholes: dict[str, Tensors] = {}
 
-    def model(given: Coefficients) -> tuple[Coefficients, dict[str, np.ndarray]]:
+    def model(given: Coefficients) -> tuple[Coefficients, dict[str, Any]]:
         every = entry.flags | given
         flags = {k: v for k, v in every.items() if k not in SWEPT}
         swept = {k: v for k, v in every.items() if k in SWEPT}
         if own is None and not swept:
             return given, merger.merged(**flags)
-        tau = merger.task_vector(**flags) if own is None else own
-        if swept.get("lines_alpha") == "norm":
-            key = repr(flags)
-            if key not in alphas:
+        key = repr(flags)
+        if key not in wholes:
+            tau = merger.task_vector(**flags) if own is None else own
+            wholes[key] = merger.whole(tau)
+            if swept.get("lines_alpha") == "norm":
                 alphas[key] = merger.norm_alpha(tau)
+        if swept.get("lines_alpha") == "norm":
             scales = lines_of(alphas[key], swept)
             swept |= scales
             given = given | scales
-        return given, merger.at(tau, swept)
+        return given, merger.at(wholes[key], swept)
 
     if known is not None and entry.flags.get("lines_alpha") == "norm":
         # The rule is this seed's own.

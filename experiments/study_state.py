@@ -98,7 +98,8 @@ class Study:
                 )
         self.classes = max(len(t.labels) for t in self.tasks)
         tensors = checkpoints.read_tensors(config.model_dir)
-        self.evaluator = Evaluator(bert.read_shape(config.model_dir))
+        shape = bert.read_shape(config.model_dir)._replace(products=config.products)
+        self.evaluator = Evaluator(shape)
         other = {str(x.dtype) for x in tensors.values() if x.dtype.kind not in "iub"}
         if other != {"float32"}:
             raise ValueError(
@@ -107,7 +108,6 @@ class Study:
                 " them first"
             )
         tokenizer = Path(config.model_dir) / "tokenizer.json"
-        shape = self.evaluator.shape
         self.files = digest(self.tasks, tensors, shape, tokenizer.read_bytes())
         params, rest = bert.from_hugging_face(tensors, shape=shape)
         self.base = (jax.tree.map(np.ascontiguousarray, params), rest)

@@ -112,6 +112,7 @@ class Evaluator:
         self._convert = jax.jit(
             lambda tensors: bert.from_hugging_face(tensors, shape=shape)[0]
         )
+        self._rounded = jax.jit(functools.partial(bert.rounded, shape=shape))
 
     def params(self, tensors: Mapping[str, Any]) -> Any:
         """Parameters on the device from tensors by Hugging Face names."""
@@ -119,6 +120,7 @@ class Evaluator:
 
     def embed(self, params: Any, pool: Pool) -> np.ndarray:
         """Embeddings [sentences, D] in the pool's own order."""
+        params = self._rounded(params)
         # A list: all batches are under way before the first result is waited for.
         out = [self._embed(params, b.ids[:, 0], b.mask[:, 0]) for b in pool.batches]
         return tokens.by_row(pool.batches, out)

@@ -23,13 +23,17 @@ from safetensors.numpy import save_file
 
 from multitask_jax import checkpoints
 from multitask_jax.layers.attention import attend
+from multitask_jax.layers.products import dot_general
 
 Array = jax.Array
 Params = Mapping[str, Any]
 
 
 class Shape(NamedTuple):
-    """Sizes of an encoder, named as in config.json where it has a name for them."""
+    """Sizes of an encoder, named as in config.json where it has a name for them.
+
+    `products`: of matrices of weights, one of `layers.products.NAMES`.
+    """
 
     vocab_size: int
     width: int  # hidden_size
@@ -39,6 +43,7 @@ class Shape(NamedTuple):
     positions: int  # max_position_embeddings
     types: int = 2  # type_vocab_size
     epsilon: float = 1e-12  # layer_norm_eps
+    products: str = "float32"
 
 
 class Layer(nn.Module):
@@ -55,15 +60,16 @@ class Layer(nn.Module):
         s = self.shape
         b, l = mask.shape[0], mask.shape[-1]
         norm = functools.partial(nn.LayerNorm, s.epsilon, use_fast_variance=False)
+        dense = functools.partial(nn.Dense, dot_general=dot_general(s.products))
         q, k, v = (
-            nn.Dense(s.width, name=name)(x).reshape(b, l, s.heads, -1)
+            dense(s.width, name=name)(x).reshape(b, l, s.heads, -1)
             for name in ("query", "key", "value")
         )
         y = attend(q, k, v, mask).reshape(x.shape)
-        y = nn.Dense(s.width, name="attention_output")(y)
+        y = dense(s.width, name="attention_output")(y)
         x = norm(name="attention_norm")(x + y)
-        y = nn.gelu(nn.Dense(s.mlp_width, name="intermediate")(x), approximate=False)
-        y = nn.Dense(s.width, name="output")(y)
+        y = nn.gelu(dense(s.mlp_width, name="intermediate")(x), approximate=False)
+        y = dense(s.width, name="output")(y)
         return norm(name="output_norm")(x + y)
 
 
@@ -112,6 +118,19 @@ def embed(params: Params, ids: Array, mask: Array, *, shape: Shape) -> Array:
     x = Bert(shape).apply({"params": params}, ids, mask)
     kept = mask[..., None].astype(x.dtype)
     return jnp.sum(x * kept, axis=1) / jnp.maximum(jnp.sum(kept, axis=1), 1)
+
+
+def rounded(params: Params, *, shape: Shape) -> Any:
+    """Parameters with the factors of products rounded, once for many batches.
+
+    For inference: embeddings are the same, gradients would come rounded. Nothing
+    changes where `shape.products` is float32.
+    """
+
+    def round_kernel(path: Any, x: Array) -> Array:
+        return x.astype(shape.products) if path[-1].key == "kernel" else x
+
+    return jax.tree_util.tree_map_with_path(round_kernel, params)
 
 
 # Linen module -> Hugging Face module, within a layer and outside of the layers.

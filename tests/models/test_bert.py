@@ -115,6 +115,21 @@ def test_types_are_added(params: Any) -> None:
     np.testing.assert_array_equal(ones, apply({"params": swapped}, ids, mask))
 
 
+def test_products_in_bfloat16_are_close_and_can_be_rounded_once(params: Any) -> None:
+    ids, mask = sentences((3, 7, 1), 7)
+    shape = TINY._replace(products="bfloat16")
+    low = jax.jit(functools.partial(bert.embed, shape=shape))
+    found, exact = low(params, ids, mask), embed(params, ids, mask)
+    assert 1e-4 < np.abs(found - exact).max() < 0.1
+    once = bert.rounded(params, shape=shape)
+    assert once["layer_0"]["query"]["kernel"].dtype == "bfloat16"
+    assert once["words"].dtype == np.float32
+    np.testing.assert_array_equal(low(once, ids, mask), found)
+    assert_same_tree(bert.rounded(params, shape=TINY), params)
+    with pytest.raises(ValueError, match="products: got 'half'"):
+        bert.embed(params, ids, mask, shape=TINY._replace(products="half"))
+
+
 def test_too_long_sentences_are_refused(params: Any) -> None:
     ids, mask = sentences((21,), 21)
     with pytest.raises(ValueError, match=r"21 tokens.*20 positions"):
