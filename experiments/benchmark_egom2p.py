@@ -2,7 +2,8 @@
 
     python -m experiments.benchmark_egom2p --torch_python=/path/with/torch/bin/python
 
-Same architecture, shapes, masks and optimiser, float32; forward, backward, clipping and
+Same architecture, shapes, masks and optimiser, float32 (--dtype=bfloat16: products,
+PyTorch's by its autocast); forward, backward, clipping and
 AdamW, turns taken. Also what of our step is for drawing masks and budgets, and how long
 the step waits for its batch.
 """
@@ -23,6 +24,7 @@ from experiments import flags, parsing, report_file, torch_side
 from experiments.egom2p_tokens import Tokens
 from experiments.flags import flag
 from multitask_jax import training
+from multitask_jax.layers import products
 from multitask_jax.masked.modalities import (
     Modality,
     first_ids,
@@ -46,6 +48,7 @@ class Config:
 
     torch_python: str = flag("Interpreter with torch; without it only ours.", "")
     sizes: str = flag("Comma list of the transformer's sizes.", "tiny,small")
+    dtype: str = flag("Of products: float32 or bfloat16.", "float32")
     batch: int = flag("Clips a step.", 16)
     inputs: int = flag("Tokens shown.", 192)
     targets: int = flag("Tokens asked.", 96)
@@ -65,9 +68,14 @@ def clips(count: int) -> Tokens:
     return Tokens(ids.astype(np.int32), present, np.ones(ids.shape, bool))
 
 
+def shape_of(config: Config, name: str) -> egom2p.Shape:
+    """The size of that name, with products as they are to be."""
+    return egom2p.SHAPES[name]._replace(dtype=config.dtype)
+
+
 def ours(config: Config, name: str) -> tuple[Any, Callable[[], Any], Callable[[], Any]]:
     """Masks of a batch, a step that is given them, and one that draws its own."""
-    shape = egom2p.SHAPES[name]
+    shape = shape_of(config, name)
     settings = runs.Settings(
         batch=config.batch, inputs=config.inputs, targets=config.targets
     )
@@ -117,7 +125,7 @@ def theirs(config: Config, masks_of: dict[str, Any], folder: Path) -> Any:
     """The same steps in PyTorch, in a process that the caller ends."""
     models = {}
     for name, masks in masks_of.items():
-        shape = egom2p.SHAPES[name]
+        shape = shape_of(config, name)
         models[name] = {
             **shape._asdict(),
             "hidden": shape.hidden,
@@ -149,6 +157,7 @@ def run(config: Config) -> dict[str, float]:
     sizes = parsing.paths(config.sizes) or []
     for name in sizes:
         parsing.one_of("sizes", name, tuple(egom2p.SHAPES))
+    parsing.one_of("dtype", config.dtype, products.NAMES)
     if not sizes or min(config.repeats, config.batch) < 1:
         raise ValueError(f"got {config}, expected sizes, and a repeat at least")
     torch_side.prepare(config.threads, keep_memory=config.keep_memory)
@@ -192,7 +201,7 @@ def run(config: Config) -> dict[str, float]:
     head += ["masks alone", "waiting for a batch"]
     text = (
         f"A training step of {config.batch} clips, {config.inputs} tokens shown and"
-        f" {config.targets} asked, float32, {config.threads} threads, median of"
+        f" {config.targets} asked, {config.dtype}, {config.threads} threads, median of"
         f" {config.repeats} turns; tokens are *synthetic*.\n\n{table(head, rows)}\n"
     )
     report_file.write(config.output_dir, "Speed of EgoM2P", text)

@@ -5,7 +5,8 @@
 `--torch_python` is an interpreter with torch and transformers (another environment's,
 or this one's with `pip install multitask-jax[torch]`); without it only ours is timed.
 Both have the sizes of all-MiniLM-L6-v2 with random weights (time does not depend on
-them), the same batch of full length, threads and AdamW, in float32. They take turns in
+them), the same batch of full length, threads and AdamW, in float32; --products=bfloat16
+rounds the factors of products, on their side by PyTorch's autocast. They take turns in
 one run, so that both meet the same load, after a warm-up; the median of the repeats
 counts. A third side makes the products of inference with matrices of weights, and
 nothing else: what is left to gain.
@@ -23,9 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import flags, report_file, torch_side
+from experiments import flags, parsing, report_file, torch_side
 from experiments.flags import flag
 from experiments.torch_side import Timer
+from multitask_jax.layers import products as layer_products
 from multitask_jax.merging.report import table
 from multitask_jax.models import bert
 
@@ -41,6 +43,7 @@ class Config:
     """Sizes and repeats."""
 
     torch_python: str = flag("Interpreter with torch and transformers.", "")
+    products: str = flag("Factors of products: float32 or bfloat16.", "float32")
     batch: int = flag("Sentences a step.", 32)
     length: int = flag("Tokens a sentence.", 32)
     threads: int = flag("Threads of either side (cores, where the OS lets us).", 2)
@@ -59,6 +62,7 @@ def ours(config: Config, shape: bert.Shape = SIZES) -> Timer:
     optimizer = optax.adamw(2e-5, weight_decay=0.01)
     head = jnp.zeros((shape.width, 2)), jnp.zeros((2,))
     params = {"bert": bert.init(jax.random.key(0), shape), "head": head}
+    shape = shape._replace(products=config.products)
     inference = jax.jit(functools.partial(bert.embed, shape=shape))
 
     def loss(params: Any) -> jax.Array:
@@ -94,13 +98,17 @@ def products(config: Config, shape: bert.Shape = SIZES) -> Timer:
     sizes = [(d, d)] * 4 + [(d, h), (h, d)]
     layers = [[jnp.ones(s) / s[0] for s in sizes] for _ in range(shape.depth)]
     x = jnp.ones((config.batch * config.length, d))
+    dot = layer_products.dot_general(config.products)
+
+    def times(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return dot(x, kernel, layer_products.DENSE)
 
     @jax.jit
     def inference(layers: Any, x: jax.Array) -> jax.Array:
         for query, key, value, *rest in layers:
-            x = x @ query + x @ key + x @ value
+            x = times(x, query) + times(x, key) + times(x, value)
             for kernel in rest:
-                x = x @ kernel
+                x = times(x, kernel)
         return x
 
     def seconds(kind: str, steps: int) -> float:
@@ -122,6 +130,7 @@ def theirs(config: Config, shape: bert.Shape = SIZES) -> tuple[Timer, subprocess
         "threads": config.threads,
         "batch": config.batch,
         "length": config.length,
+        "products": config.products,
         "config": {
             "vocab_size": shape.vocab_size,
             "hidden_size": shape.width,
@@ -160,6 +169,7 @@ def run(config: Config) -> dict[tuple[str, str], float]:
     """Times both sides, prints the table and writes it to report.md."""
     if min(config.batch, config.length, config.steps, config.repeats) < 1:
         raise ValueError(f"got {config}, expected sizes and repeats of at least 1")
+    parsing.one_of("products", config.products, layer_products.NAMES)
     torch_side.prepare(config.threads, keep_memory=config.keep_memory)
     process = None
     sides = {}
@@ -182,7 +192,7 @@ def run(config: Config) -> dict[tuple[str, str], float]:
         rows.append(line)
     title = (
         f"Sentences a second, batches of {config.batch} x {config.length} tokens,"
-        f" {config.threads} threads"
+        f" {config.products}, {config.threads} threads"
     )
     text = f"{title}:\n\n{table(['', *KINDS], rows)}\n"
     report_file.write(config.output_dir, "Speed of the sentence encoder", text)

@@ -127,6 +127,7 @@ class Trainer:
         torch.set_num_threads(s["threads"])
         torch.manual_seed(0)
         self.model = EgoM2P(s)
+        self.low = s["dtype"] == "bfloat16"
         batch = [s["ids"], s["inputs"], s["seen"], s["targets"], s["asked"]]
         self.batch = [torch.tensor(x) for x in batch]
         self.optimizer = torch.optim.AdamW(
@@ -136,7 +137,9 @@ class Trainer:
     def step(self) -> None:
         """Forward, backward, clip, AdamW."""
         self.optimizer.zero_grad()
-        self.model(*self.batch).backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.low):
+            loss = self.model(*self.batch)
+        loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
 

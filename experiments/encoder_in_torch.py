@@ -27,6 +27,7 @@ class Encoder:
         )
         self.bert = BertModel(config, add_pooling_layer=False)
         self.head = torch.nn.Linear(config.hidden_size, 2)
+        self.low = settings["products"] == "bfloat16"
         size = (settings["batch"], settings["length"])
         self.ids = torch.randint(0, config.vocab_size, size)
         self.mask = torch.ones(size, dtype=torch.long)
@@ -36,7 +37,9 @@ class Encoder:
 
     def embed(self) -> torch.Tensor:
         """Means of the last layer's tokens [B, D]."""
-        x = self.bert(input_ids=self.ids, attention_mask=self.mask).last_hidden_state
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.low):
+            out = self.bert(input_ids=self.ids, attention_mask=self.mask)
+        x = out.last_hidden_state.float()
         kept = self.mask[..., None].to(x.dtype)
         return (x * kept).sum(1) / kept.sum(1)
 

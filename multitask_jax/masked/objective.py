@@ -6,6 +6,7 @@ Legend: B batch, O targets, M modalities, V ids, D width.
 import jax
 import jax.numpy as jnp
 
+from multitask_jax.layers.products import matmul
 from multitask_jax.masked.modalities import (
     Modalities,
     first_ids,
@@ -48,7 +49,7 @@ def cross_entropy(
         return _by_vocabulary(hidden, head, ids, modality, modalities)
 
     def loss_of(hidden: Array, ids: Array, modality: Array) -> Array:
-        logits = (hidden @ head.astype(hidden.dtype)).astype(jnp.float32)
+        logits = _logits(hidden, head.astype(hidden.dtype))
         return _minus_log(own_ids(logits, modality, modalities), ids)
 
     if ids.shape[1] % chunk:
@@ -63,6 +64,13 @@ def cross_entropy(
         (cut(hidden), cut(ids), cut(modality)),
     )
     return jnp.moveaxis(parts, 0, 1).reshape(ids.shape)
+
+
+def _logits(hidden: Array, head: Array) -> Array:
+    """[B, O, D] @ [D, V] -> float32 [B, O, V]."""
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    found = matmul(rows, head).astype(jnp.float32)
+    return found.reshape(*hidden.shape[:-1], -1)
 
 
 def _by_vocabulary(
@@ -83,8 +91,8 @@ def _by_vocabulary(
         wide = jnp.where(mine[..., None], hidden[:, :, None], 0)
         own = [head[:, first[i] : first[i] + size] for i in members]
         heads = jnp.concatenate(own).astype(hidden.dtype)  # [n D, size]
-        logits = wide.reshape(*ids.shape, -1) @ heads
-        each = _minus_log(logits.astype(jnp.float32), local)
+        logits = _logits(wide.reshape(*ids.shape, -1), heads)
+        each = _minus_log(logits, local)
         out = jnp.where(jnp.any(mine, axis=-1), each, out)
     return out
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as Spec
 
 from multitask_jax.layers.attention import attend
+from multitask_jax.layers.products import matmul
 from multitask_jax.masked.masks import Masks, Slots
 from multitask_jax.masked.modalities import (
     Modalities,
@@ -94,7 +95,8 @@ class Attention(nn.Module):
 
         def parts(name: str, count: int, x: Array) -> list[Array]:
             kernel = Kernel((width,), (count, *split), self.dtype, name=name)()
-            found = (rows(x) @ kernel[:, i].reshape(width, -1) for i in range(count))
+            each = (kernel[:, i].reshape(width, -1) for i in range(count))
+            found = (matmul(rows(x), one) for one in each)
             return [y.reshape(*x.shape[:2], *split) for y in found]
 
         if context is None:
@@ -103,7 +105,7 @@ class Attention(nn.Module):
             (q,), (k, v) = parts("query", 1, x), parts("key_value", 2, context)
         kernel = Kernel(split, (width,), self.dtype, name="output")()
         y = rows(attend(q, k, v, mask).reshape(*x.shape[:2], -1))
-        return (y @ kernel.reshape(-1, width)).reshape(x.shape)
+        return matmul(y, kernel.reshape(-1, width)).reshape(x.shape)
 
 
 class SwiGLU(nn.Module):
@@ -116,9 +118,9 @@ class SwiGLU(nn.Module):
     def __call__(self, x: Array) -> Array:
         width = x.shape[-1]
         both = Kernel((width,), (2, self.hidden), self.dtype, name="gate_up")()
-        gate, up = (rows(x) @ both[:, i] for i in range(2))
+        gate, up = (matmul(rows(x), both[:, i]) for i in range(2))
         down = Kernel((self.hidden,), (width,), self.dtype, name="down")()
-        return (nn.silu(gate) * up @ down).reshape(x.shape)
+        return matmul(nn.silu(gate) * up, down).reshape(x.shape)
 
 
 def rows(x: Array) -> Array:

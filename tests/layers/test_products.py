@@ -39,6 +39,33 @@ def test_gradients_are_products_of_rounded_factors(factors):
     np.testing.assert_allclose(to_w, rounded(x).T @ rounded(g), atol=4e-6)
 
 
+def test_results_have_the_dtype_of_the_factors(factors):
+    x, w = (a.astype(jnp.bfloat16) for a in factors)
+    got, pull = jax.vjp(products.matmul, x, w)
+    assert [a.dtype for a in (got, *pull(got))] == ["bfloat16"] * 3
+    # Rounded once, after the sum.
+    once = jnp.asarray(rounded(x) @ rounded(w), jnp.bfloat16)
+    np.testing.assert_allclose(rounded(got), rounded(once), rtol=2**-7)
+    text = str(jax.make_jaxpr(products.matmul)(x, w))
+    assert "preferred_element_type=float32" in text
+    wide = products.matmul(*factors)
+    np.testing.assert_array_equal(wide, factors[0] @ factors[1])
+
+
+def test_a_gradient_for_each_example(factors):
+    x, w = factors
+    g = jax.random.normal(jax.random.key(1), (5, 3))
+
+    def one(x, g):
+        return jax.vjp(lambda w: products.product(x[None], w), w)[1](g[None])[0]
+
+    each = jax.jit(jax.vmap(one))(x, g)
+    expected = np.einsum("ni,nj->nij", rounded(x), rounded(g))
+    np.testing.assert_allclose(each, expected, rtol=1e-6)
+    sums = jax.jit(jax.vmap(products.product, (0, None)))(x[:, None], w)
+    np.testing.assert_allclose(sums[:, 0], rounded(x) @ rounded(w), atol=2e-6)
+
+
 def test_whole_numbers_lose_nothing():
     x = jnp.arange(15.0).reshape(5, 3)
     w = jnp.arange(12.0).reshape(3, 4) - 6
