@@ -6,7 +6,8 @@
 or this one's with `pip install multitask-jax[torch]`); without it only ours is timed.
 Both have the sizes of all-MiniLM-L6-v2 with random weights (time does not depend on
 them), the same batch of full length, threads and AdamW, in float32; --products=bfloat16
-rounds the factors of products, on their side by PyTorch's autocast. They take turns in
+rounds the factors of products, on their side by PyTorch's autocast, which rounds the
+results too. They take turns in
 one run, so that both meet the same load, after a warm-up; the median of the repeats
 counts. A third side makes the products of inference with matrices of weights, and
 nothing else: what is left to gain.
@@ -64,6 +65,7 @@ def ours(config: Config, shape: bert.Shape = SIZES) -> Timer:
     params = {"bert": bert.init(jax.random.key(0), shape), "head": head}
     shape = shape._replace(products=config.products)
     inference = jax.jit(functools.partial(bert.embed, shape=shape))
+    rounded = jax.jit(functools.partial(bert.rounded, shape=shape))
 
     def loss(params: Any) -> jax.Array:
         kernel, bias = params["head"]
@@ -81,12 +83,14 @@ def ours(config: Config, shape: bert.Shape = SIZES) -> Timer:
 
     def seconds(kind: str, steps: int) -> float:
         nonlocal state
+        # For many batches weights are rounded once.
+        weights = jax.block_until_ready(rounded(state[0]["bert"]))
         start = time.perf_counter()
         for _ in range(steps):
             if kind == "training":
                 state = jax.block_until_ready(training(*state))
             else:
-                jax.block_until_ready(inference(state[0]["bert"], ids, mask))
+                jax.block_until_ready(inference(weights, ids, mask))
         return time.perf_counter() - start
 
     return seconds
@@ -96,12 +100,14 @@ def products(config: Config, shape: bert.Shape = SIZES) -> Timer:
     """Steps that only multiply, as inference does, by every layer's matrices."""
     d, h = shape.width, shape.mlp_width
     sizes = [(d, d)] * 4 + [(d, h), (h, d)]
-    layers = [[jnp.ones(s) / s[0] for s in sizes] for _ in range(shape.depth)]
+    layers = [
+        [jnp.ones(s, config.products) / s[0] for s in sizes] for _ in range(shape.depth)
+    ]
     x = jnp.ones((config.batch * config.length, d))
     dot = layer_products.dot_general(config.products)
 
     def times(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return dot(x, kernel, layer_products.DENSE)
+        return dot(x, kernel.astype(x.dtype), layer_products.DENSE)
 
     @jax.jit
     def inference(layers: Any, x: jax.Array) -> jax.Array:

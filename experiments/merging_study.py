@@ -88,7 +88,7 @@ class Config:
     max_length: int = flag("Tokens of a sentence, at most.", 64)
     products: str = flag(
         "Factors of the encoder's products: float32, or bfloat16 summed in float32,"
-        " half the time on CPUs that multiply it (AMX) and on TPUs, more on others.",
+        " half the time on CPUs that multiply it (AMX), more on other CPUs.",
         "float32",
     )
     budget: int = flag(

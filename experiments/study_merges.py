@@ -185,7 +185,7 @@ def tune(
     """
     own = None if entry.tau is None else entry.tau(merger)
     alphas: dict[str, float] = {}  # by the norm rule, of each task vector
-    wholes: dict[str, Tensors] = {}
+    taus: dict[str, tuple[Tensors, Tensors]] = {}  # as they are, and on the device
 
     def model(given: Coefficients) -> tuple[Coefficients, dict[str, Any]]:
         every = entry.flags | given
@@ -194,16 +194,17 @@ def tune(
         if own is None and not swept:
             return given, merger.merged(**flags)
         key = repr(flags)
-        if key not in wholes:
+        if key not in taus:
             tau = merger.task_vector(**flags) if own is None else own
-            wholes[key] = merger.whole(tau)
-            if swept.get("lines_alpha") == "norm":
-                alphas[key] = merger.norm_alpha(tau)
+            taus[key] = tau, merger.whole(tau)
+        tau, whole = taus[key]
         if swept.get("lines_alpha") == "norm":
+            if key not in alphas:
+                alphas[key] = merger.norm_alpha(tau)
             scales = lines_of(alphas[key], swept)
             swept |= scales
             given = given | scales
-        return given, merger.at(wholes[key], swept)
+        return given, merger.at(whole, swept)
 
     if known is not None and entry.flags.get("lines_alpha") == "norm":
         # The rule is this seed's own.

@@ -33,5 +33,5 @@ def attend(query: Array, key: Array, value: Array, mask: Array | None = None) ->
     weight = jnp.exp(logits - highest)
     total = jnp.sum(weight, axis=-1, keepdims=True)
     # The division is of [B, H, N, d], not of [B, H, N, M], and so is its gradient.
-    y = jnp.matmul(weight.astype(v.dtype), v, preferred_element_type=wide) / total
+    y = (weight.astype(v.dtype) @ v) / total
     return y.astype(v.dtype).transpose(0, 2, 1, 3)

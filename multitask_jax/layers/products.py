@@ -15,21 +15,49 @@ Array = jax.Array
 
 NAMES = ("float32", "bfloat16")
 DENSE = (((1,), (0,)), ((), ()))  # dimension numbers of [N, K] @ [K, M]
+_BITS = 8, 7  # of bfloat16's exponent and mantissa
 
 
-@jax.custom_vjp
-def product(x: Array, w: Array) -> Array:
+def product(x: Array, w: Array, dtype: Any = None) -> Array:
     """x w, [N, K] @ [K, M] -> [N, M], of factors rounded to bfloat16.
 
-    So are the products of its gradient. Sums are in float32; results have the dtype
-    of the factors, which is one for both.
+    So are the products of its gradient. Sums are in float32.
+
+    Args:
+      x, w: both float32 or both bfloat16.
+      dtype: of the result; that of the factors by default.
+
+    Raises:
+      ValueError: other dtypes or shapes.
     """
-    return _forward(x, w)[0]
+    fits = x.ndim == w.ndim == 2 and x.shape[1] == w.shape[0]
+    if not fits or x.dtype != w.dtype or x.dtype.name not in NAMES:
+        raise ValueError(
+            f"products in bfloat16: got {x.dtype} {x.shape} and {w.dtype} {w.shape},"
+            " expected [N, K] and [K, M], both float32 or both bfloat16"
+        )
+    return _product(x, w, (x.dtype.name, jnp.dtype(dtype or x.dtype).name))
 
 
-def _rounded(a: Array, b: Array, contracted: tuple[int, int], dtype: Any) -> Array:
-    sums = _sums(contracted)(a.astype(jnp.bfloat16), b.astype(jnp.bfloat16))
-    return sums.astype(dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x: Array, w: Array, dtypes: tuple[str, str]) -> Array:
+    return _forward(x, w, dtypes)[0]
+
+
+def _forward(x: Array, w: Array, dtypes: tuple[str, str]) -> tuple[Array, Any]:
+    # What the gradient needs is kept rounded: half the bytes, and not rounded again.
+    kept = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
+    return _sums((1, 0))(*kept).astype(dtypes[1]), kept
+
+
+def _backward(dtypes: tuple[str, str], kept: Any, g: Array) -> tuple[Array, Array]:
+    x, w = kept
+    g = g.astype(jnp.bfloat16)
+    found = _sums((1, 1))(g, w), _sums((0, 0))(x, g)
+    return found[0].astype(dtypes[0]), found[1].astype(dtypes[0])
+
+
+_product.defvjp(_forward, _backward)
 
 
 @functools.cache
@@ -48,34 +76,23 @@ def _sums(contracted: tuple[int, int]) -> Any:
     @sums.def_vmap
     def batched(size: int, which: Any, a: Array, b: Array) -> tuple[Array, bool]:
         # XLA on a CPU compiles some batches of such products and then fails to run
-        # them ("Unsupported element type"). In float32 they are the same.
-        wide = a.astype(jnp.float32), b.astype(jnp.float32)
+        # them ("Unsupported element type"). In float32 they are the same; a compiler
+        # may drop a rounding that is a change of dtype, but not this one.
+        wide = (jax.lax.reduce_precision(x.astype(jnp.float32), *_BITS) for x in (a, b))
         return jax.vmap(dot, [0 if x else None for x in which])(*wide), True
 
     return sums
 
 
-def _forward(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
-    # What the gradient needs is kept rounded: half the bytes, and not rounded again.
-    kept = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
-    return _rounded(*kept, (1, 0), x.dtype), kept
-
-
-def _backward(kept: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    x, w = kept
-    return _rounded(g, w, (1, 1), g.dtype), _rounded(x, g, (0, 0), g.dtype)
-
-
-product.defvjp(_forward, _backward)
-
-
-def matmul(x: Array, w: Array) -> Array:
+def matmul(x: Array, w: Array, dtype: Any = None) -> Array:
     """x w of [N, K] and [K, M] of one dtype: `product` of bfloat16, else as it is."""
-    return product(x, w) if x.dtype == w.dtype == jnp.bfloat16 else x @ w
+    if x.dtype == w.dtype == jnp.bfloat16:
+        return product(x, w, dtype)
+    return (x @ w).astype(dtype or x.dtype)
 
 
 def dot_general(name: str) -> Any:
-    """What `nn.Dense(dot_general=...)` of float32 [N, K] takes, by one of `NAMES`.
+    """What `nn.Dense(dot_general=...)` of [N, K] takes, by one of `NAMES`.
 
     Raises:
       ValueError: another name.
@@ -86,9 +103,9 @@ def dot_general(name: str) -> Any:
 
 
 def _dense(x: Array, w: Array, dimensions: Any, **_: Any) -> Array:
-    if dimensions != DENSE or {x.dtype, w.dtype} != {jnp.dtype("float32")}:
+    if dimensions != DENSE:
         raise ValueError(
-            f"products in bfloat16: got {x.dtype} {x.shape}, {w.dtype} {w.shape} and"
-            f" dimensions {dimensions}, expected float32 [N, K] and [K, M]"
+            f"products in bfloat16: got dimensions {dimensions} of {x.shape} and"
+            f" {w.shape}, expected {DENSE}: [N, K] @ [K, M]"
         )
     return product(x, w)

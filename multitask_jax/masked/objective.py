@@ -49,7 +49,7 @@ def cross_entropy(
         return _by_vocabulary(hidden, head, ids, modality, modalities)
 
     def loss_of(hidden: Array, ids: Array, modality: Array) -> Array:
-        logits = _logits(hidden, head.astype(hidden.dtype))
+        logits = logits_of(hidden, head)
         return _minus_log(own_ids(logits, modality, modalities), ids)
 
     if ids.shape[1] % chunk:
@@ -66,10 +66,10 @@ def cross_entropy(
     return jnp.moveaxis(parts, 0, 1).reshape(ids.shape)
 
 
-def _logits(hidden: Array, head: Array) -> Array:
-    """[B, O, D] @ [D, V] -> float32 [B, O, V]."""
+def logits_of(hidden: Array, head: Array) -> Array:
+    """[..., D] @ [D, V] -> float32 [..., V]."""
     rows = hidden.reshape(-1, hidden.shape[-1])
-    found = matmul(rows, head).astype(jnp.float32)
+    found = matmul(rows, head.astype(hidden.dtype), jnp.float32)
     return found.reshape(*hidden.shape[:-1], -1)
 
 
@@ -91,7 +91,7 @@ def _by_vocabulary(
         wide = jnp.where(mine[..., None], hidden[:, :, None], 0)
         own = [head[:, first[i] : first[i] + size] for i in members]
         heads = jnp.concatenate(own).astype(hidden.dtype)  # [n D, size]
-        logits = _logits(wide.reshape(*ids.shape, -1), heads)
+        logits = logits_of(wide.reshape(*ids.shape, -1), heads)
         each = _minus_log(logits, local)
         out = jnp.where(jnp.any(mine, axis=-1), each, out)
     return out

@@ -125,7 +125,11 @@ def rounded(params: Params, *, shape: Shape) -> Any:
 
     For inference: embeddings are the same, gradients would come rounded. Nothing
     changes where `shape.products` is float32.
+
+    Raises:
+      ValueError: `shape.products` is none of `layers.products.NAMES`.
     """
+    dot_general(shape.products)  # raises
 
     def round_kernel(path: Any, x: Array) -> Array:
         return x.astype(shape.products) if path[-1].key == "kernel" else x

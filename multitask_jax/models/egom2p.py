@@ -239,9 +239,7 @@ class EgoM2P(nn.Module):
         self.decoder = _stack(DecoderBlock, s.decoder_depth, s, self.layout, "decoder")
         self.encoder_norm = _norm(s, "encoder_norm")
         self.decoder_norm = _norm(s, "decoder_norm")
-        self.context = nn.Dense(
-            s.width, use_bias=False, kernel_init=_KERNEL, dtype=s.dtype
-        )
+        self.context = Kernel((s.width,), (s.width,), s.dtype)
 
     def place(self, position: Array) -> Array:
         """Position and modality as a vector: int32 [B, N] -> [B, N, D]."""
@@ -262,7 +260,8 @@ class EgoM2P(nn.Module):
         x = keep(x.astype(self.shape.dtype), self.layout)
         mask = valid[:, None, None, :]
         x, _ = self.encoder(x, mask)
-        x = self.context(self.encoder_norm(x)) + place.astype(self.shape.dtype)
+        x = matmul(rows(self.encoder_norm(x)), self.context()).reshape(place.shape)
+        x += place.astype(self.shape.dtype)
         return keep(jnp.where(valid[..., None], x, 0.0), self.layout)
 
     def decode(

@@ -21,6 +21,7 @@ from multitask_jax.masked.modalities import (
     positions,
     unflatten,
 )
+from multitask_jax.masked.objective import logits_of
 from multitask_jax.models.egom2p import EgoM2P, Params, Shape
 
 Array = jax.Array
@@ -44,7 +45,7 @@ def logits(
         return model.decode(context, shown, query, valid)
 
     hidden = EgoM2P(modalities, shape).apply({"params": params}, method=both)
-    return (hidden @ params["head"].astype(hidden.dtype)).astype(jnp.float32)
+    return logits_of(hidden, params["head"])
 
 
 @functools.partial(

@@ -20,12 +20,25 @@ def test_rates_are_sentences_by_the_median_turn() -> None:
     assert got == {("a", "training"): 2.0, ("a", "inference"): 4 / 9}
 
 
-def test_ours_takes_steps() -> None:
+@pytest.mark.parametrize("products", ["float32", "bfloat16"])
+def test_ours_takes_steps(products: str) -> None:
+    config = dataclasses.replace(CONFIG, products=products)
+    alone = benchmark_encoder.PRODUCTS
     got = benchmark_encoder.measure(
-        CONFIG, {"ours": benchmark_encoder.ours(CONFIG, TINY)}
+        config,
+        {
+            "ours": benchmark_encoder.ours(config, TINY),
+            alone: benchmark_encoder.products(config, TINY),
+        },
     )
-    assert set(got) == {("ours", "training"), ("ours", "inference")}
+    ours = {("ours", "training"), ("ours", "inference")}
+    assert set(got) == ours | {(alone, "inference")}
     assert min(got.values()) > 0
+
+
+def test_unknown_products_are_refused() -> None:
+    with pytest.raises(ValueError, match="--products: got 'half', expected one of"):
+        benchmark_encoder.run(dataclasses.replace(CONFIG, products="half"))
 
 
 def test_an_interpreter_that_fails_is_named(tmp_path: Path) -> None:

@@ -219,6 +219,7 @@ def test_other_settings_are_refused(result, config):
         ({"parts": "all"}, r"--parts: got \['all'\]"),
         ({"model_dir": "nowhere"}, "make minilm"),
         ({"budget": 0}, "--budget: got 0"),
+        ({"products": "half"}, "--products: got 'half', expected one of"),
         ({"test_rows": -5}, "--test_rows: got -5"),
         ({"adamerging_steps": -1}, "--adamerging_steps: got -1"),
         ({"budget": 9}, "--budget: got 9, expected 1 to 8"),

@@ -61,10 +61,34 @@ def models(base):
 )
 def test_scaled_task_vectors_are_merges_on_disk(models, tmp_path, flags, swept):
     merger = study_merges.Merger(models, tmp_path)
-    got = merger.at(merger.task_vector(**flags), swept)
+    got = merger.at(merger.whole(merger.task_vector(**flags)), swept)
     config = dataclasses.replace(models, **flags)
     final = study_merges.merge_on_disk(config, swept, tmp_path / "out", measured=False)
     assert study_merges.difference(got, final.tensors) == 0
+
+
+def test_tensors_that_a_task_vector_lacks_are_the_bases(models, tmp_path):
+    merger = study_merges.Merger(models, tmp_path)
+    name = "embeddings.word_embeddings.weight"
+    tau = {k: x for k, x in merger.own(0).items() if k != name}
+    got = merger.at(merger.whole(tau), {"scale": 0.5})
+    np.testing.assert_array_equal(got[name], merger.base[name])
+    assert set(got) == set(checkpoints.read_tensors(models.base))
+    other = next(k for k in tau if np.any(tau[k]))
+    expected = merger.base[other] + 0.5 * tau[other]
+    np.testing.assert_allclose(got[other], expected, rtol=1e-6)
+
+
+def test_one_grid_may_have_scales_and_the_norm_rule(models, tmp_path):
+    grid = ({"scale": 1.0}, {"lines_alpha": "norm", "depth_mean": 1.0})
+    entry = study_merges.Entry("row", {"method": "ties"}, grid)
+    likely = iter([0.0, 1.0])
+    merger = study_merges.Merger(models, tmp_path)
+    tuned = study_merges.tune(
+        entry, merger, lambda _: study_tasks.Score(0.5, next(likely))
+    )
+    assert tuned.coefficients["lines_alpha"] > 0
+    assert tuned.coefficients["lines_beta"] == 0
 
 
 @pytest.mark.parametrize("method", ["linear", "karcher", "multislerp", "model_stock"])

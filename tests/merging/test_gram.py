@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from multitask_jax import merging
+from multitask_jax.layers import products
 
 RNG = np.random.default_rng(0)
 
@@ -42,6 +43,27 @@ def test_torch_orientation_and_ragged_batches():
     hidden = np.maximum(x @ params["fc.weight"].T + params["fc.bias"], 0)
     close(got["fc.weight"], gram(x), (1,))
     close(got["out.weight"], gram(hidden), (1,))
+
+
+def test_products_in_bfloat16_are_looked_into():
+    params = {"up": normal(5, 7), "down": normal(7, 3)}
+
+    def apply(p, x):
+        return products.product(jnp.tanh(products.product(x, p["up"])), p["down"])
+
+    x = normal(64, 5)
+    found = merging.gram_matrices(apply, params, [x])
+    exact = merging.gram_matrices(
+        lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"], params, [x]
+    )
+    for name, got in found.items():
+        assert got.axes == (0,)
+        want = exact[name].matrix
+        size = np.sqrt(np.outer(np.diag(want), np.diag(want)))
+        assert np.all(np.abs(got.matrix - want) < 2e-2 * size)
+    # Of what the product is given: rounded.
+    low = np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)
+    close(found["up"], low.T @ low, (0,))
 
 
 def real(inputs):

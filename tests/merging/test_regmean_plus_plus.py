@@ -136,6 +136,14 @@ def test_wrong_inputs(problem):
         merging.regmean_plus_plus(lambda p, x: x @ p["w"], flat, [[normal(2, 4)]] * 2)
 
 
+def test_without_a_dense_layer_nothing_is_merged():
+    models, batches = [{"scale": normal(5)} for _ in "ab"], [[normal(8, 5)]] * 2
+    with pytest.raises(ValueError, match="multiplies its inputs with no parameter"):
+        merging.regmean_plus_plus(
+            lambda p, x: x * p["scale"][None], models, batches, level="leaf"
+        )
+
+
 def test_a_plain_mlp_is_sent_to_leaves():
     flax = [{"Dense_0": {"kernel": normal(4, 3)}} for _ in range(2)]
     apply = lambda p, x: x @ p["Dense_0"]["kernel"]  # noqa: E731

@@ -29,7 +29,9 @@ _CALLS = (
     "custom_jvp_call",
     "custom_vjp_call",
     "custom_vjp_call_jaxpr",
+    "custom_vmap_call",
 )
+_INNER = ("jaxpr", "call_jaxpr", "call")  # what they call theirs
 _UNCHANGED = (
     "convert_element_type",
     "copy",
@@ -178,7 +180,7 @@ def _step(eqn: Any, ins: list[Any], hooks: Hooks) -> Sequence[Any]:
     name = eqn.primitive.name
     views = [x for x in ins if isinstance(x, View)]
     if views and name in _CALLS:
-        inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+        inner = next(eqn.params[k] for k in _INNER if k in eqn.params)
         if isinstance(inner, jex.Jaxpr):
             inner = jex.ClosedJaxpr(inner, ())
         return run(inner, ins, hooks)

@@ -272,11 +272,16 @@ def _grams(
         measure, weight = functools.partial(_weighted, weights), jnp.sum(weights)
     grams, record = captured(apply_fn, params, inputs, measure, wanted)
     if not grams:
-        raise ValueError(
-            "apply_fn multiplies its inputs with no parameter (or only by parts);"
-            f" how leaves are used: {record.reasons}"
-        )
+        raise no_product(record.reasons)
     return grams, weight
+
+
+def no_product(reasons: Mapping[str, str]) -> ValueError:
+    """Of a function without dense layers; the reasons are by leaf."""
+    return ValueError(
+        "apply_fn multiplies its inputs with no parameter (or only by parts);"
+        f" how leaves are used: {dict(reasons)}"
+    )
 
 
 def _weighted(weights: jax.Array, x: jax.Array) -> jax.Array:

@@ -19,7 +19,12 @@ from multitask_jax.merging.arguments import check_choice
 from multitask_jax.merging.fitted.adamerging import depths_of
 from multitask_jax.merging.fitted.batching import check_batches
 from multitask_jax.merging.fitted.entropy import one_each
-from multitask_jax.merging.fitted.gram import RowsFn, dense_leaves, gram_matrices
+from multitask_jax.merging.fitted.gram import (
+    RowsFn,
+    dense_leaves,
+    gram_matrices,
+    no_product,
+)
 from multitask_jax.merging.fitted.regmean import regmean
 from multitask_jax.merging.transforms import weighted_sum
 
@@ -75,6 +80,8 @@ def regmean_plus_plus(
     if example is None:
         raise ValueError("batches[0]: got no batches, expected at least one")
     found = dense_leaves(functions[0], models[0], example)
+    if not found.axes:
+        raise no_product(found.averaged)
     place = {p: i for i, p in enumerate(found.order)}
     layers = _layers(list(found.axes), list(merged), place, level, block_pattern)
     for i, (start, paths) in enumerate(layers):
