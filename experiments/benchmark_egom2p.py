@@ -3,9 +3,9 @@
     python -m experiments.benchmark_egom2p --torch_python=/path/with/torch/bin/python
 
 Same architecture, shapes, masks and optimiser, float32 (--dtype=bfloat16: products,
-PyTorch's by its autocast); forward, backward, clipping and
-AdamW, turns taken. Also what of our step is for drawing masks and budgets, and how long
-the step waits for its batch.
+PyTorch's by its autocast); forward, backward, clipping and AdamW, turns taken. Also
+what of our step is for drawing masks and budgets, and how long the step waits for its
+batch.
 """
 
 import dataclasses

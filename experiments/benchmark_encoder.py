@@ -7,10 +7,9 @@ or this one's with `pip install multitask-jax[torch]`); without it only ours is 
 Both have the sizes of all-MiniLM-L6-v2 with random weights (time does not depend on
 them), the same batch of full length, threads and AdamW, in float32; --products=bfloat16
 rounds the factors of products, on their side by PyTorch's autocast, which rounds the
-results too. They take turns in
-one run, so that both meet the same load, after a warm-up; the median of the repeats
-counts. A third side makes the products of inference with matrices of weights, and
-nothing else: what is left to gain.
+results too. They take turns in one run, so that both meet the same load, after a
+warm-up; the median of the repeats counts. A third side makes the products of inference
+with matrices of weights, and nothing else: what is left to gain.
 """
 
 import dataclasses
@@ -83,8 +82,8 @@ def ours(config: Config, shape: bert.Shape = SIZES) -> Timer:
 
     def seconds(kind: str, steps: int) -> float:
         nonlocal state
-        # For many batches weights are rounded once.
-        weights = jax.block_until_ready(rounded(state[0]["bert"]))
+        if kind == "inference":  # weights are rounded once for many batches
+            weights = jax.block_until_ready(rounded(state[0]["bert"]))
         start = time.perf_counter()
         for _ in range(steps):
             if kind == "training":

@@ -126,10 +126,10 @@ class Merger:
             density=str(density),
         )
 
-    def tall(self, t: int, tall_lambda: float) -> dict[str, np.ndarray]:
+    def tall(self, t: int, tall_lambda: float) -> dict[str, Any]:
         """The model that TALL masks leave for task t."""
         found = add_tall(self._on_device, self.total, self.own(t), tall_lambda)
-        return {k: np.asarray(x) for k, x in found.items()} | self.rest
+        return dict(found) | self.rest
 
     def own(self, t: int) -> dict[str, np.ndarray]:
         """tau_t = theta_t - theta_0."""
@@ -185,7 +185,7 @@ def tune(
     """
     own = None if entry.tau is None else entry.tau(merger)
     alphas: dict[str, float] = {}  # by the norm rule, of each task vector
-    taus: dict[str, tuple[Tensors, Tensors]] = {}  # as they are, and on the device
+    taus: dict[str, Tensors] = {}
 
     def model(given: Coefficients) -> tuple[Coefficients, dict[str, Any]]:
         every = entry.flags | given
@@ -195,16 +195,16 @@ def tune(
             return given, merger.merged(**flags)
         key = repr(flags)
         if key not in taus:
-            tau = merger.task_vector(**flags) if own is None else own
-            taus[key] = tau, merger.whole(tau)
-        tau, whole = taus[key]
+            made = merger.task_vector(**flags) if own is None else own
+            taus[key] = merger.whole(made)
+        tau = taus[key]
         if swept.get("lines_alpha") == "norm":
             if key not in alphas:
                 alphas[key] = merger.norm_alpha(tau)
             scales = lines_of(alphas[key], swept)
             swept |= scales
             given = given | scales
-        return given, merger.at(whole, swept)
+        return given, merger.at(tau, swept)
 
     if known is not None and entry.flags.get("lines_alpha") == "norm":
         # The rule is this seed's own.
