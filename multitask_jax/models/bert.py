@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 
 from multitask_jax import checkpoints
 from multitask_jax.layers.attention import attend
-from multitask_jax.layers.products import dot_general
+from multitask_jax.layers.products import dot_general, transposed
 
 Array = jax.Array
 Params = Mapping[str, Any]
@@ -215,7 +215,10 @@ def from_hugging_face(
         for key in path[:-1]:
             at, expected = at.setdefault(key, {}), expected[key]
         x = tensors[name]
-        x = x.T if path[-1] == "kernel" else x
+        if path[-1] == "kernel":
+            # As part of a compiled function, `x.T` would cost its products their speed.
+            inside = isinstance(x, jax.Array) and x.ndim == 2
+            x = transposed(x) if inside else x.T
         if np.shape(x) != (wanted := expected[path[-1]].shape):
             turn = slice(None, None, -1 if path[-1] == "kernel" else 1)
             raise ValueError(

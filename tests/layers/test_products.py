@@ -79,6 +79,38 @@ def test_a_gradient_for_each_example(factors):
     np.testing.assert_allclose(sums[:, 0], rounded(x) @ rounded(w), atol=2e-6)
 
 
+@pytest.mark.parametrize("rows", [64, 65])
+def test_transposed_results_and_gradients_run(rows):
+    keys = jax.random.split(jax.random.key(3), 3)
+    shapes = (rows, 96), (96, 32), (rows, 32)
+    x, w, g = (jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True))
+
+    def all_transposed(x, w, g):
+        y, pull = jax.vjp(products.product, x, w)
+        return [a.T for a in (y, *pull(g))]
+
+    got = jax.jit(all_transposed)(x, w, g)
+    expected = (
+        rounded(x) @ rounded(w),
+        rounded(g) @ rounded(w).T,
+        rounded(x).T @ rounded(g),
+    )
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a.T, b, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (5, 6), (0, 3), (1, 4)])
+def test_transposed_is_the_transpose(shape):
+    x = jax.random.normal(jax.random.key(4), shape)
+    np.testing.assert_array_equal(products.transposed(x), x.T)
+
+
+def test_what_is_not_finite_stays():
+    x = jnp.array([[jnp.inf, 1.0], [jnp.nan, 1.0], [-jnp.inf, 1.0]])
+    got = jax.jit(products.product)(x, jnp.ones((2, 1)))[:, 0]
+    np.testing.assert_array_equal(got, [jnp.inf, jnp.nan, -jnp.inf])
+
+
 def test_whole_numbers_lose_nothing():
     x = jnp.arange(15.0).reshape(5, 3)
     w = jnp.arange(12.0).reshape(3, 4) - 6
