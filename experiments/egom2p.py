@@ -20,14 +20,13 @@ Legend: N clips.
 """
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from experiments import egom2p_evaluation as measures
 from experiments import egom2p_folders as folders
@@ -36,9 +35,10 @@ from experiments import egom2p_report as reports
 from experiments import egom2p_tokens as tokens_of
 from experiments import egom2p_training as training
 from experiments import flags, json_files, parsing
+from experiments.egom2p_checks import check, mesh_of
 from experiments.egom2p_evaluation import TASKS, Model
 from experiments.flags import flag
-from multitask_jax import checkpoints, evaluation, sharding
+from multitask_jax import checkpoints, evaluation
 from multitask_jax import tree as trees
 from multitask_jax.data import egocentric
 from multitask_jax.data.egocentric import MODALITIES, Clips
@@ -132,52 +132,6 @@ def run(config: Config) -> dict[str, Any]:
     return found
 
 
-def check(config: Config) -> None:
-    """Raises ValueError for what would fail, or count for nothing, hours later."""
-    least = {"batch": 1, "inputs": 1, "targets_budget": 1, "test_clips": 2}
-    least |= {"tokenizer_batch": 1, "video_steps": 1, "trajectory_steps": 1}
-    least |= {"steps": 1, "evaluate_every": 1, "clip": 0, "temperature": 0, "rate": 0}
-    parsing.at_least(config, **least)
-    if not 0 <= config.focus <= 1:
-        raise ValueError(f"--focus: got {config.focus}, expected a share from 0 to 1")
-    if not 0 < config.top_p <= 1:
-        raise ValueError(
-            f"--top_p: got {config.top_p}, expected a share above 0, at most 1"
-            " (--temperature=0 takes the likeliest)"
-        )
-    if config.stage in ("all", "pretrain"):
-        _check_training(config)
-    if config.stage == "generate" and config.mean:
-        sampling = ("temperature", "top_p", "guidance", "schedule")
-        _unused(config, sampling, "--mean, which is no sample")
-
-
-def _check_training(config: Config) -> None:
-    asked, chunk = config.targets_budget, SHAPES[config.size].chunk
-    if chunk and asked > chunk and asked % chunk:
-        raise ValueError(
-            f"--targets_budget: got {asked}, expected at most {chunk} or a multiple of"
-            f" it with --size={config.size}"
-        )
-    if config.masking == "uniform":
-        _unused(config, ("focus",), "--masking=uniform, which has none")
-    # Before JAX has started, too: later, a CPU can't simulate devices any more.
-    if (mesh := mesh_of(config)) is not None:
-        axes = training.mesh_layout(mesh)["batch_axis"]
-        if config.batch % (parts := math.prod(mesh.shape[n] for n in axes)):
-            raise ValueError(
-                f"--batch: got {config.batch}, expected a multiple of {parts}, the"
-                f" {' and '.join(axes)} of --mesh={config.mesh}"
-            )
-
-
-def _unused(config: Config, names: tuple[str, ...], beside: str) -> None:
-    """Refuses flags that were given and would count for nothing."""
-    for name in names:
-        if (got := getattr(config, name)) != getattr(Config, name):
-            raise ValueError(f"--{name}: got {got} beside {beside}; leave it out")
-
-
 def record(config: Config, workdir: Path) -> None:
     """Records clips, unless the user's own are there.
 
@@ -203,6 +157,10 @@ def record(config: Config, workdir: Path) -> None:
 def tokenize(config: Config, workdir: Path) -> None:
     """Trains the tokenizers and tokenizes the splits."""
     folders.agree(config, "tokenizers")
+    paths = {s: workdir / "tokens" / f"{s}.npz" for s in tokens_of.SPLITS}
+    if all(path.exists() for path in paths.values()):
+        folders.agree(config, "tokens")
+        return
     clips = {
         split: tokens_of.read_clips(workdir / "clips" / split)
         for split in tokens_of.SPLITS
@@ -226,10 +184,9 @@ def tokenize(config: Config, workdir: Path) -> None:
     frozen = tokens_of.load(workdir / "tokenizers")
     folders.agree(config, "tokens")
     folders.remember(config, "tokens")
-    for split, some in clips.items():
-        path = workdir / "tokens" / f"{split}.npz"
+    for split, path in paths.items():
         if not path.exists():
-            tokens_of.save(tokens_of.tokenize(frozen, some), path)
+            tokens_of.save(tokens_of.tokenize(frozen, clips[split]), path)
 
 
 def pretrain(config: Config, workdir: Path) -> None:
@@ -263,17 +220,6 @@ def pretrain(config: Config, workdir: Path) -> None:
     save_params(folder / "params", found.params)
 
 
-def mesh_of(config: Config) -> Mesh | None:
-    """The mesh of --mesh.
-
-    Raises:
-      ValueError: axes without sizes, or more of them than there are devices.
-    """
-    if not config.mesh:
-        return None
-    return sharding.host_mesh(sharding.parse_axes(config.mesh))
-
-
 def save_params(path: Path, params: Any) -> None:
     """Parameters as an Orbax checkpoint, which `experiments.merge` reads too."""
     from orbax.checkpoint import v1 as ocp
@@ -302,10 +248,16 @@ def settings_of(config: Config) -> training.Settings:
 
 
 def load_model(workdir: Path, shape: Shape) -> Model:
-    """The model that `pretrain` saved."""
+    """The model that `pretrain` saved.
+
+    Raises:
+      ValueError: it was trained on tokens of other tokenizers than are there now.
+      FileNotFoundError: no model or no tokenizers.
+    """
     frozen = _tokenizers(workdir)
     path = folders.there(workdir / "model" / "params", "pretrain")
-    params = load_params(path)
+    folders.fit_together(workdir, "model")
+    params = jax.device_put(load_params(path))  # once, not at every call
     return Model(params, tokens_of.modalities_of(frozen), shape, frozen)
 
 

@@ -77,6 +77,22 @@ def there(path: Path, stage: str) -> Path:
     return path
 
 
+def fit_together(workdir: Path, *names: str) -> None:
+    """Refuses tokens or a model of other tokenizers than WORKDIR has now.
+
+    Raises:
+      ValueError: tells the folder.
+    """
+    codes = tokens_of.tokenizers_of(workdir / "tokenizers")
+    for name in names:
+        if study_store.changed(workdir / name / _FILE, {"codes": codes}):
+            raise ValueError(
+                f"{workdir / name} was made with other tokenizers than are in"
+                f" {workdir / 'tokenizers'}; remove it and what was made after it, and"
+                " make them anew"
+            )
+
+
 def tokenized(workdir: Path) -> None:
     """Raises FileNotFoundError without the last file of the stage `tokenize`."""
     there(workdir / "tokens" / "test.npz", "tokenize")

@@ -32,12 +32,12 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from experiments import egom2p_checks, flags, json_files, merge, parsing, study_store
 from experiments import egom2p_evaluation as measures
 from experiments import egom2p_regressor as regressor
 from experiments import egom2p_study_report as reports
 from experiments import egom2p_tokens as tokens_of
 from experiments import egom2p_training as training
-from experiments import flags, json_files, merge, parsing, study_store
 from experiments.egom2p import load_params, save_params
 from experiments.egom2p_evaluation import Model, Task
 from experiments.egom2p_regressor import Pairs
@@ -93,6 +93,11 @@ class Config:
 def coverage(study: Study) -> dict[str, list[Measured]]:
     """(a): all clips, or those with every modality alone; a list over seeds each."""
     complete = np.flatnonzero(study.tokens["train"].present.all(axis=1))
+    if not len(complete):
+        raise ValueError(
+            "--parts: got coverage, but no training clip has all modalities; leave it"
+            " out"
+        )
     found: dict[str, list[Measured]] = {}
     for seed in range(study.config.seeds):
         for name, rows in (("all", None), ("complete", complete)):
@@ -345,16 +350,29 @@ def judge_of(study: Study, model: Model) -> Callable[[Any], float]:
     return judge
 
 
+def check(config: Config) -> list[str]:
+    """The parts; raises ValueError for what would fail only after trainings."""
+    parts = parsing.paths(config.parts) or []
+    for part in parts:
+        parsing.one_of("parts", part, PARTS)
+    ones = ("seeds", "steps", "regressor_steps", "tuning_steps", "frame_steps")
+    ones += ("tokenizer_batch", "batch", "inputs", "targets", "evaluate_every")
+    least = dict.fromkeys((*ones, "slow_clips"), 1)
+    parsing.at_least(config, **least, test_clips=2, rate=0)
+    egom2p_checks.share_of_focus(config.focus)
+    egom2p_checks.whole_chunks("targets", config.targets, config.size)
+    return parts
+
+
 def run(config: Config) -> dict[str, Any]:
     """Does the parts asked for and writes the report; returns what they found.
 
     Raises:
-      ValueError: an unknown part, or --workdir is of another study.
+      ValueError: an unknown part, a number out of range, or --workdir is of another
+        study.
       FileNotFoundError: --base has no tokens.
     """
-    parts = parsing.paths(config.parts) or []
-    for part in parts:
-        parsing.one_of("parts", part, PARTS)
+    parts = check(config)
     study = Study(config)
     study_store.remember(config, study.workdir, FREE)
     study.agree()
@@ -384,8 +402,9 @@ def _about(study: Study) -> list[str]:
     train, c = study.tokens["train"], study.config
     complete = int(train.present.all(axis=1).sum())
     clips: Clips = study.clips["test"]
+    mirror = " with mirror images" if study.made_of["mirror"] else ""
     return [
-        f"{len(train.ids)} training clips with mirror images, {complete} of them"
+        f"{len(train.ids)} training clips{mirror}, {complete} of them"
         f" complete; {c.size} model, {c.steps} steps of {c.batch} clips, {c.inputs}"
         f" tokens shown and {c.targets} asked at most; regressors {c.regressor_steps}"
         f" steps, tuning {c.tuning_steps}. {len(clips.names)} held-out clips of"

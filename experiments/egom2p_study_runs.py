@@ -4,6 +4,7 @@ Legend: N clips, L tokens of a clip.
 """
 
 import dataclasses
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from experiments import egom2p_evaluation as measures
+from experiments import egom2p_folders as folders
 from experiments import egom2p_tokens as tokens_of
 from experiments import egom2p_training as training
 from experiments import json_files, parsing, study_store
@@ -55,9 +57,11 @@ class Study:
         if made_of.get("files") != tokens_of.files_of(base / "clips"):
             raise ValueError(
                 f"{base}/tokens: made of other clips than are in {base}/clips now;"
-                " remove tokenizers and tokens there, and make them anew"
+                " remove tokenizers, tokens and model there, and make them anew"
             )
-        self.made_of = made_of
+        folders.fit_together(base, "tokens")
+        codes = tokens_of.tokenizers_of(base / "tokenizers")
+        self.made_of = made_of | {"codes": codes}
         self.clips = {
             "train": tokens_of.read_clips(base / "clips" / "train"),
             "validation": tokens_of.read_clips(base / "clips" / "validation"),
@@ -140,7 +144,7 @@ class Study:
         return Model(load_params(folder / "params"), layout, shape, frozen)
 
     def share(self, folder: Path, settings: Settings) -> None:
-        """Links the base's model into `folder` if it was trained with the settings."""
+        """Copies the base's model to `folder` if a run would train the same one."""
         model = Path(self.config.base).absolute() / "model"
         about = model / "settings.json"
         if folder.exists() or not (model / "history.json").exists():
@@ -148,12 +152,16 @@ class Study:
         told = dataclasses.asdict(settings) | {"size": self.config.size}
         told["targets_budget"] = told.pop("targets")
         del told["task"], told["fill"]  # it has none, and fills
+        told |= {name: self.made_of[name] for name in ("files", "codes")}
         if study_store.changed(about, told):
             return
-        folder.mkdir(parents=True)
         history = json_files.read(model / "history.json")
-        json_files.write(folder / "run.json", {"history": history})
-        (folder / "params").symlink_to(model / "params", target_is_directory=True)
+        # Last of all its name: a copy that was stopped is made again.
+        partial = folder.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(model / "params", partial / "params")
+        json_files.write(partial / "run.json", {"history": history})
+        partial.rename(folder)
 
     def keep(self, folder: Path, history: list[dict[str, float]], spent: float) -> None:
         """Writes a run's learning curve and its seconds; prints the latter."""

@@ -73,11 +73,9 @@ def train(
             continue
         report = folder / f"{kind}.json"
         if not report.exists():
-            rows = np.flatnonzero(clips.present[kind])
             own = {"temporal": temporal, "quantizer": quantizer}
             config = tokenizers.Config(kind, **(own if kind in VIDEO else {}))
-            data = clips.arrays[kind][rows]
-            valid = validation.arrays[kind][validation.present[kind]]
+            data, valid = having(clips, kind), having(validation, kind)
             valid = valid if len(valid) else data[-max(1, len(data) // 10) :]
             tokenizer, curve = tokenizers.fit(
                 config,
@@ -94,6 +92,12 @@ def train(
             json_files.write(report, {"quality": quality, "curve": curve})
         found[kind] = json_files.read(report)
     return found
+
+
+def having(clips: Clips, kind: str) -> np.ndarray:
+    """A modality of the clips that have it; a view where all have."""
+    array, rows = clips.arrays[kind], clips.present[kind]
+    return array if rows.all() else array[rows]
 
 
 def load(folder: Path) -> dict[str, Tokenizer]:
@@ -122,7 +126,7 @@ def tokenize(tokenizer_of: Mapping[str, Tokenizer], clips: Clips) -> Tokens:
         codes[m.name] = np.zeros((len(rows), *m.grid), np.int32)
         there = np.zeros((len(rows), *m.grid), bool)
         if rows.any():
-            some = clips.arrays[m.name][rows]
+            some = having(clips, m.name)
             codes[m.name][rows] = tokenizers.encode(tokenizer_of[m.name], some)
             there[rows] = tokenizers.known(tokenizer_of[m.name], some)
         known.append(there.reshape(len(rows), -1))

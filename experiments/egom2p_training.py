@@ -125,7 +125,12 @@ def batches(clips: Any, size: int, seed: int) -> Callable[[int], Any]:
       clips: `Tokens`, or what else has `ids` [N, L] and `at`.
       size: clips a batch, at most.
       seed: of the order.
+
+    Raises:
+      ValueError: there are no clips.
     """
+    if not len(clips.ids):
+        raise ValueError("no training clip has what the training needs; add some")
     size = min(size, len(clips.ids))
     each = len(clips.ids) // size
 
@@ -206,7 +211,7 @@ def pretrain(
         loss_fn(modalities, shape, settings, mesh),
         start(jax.jit(init)(key)),
         batches(tokens, settings.batch, settings.seed),
-        _judge(loss_fn(modalities, shape, settings), validation),
+        _judge(loss_fn(modalities, shape, settings), validation, settings.task),
         settings,
         about=_about(settings, shape, modalities, tokens, validation),
         workdir=workdir,
@@ -291,24 +296,32 @@ def spread(count: int, most: int) -> np.ndarray:
     return np.arange(n) * count // n
 
 
-def _judge(loss: Any, validation: Tokens) -> Callable[[Any], dict[str, Array]]:
-    """Validation losses by masks that never change; "score" is the loss's negative."""
+def _judge(
+    loss: Any, validation: Tokens, task: tuple[str, str] | None
+) -> Callable[[Any], dict[str, Any]]:
+    """Validation losses by masks that never change; "score" is the loss's negative.
+
+    With a task the loss is that of its target: others would only thin it.
+    """
     evaluate, count = jax.jit(loss), len(validation.ids)
     if not count:
         raise ValueError("no validation clip has what the training needs; add some")
     size = min(64, count)
     some = spread(count, count // size * size).reshape(-1, size)
 
-    def judge(params: Any) -> dict[str, Array]:
+    def judge(params: Any) -> dict[str, Any]:
         rows = [
             evaluate(params, validation.at(part), jax.random.key(i))
             for i, part in enumerate(some)
         ]
-        means = {
-            name: jnp.mean(jnp.stack([each[name] for _, each in rows]))
-            for name in rows[0][1]
+        # A modality that no clip was asked for has no loss, here as in training.
+        each = {
+            name: np.array([x[name] for _, x in rows], float) for name in rows[0][1]
         }
-        total = jnp.mean(jnp.stack([x for x, _ in rows]))
+        means = {
+            name: np.nanmean(x) for name, x in each.items() if not np.isnan(x).all()
+        }
+        total = means[task[1]] if task else np.mean([x for x, _ in rows])
         return {"score": -total, "loss": total, **means}
 
     return judge

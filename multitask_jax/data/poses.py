@@ -13,6 +13,7 @@ Legend: S samples of a trajectory.
 
 from typing import Any
 
+import jax
 import numpy as np
 
 Array = Any  # of NumPy or JAX
@@ -25,13 +26,19 @@ def relative(poses: Array) -> Array:
 
     The inverse is that of a rigid motion: poses that `check` refuses give nonsense.
     """
-    return invert(poses[..., :1, :, :]) @ poses
+    return compose(invert(poses[..., :1, :, :]), poses)
+
+
+def compose(a: Array, b: Array) -> Array:
+    """a b, of poses or rotations, in full precision where a device has another."""
+    with jax.default_matmul_precision("highest"):
+        return a @ b
 
 
 def invert(poses: Array) -> Array:
     """World-to-camera of camera-to-world, [[R', -R' t], [0, 1]]: [..., 4, 4]."""
     turned = poses[..., :3, :3].mT
-    return _rigid(turned, -turned @ poses[..., :3, 3:])
+    return _rigid(turned, compose(-turned, poses[..., :3, 3:]))
 
 
 def to_vector(poses: Array) -> Array:

@@ -85,7 +85,7 @@ def relative_errors(estimate: Array, truth: Array, *, stride: int = 4) -> Relati
     if not 1 <= stride < len(truth):
         raise ValueError(f"stride: got {stride}, expected 1 to {len(truth) - 1}")
     p, q = _steps(estimate[::stride]), _steps(truth[::stride])
-    error = poses.invert(q) @ p
+    error = poses.compose(poses.invert(q), p)
     return Relative(_rms(error[:, :3, 3]), _rms(_degrees(error[:, :3, :3])[:, None]))
 
 
@@ -106,7 +106,7 @@ def gaze_mse(estimate: Array, truth: Array) -> Array:
 
 def _steps(x: Array) -> Array:
     """Motions between neighbours: [P + 1, 4, 4] -> [P, 4, 4]."""
-    return poses.invert(x[:-1]) @ x[1:]
+    return poses.compose(poses.invert(x[:-1]), x[1:])
 
 
 def _degrees(rotation: Array) -> Array:

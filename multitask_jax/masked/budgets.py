@@ -57,10 +57,12 @@ def dirichlet_budgets(
     key_alpha, key_in, key_out, key_one = jax.random.split(key, 4)
     alpha = jax.random.choice(key_alpha, jnp.array(alphas, jnp.float32))
     given, wanted = _focused(key_one, lengths, present, focus)
-    # Of one that is alone some is left to ask for: it would teach nothing.
-    alone = jnp.sum(present) == 1
-    most = lengths - jnp.where(alone, jnp.minimum(targets, lengths // 2), 0)
-    shown = jnp.minimum(_shares(key_in, alpha, given, inputs), most)
+    shown = jnp.minimum(_shares(key_in, alpha, given, inputs), lengths)
+    # Of one that is alone, and where all would be shown, some is left to ask for: it
+    # would teach nothing.
+    nothing = ~jnp.any(wanted & (shown < lengths)) | (jnp.sum(present) == 1)
+    left = jnp.where(nothing, jnp.minimum(targets, lengths // 2), 0)
+    shown = jnp.minimum(shown, lengths - left)
     room = jnp.where(wanted, lengths - shown, 0)
     asked = jnp.minimum(_shares(key_out, alpha, wanted, targets), room)
     if fill:

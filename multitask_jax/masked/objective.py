@@ -119,12 +119,13 @@ def modality_mean(
       modalities: M of them.
 
     Returns:
-      The mean [], and {name: its modality's mean []}.
+      The mean [], and {name: its modality's mean []}, NaN of one without targets.
     """
     of = jnp.asarray(modality_of(modalities))[position]
-    means = {}
+    total, means = jnp.float32(0), {}
     for i, m in enumerate(modalities):
         mine = valid & (of == i)
-        total = jnp.sum(jnp.where(mine, values, 0.0))
-        means[m.name] = total / jnp.maximum(jnp.sum(mine), 1)
-    return sum(means.values()) / len(modalities), means
+        mean = jnp.sum(jnp.where(mine, values, 0.0)) / jnp.maximum(jnp.sum(mine), 1)
+        total += mean
+        means[m.name] = jnp.where(jnp.any(mine), mean, jnp.nan)
+    return total / len(modalities), means

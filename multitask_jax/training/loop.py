@@ -19,7 +19,7 @@ from tqdm import tqdm
 from multitask_jax.training import saving
 from multitask_jax.training.saving import Best
 from multitask_jax.training.state import TrainState, join, whole
-from multitask_jax.training.step import Step
+from multitask_jax.training.step import OURS, Step
 from multitask_jax.training.writers import Writer
 
 
@@ -141,12 +141,17 @@ def _means(pending: Sequence[Mapping[str, jax.Array]], done: int) -> dict[str, f
                 f"the loss is {loss} at step {done - len(rows) + i + 1}; try a lower"
                 " learning rate, or clip gradients (optax.clip_by_global_norm)"
             )
-    # A metric may come with some batches only, as with a task of its own.
+    # A metric may come with some batches only, as with a task of its own, or be NaN in
+    # those that say nothing of it.
     names = dict.fromkeys(name for row in rows for name in row)
-    return {
-        name: float(np.mean([row[name] for row in rows if name in row], dtype=float))
-        for name in names
-    }
+    found = {}
+    for name in names:
+        values = np.array([row[name] for row in rows if name in row], float)
+        if name not in OURS:
+            values = values[~np.isnan(values)]
+        if len(values):
+            found[name] = float(values.mean())
+    return found
 
 
 def _criterion(values: Mapping[str, float], best_by: str | None) -> str:

@@ -20,6 +20,7 @@ Metrics = Mapping[str, jax.Array]
 # (params, batch, key) -> (loss [], metrics, scalars each)
 Loss = Callable[[Any, Any, jax.Array], tuple[jax.Array, Metrics]]
 REPLICATED: Rules = ((".*", PartitionSpec()),)
+OURS = ("loss", "gradient_norm")  # metrics of every step
 
 
 class Step(NamedTuple):
@@ -94,8 +95,8 @@ def make_step(
         (loss, metrics), gradient = jax.value_and_grad(loss_of, has_aux=True)(
             state.params
         )
-        ours = {"loss": loss, "gradient_norm": optax.tree.norm(gradient)}
-        _check_metrics(metrics, ours)
+        _check_metrics(metrics)
+        ours = dict(zip(OURS, (loss, optax.tree.norm(gradient)), strict=True))
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         new = TrainState(state.step + 1, params, opt_state, state.key)
@@ -149,10 +150,10 @@ def _size(mesh: Mesh, axis: str | tuple[str, ...]) -> int:
     return math.prod(mesh.shape[name] for name in names)
 
 
-def _check_metrics(metrics: Metrics, ours: Metrics) -> None:
+def _check_metrics(metrics: Metrics) -> None:
     for name, value in metrics.items():
-        if name in ours or jnp.ndim(value):
+        if name in OURS or jnp.ndim(value):
             raise ValueError(
                 f"the loss's metric {name!r} has shape {jnp.shape(value)}; expected"
-                f" scalars under names other than {', '.join(ours)}"
+                f" scalars under names other than {', '.join(OURS)}"
             )

@@ -121,3 +121,9 @@ def test_check_names_the_first_bad_pose(spoil, expected):
 def test_check_refuses_other_shapes():
     with pytest.raises(ValueError, match=r"got float64\[7, 3, 4\], expected floats"):
         poses.check(path(8)[:, :3])
+
+
+def test_products_are_precise_on_all_devices():
+    """TPUs round the factors of float32 unless they are told not to."""
+    said = str(jax.make_jaxpr(poses.relative)(jnp.eye(4)[None]))
+    assert said.count("dot_general") == said.count("Precision.HIGHEST") / 2 > 0

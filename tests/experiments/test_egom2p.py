@@ -17,6 +17,7 @@ from experiments import (
     egom2p_regressor,
     egom2p_study,
     egom2p_study_report,
+    egom2p_study_runs,
     egom2p_tokens,
 )
 from experiments import egom2p_training as training
@@ -82,55 +83,6 @@ def test_a_second_run_does_nothing_anew_and_another_one_is_refused(found, config
     other = dataclasses.replace(config, steps=11, stage="pretrain")
     with pytest.raises(ValueError, match=r"other settings.*'steps': \(4, 11\)"):
         egom2p.run(other)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"batch": 0}, "--batch: got 0, expected at least 1"),
-        ({"inputs": 0}, "--inputs: got 0"),
-        ({"focus": 75}, "--focus: got 75, expected a share"),
-        ({"top_p": 80}, "--top_p: got 80"),
-        ({"top_p": 0}, "--top_p: got 0, expected a share above 0"),
-        (
-            {"size": "base", "targets_budget": 200},
-            "--targets_budget: got 200, expected at most 128 or a multiple of it",
-        ),
-        ({"mesh": "data"}, "mesh: got 'data', expected axes and their sizes"),
-        ({"mesh": "model=2"}, "mesh: got axes model; expected some of data, fsdp"),
-        ({"mesh": "data=4096"}, "needs 4096 devices"),
-        ({"mesh": "data=2,fsdp=2", "batch": 6}, "--batch: got 6, .* multiple of 4"),
-        ({"masking": "uniform", "focus": 0.5}, "--focus: got 0.5 beside --masking"),
-        ({"temperature": -1}, "--temperature: got -1"),
-    ],
-)
-def test_numbers_out_of_range_are_named(tmp_path, options, message):
-    with pytest.raises(ValueError, match=message):
-        egom2p.run(egom2p.Config(workdir=str(tmp_path / "w"), **options))
-    assert not (tmp_path / "w").exists()
-
-
-def test_a_mesh_that_is_not_there_is_refused(tmp_path):
-    config = egom2p.Config(workdir=str(tmp_path), stage="pretrain", mesh="data=4096")
-    with pytest.raises(ValueError, match="needs 4096 devices"):
-        egom2p.mesh_of(config)
-    assert egom2p.mesh_of(dataclasses.replace(config, mesh="data=4,tensor=2")).size == 8
-
-
-def test_a_mesh_and_a_focus_do_not_matter_where_nothing_is_trained():
-    egom2p.check(egom2p.Config(stage="evaluate", mesh="data=4096", masking="uniform"))
-    base = egom2p.Config(size="base", stage="pretrain")
-    for count in (100, 128, 256):
-        egom2p.check(dataclasses.replace(base, targets_budget=count))
-
-
-@pytest.mark.parametrize(
-    "given", [{"temperature": 1.0}, {"top_p": 0.5}, {"guidance": 2.0}, {"schedule": ""}]
-)
-def test_a_mean_refuses_flags_of_sampling(given):
-    config = egom2p.Config(stage="generate", mean=True, **given)
-    with pytest.raises(ValueError, match=f"--{next(iter(given))}: .* beside --mean"):
-        egom2p.run(config)
 
 
 def test_evaluation_generates_by_the_seed_given(found, config, monkeypatch):
@@ -421,6 +373,41 @@ def test_a_second_run_trains_and_measures_nothing(results, study, monkeypatch):
         egom2p_study.run(dataclasses.replace(study, steps=3))
     with pytest.raises(ValueError, match="parts: got 'all'"):
         egom2p_study.run(dataclasses.replace(study, parts="all"))
+
+
+def test_the_bases_model_is_copied_if_a_run_would_be_the_same(found, study, tmp_path):
+    base = json.loads((Path(study.base) / "model" / "settings.json").read_text())
+    own = dataclasses.replace(study, steps=base["steps"], workdir=str(tmp_path / "w"))
+    runs = egom2p_study_runs.Study(own)
+    runs.share(tmp_path / "all-0", runs.settings())
+    assert (tmp_path / "all-0" / "params").is_dir()
+    assert not (tmp_path / "all-0" / "params").is_symlink()
+    runs.made_of["codes"] = "of other tokenizers"
+    runs.share(tmp_path / "other", runs.settings())
+    assert not (tmp_path / "other").exists()
+
+
+def test_tokens_and_models_of_other_tokenizers_are_refused(found, study, config):
+    report = Path(config.workdir) / "tokenizers" / "gaze.json"
+    before = report.read_text()
+    report.write_text(before + " ")
+    clip = next((Path(config.workdir) / "clips" / "test").rglob("*.npz"))
+    try:
+        with pytest.raises(ValueError, match=r"tokens was made with other tokenizers"):
+            egom2p_study.run(study)
+        with pytest.raises(ValueError, match=r"model was made with other tokenizers"):
+            egom2p.run(
+                dataclasses.replace(
+                    config, stage="generate", input=str(clip), targets="gaze"
+                )
+            )
+    finally:
+        report.write_text(before)
+
+
+def test_what_is_tokenized_is_not_read_again(found, config, monkeypatch):
+    monkeypatch.setattr(egom2p_tokens, "read_clips", None)
+    egom2p.run(dataclasses.replace(config, stage="tokenize"))
 
 
 def test_without_a_base_the_command_is_told(tmp_path):

@@ -75,9 +75,11 @@ def test_budgets_sum_to_what_is_asked_where_lengths_allow(seed, present):
     clamped = budget_sampler()(jax.random.key(seed), there)
     lengths = np.array(LENGTHS)
     # The same draws, cut by the length, and by what the inputs leave; of a modality
-    # that is alone some is left to ask for.
-    most = lengths - (there.sum() == 1) * np.minimum(TARGETS, lengths // 2)
-    shown = np.minimum(budgets.inputs, most)
+    # that is alone, and where all would be shown, some is left to ask for.
+    shown = np.minimum(budgets.inputs, lengths)
+    whole = ~(there & (shown < lengths)).any(axis=1) | (there.sum() == 1)
+    left = np.minimum(TARGETS, lengths // 2)
+    shown = np.minimum(shown, lengths - whole[:, None] * left)
     np.testing.assert_array_equal(clamped.inputs, shown)
     np.testing.assert_array_equal(
         clamped.targets, np.minimum(budgets.targets, lengths - shown)
@@ -185,6 +187,19 @@ def test_a_clip_of_one_modality_teaches_something(alone, focus):
     assert (shown[:, alone] > 0).all()
     assert (asked[:, alone] > 0).all()
     assert (shown + asked <= np.array(LENGTHS)).all()
+
+
+def test_a_clip_that_could_be_shown_whole_teaches_something():
+    present = np.array([False, False, True, True])
+    one = functools.partial(
+        dirichlet_budgets, inputs=10 * sum(LENGTHS), targets=TARGETS, fill=True
+    )
+    keys = jax.random.split(jax.random.key(0), SAMPLES)
+    draw = jax.jit(jax.vmap(lambda k: one(k, jnp.array(LENGTHS), jnp.array(present))))
+    shown, asked = map(np.asarray, draw(keys))
+    assert (shown.sum(axis=1) > 0).all()
+    assert (asked.sum(axis=1) > 0).all()
+    assert (shown + asked <= np.array(LENGTHS) * present).all()
 
 
 def test_tokens_that_say_nothing_are_neither_shown_nor_asked():

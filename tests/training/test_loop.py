@@ -178,6 +178,19 @@ def test_records_are_means_since_the_one_before():
     assert losses[-1] < losses[0]
 
 
+def test_a_batch_that_says_nothing_of_a_metric_does_not_count():
+    def loss(params, batch, key):
+        even = batch % 2 == 0
+        told = {"even": jnp.where(even, batch, jnp.nan), "never": jnp.nan}
+        return jnp.sum(params**2), told
+
+    state = init_state(jnp.ones(()), OPTIMIZER, jax.random.key(0))
+    step = make_step(loss, OPTIMIZER)
+    found = fit(step, state, jnp.float32, steps=5, log_every=5, progress=False)
+    assert found.history[0]["even"] == 2  # of 0, 2 and 4
+    assert set(found.history[0]) == {"step", "loss", "gradient_norm", "even"}
+
+
 def test_metrics_leave_the_device_only_where_they_are_recorded(monkeypatch):
     made, fetched = [], []
 

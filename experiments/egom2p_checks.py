@@ -1,0 +1,82 @@
+"""What flags of `experiments.egom2p` must hold before hours of work begin."""
+
+import math
+from typing import TYPE_CHECKING
+
+from jax.sharding import Mesh
+
+from experiments import egom2p_training as training
+from experiments import parsing
+from multitask_jax import sharding
+from multitask_jax.models.egom2p import SHAPES
+
+if TYPE_CHECKING:
+    from experiments.egom2p import Config
+
+
+def check(config: "Config") -> None:
+    """Raises ValueError for what would fail, or count for nothing, hours later."""
+    least = {"batch": 1, "inputs": 1, "targets_budget": 1, "test_clips": 2}
+    least |= {"tokenizer_batch": 1, "video_steps": 1, "trajectory_steps": 1}
+    least |= {"steps": 1, "evaluate_every": 1, "clip": 0, "temperature": 0, "rate": 0}
+    least |= {"seed": 0}
+    parsing.at_least(config, **least)
+    share_of_focus(config.focus)
+    if not 0 < config.top_p <= 1:
+        raise ValueError(
+            f"--top_p: got {config.top_p}, expected a share above 0, at most 1"
+            " (--temperature=0 takes the likeliest)"
+        )
+    if config.stage in ("all", "pretrain"):
+        _check_training(config)
+    if config.stage == "generate" and config.mean:
+        sampling = ("temperature", "top_p", "guidance", "schedule")
+        _unused(config, sampling, "--mean, which is no sample")
+
+
+def _check_training(config: "Config") -> None:
+    whole_chunks("targets_budget", config.targets_budget, config.size)
+    if config.masking == "uniform":
+        _unused(config, ("focus",), "--masking=uniform, which has none")
+    # Before JAX has started, too: later, a CPU can't simulate devices any more.
+    if (mesh := mesh_of(config)) is not None:
+        axes = training.mesh_layout(mesh)["batch_axis"]
+        if config.batch % (parts := math.prod(mesh.shape[n] for n in axes)):
+            raise ValueError(
+                f"--batch: got {config.batch}, expected a multiple of {parts}, the"
+                f" {' and '.join(axes)} of --mesh={config.mesh}"
+            )
+
+
+def _unused(config: "Config", names: tuple[str, ...], beside: str) -> None:
+    """Refuses flags that were given and would count for nothing."""
+    for name in names:
+        if (got := getattr(config, name)) != getattr(type(config), name):
+            raise ValueError(f"--{name}: got {got} beside {beside}; leave it out")
+
+
+def share_of_focus(focus: float) -> None:
+    """Raises ValueError for a --focus that is no share."""
+    if not 0 <= focus <= 1:
+        raise ValueError(f"--focus: got {focus}, expected a share from 0 to 1")
+
+
+def whole_chunks(name: str, asked: int, size: str) -> None:
+    """Raises ValueError for targets that the size's chunks do not divide."""
+    chunk = SHAPES[size].chunk
+    if chunk and asked > chunk and asked % chunk:
+        raise ValueError(
+            f"--{name}: got {asked}, expected at most {chunk} or a multiple of it with"
+            f" --size={size}"
+        )
+
+
+def mesh_of(config: "Config") -> Mesh | None:
+    """The mesh of --mesh.
+
+    Raises:
+      ValueError: axes without sizes, or more of them than there are devices.
+    """
+    if not config.mesh:
+        return None
+    return sharding.host_mesh(sharding.parse_axes(config.mesh))
