@@ -37,25 +37,32 @@ class Encoder:
 
     def embed(self) -> torch.Tensor:
         """Means of the last layer's tokens [B, D]."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.low):
-            out = self.bert(input_ids=self.ids, attention_mask=self.mask)
+        out = self.bert(input_ids=self.ids, attention_mask=self.mask)
         x = out.last_hidden_state.float()
         kept = self.mask[..., None].to(x.dtype)
         return (x * kept).sum(1) / kept.sum(1)
 
-    def training(self) -> None:
-        """A step of AdamW."""
-        self.bert.train()
-        self.optimizer.zero_grad()
-        logits = self.head(self.embed())
-        torch.nn.functional.cross_entropy(logits, self.labels).backward()
-        self.optimizer.step()
+    def _low(self) -> torch.autocast:
+        """Products in bfloat16, if asked for; weights are rounded once within it."""
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.low)
 
-    def inference(self) -> None:
-        """A batch of embeddings."""
+    def training(self, steps: int) -> None:
+        """Steps of AdamW."""
+        self.bert.train()
+        for _ in range(steps):
+            self.optimizer.zero_grad()
+            with self._low():
+                x = self.embed()
+            logits = self.head(x)
+            torch.nn.functional.cross_entropy(logits, self.labels).backward()
+            self.optimizer.step()
+
+    def inference(self, steps: int) -> None:
+        """Batches of embeddings."""
         self.bert.eval()
-        with torch.inference_mode():
-            self.embed()
+        with torch.inference_mode(), self._low():
+            for _ in range(steps):
+                self.embed()
 
 
 def main() -> None:
@@ -64,8 +71,7 @@ def main() -> None:
     for line in sys.stdin:
         kind, steps = line.split()
         start = time.perf_counter()
-        for _ in range(int(steps)):
-            getattr(encoder, kind)()
+        getattr(encoder, kind)(int(steps))
         print(time.perf_counter() - start, flush=True)
 
 

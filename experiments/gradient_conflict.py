@@ -289,10 +289,12 @@ def run(config: Config) -> Result:
       FloatingPointError: training diverged; nothing of that structure is stored.
     """
     angles = numbers("angles", config.angles)
-    if config.hidden % 4 or config.hidden < 4 or config.steps < STRETCHES:
+    if config.hidden % 4 or config.hidden < 4:
+        raise ValueError(f"--hidden: got {config.hidden}, expected a multiple of 4")
+    if config.steps % STRETCHES or config.steps < STRETCHES:
         raise ValueError(
-            f"got --hidden={config.hidden}, --steps={config.steps}; expected a multiple"
-            f" of 4, and at least {STRETCHES} steps"
+            f"--steps: got {config.steps}, expected a multiple of {STRETCHES}, as often"
+            " as the run is measured"
         )
     at_least(config, seeds=1, batch_size=1, inputs=2, features=1)
     if not 0 < config.rate < math.inf:

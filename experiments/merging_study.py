@@ -120,7 +120,7 @@ class Result(NamedTuple):
 def check(config: Config) -> tuple[list[int], list[str], list[str]]:
     """Seeds, tasks and parts; raises ValueError for what would fail only later."""
     seeds = [s.strip() for s in config.seeds.split(",")]
-    if not all(s.isdigit() for s in seeds) or len(set(seeds)) < len(seeds):
+    if not all(map(str.isdigit, seeds)) or len(set(map(int, seeds))) < len(seeds):
         raise ValueError(f"--seeds: got {config.seeds!r}, expected numbers like 0,1,2")
     given = [t.strip() for t in config.tasks.split(",") if t.strip()]
     of_folders = [t for t in given if not t.startswith(GLUE)]

@@ -337,8 +337,11 @@ def _save_final(
 def _seeds(text: str) -> list[int]:
     """Before/after: "0,1" -> [0, 1]."""
     found = parsing.numbers("seeds", text) or []
-    if len({int(s) for s in found}) < len(found) or any(s != int(s) for s in found):
-        raise ValueError(f"--seeds: got {text!r}, expected whole numbers, each once")
+    whole = all(s == int(s) and s >= 0 for s in found)
+    if not whole or len(set(found)) < len(found):
+        raise ValueError(
+            f"--seeds: got {text!r}, expected whole numbers from 0 on, each once"
+        )
     return [int(s) for s in found]
 
 

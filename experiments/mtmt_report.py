@@ -130,7 +130,7 @@ def within_folds(prediction: np.ndarray, folds: np.ndarray) -> np.ndarray:
         for k in np.unique(fold):
             rows = fold == k
             effect = p[rows, 1:].astype(np.float64) - p[rows, :1]
-            out[rows, 1:] = rankdata(effect, axis=0) / rows.sum()
+            out[rows, 1:] = (rankdata(effect, axis=0) - 0.5) / rows.sum()
     return found
 
 
@@ -345,7 +345,7 @@ def _tenths(trial: Trial, prediction: np.ndarray, outcome: int) -> str:
         inside = np.abs(c.predicted - c.observed) <= half
         said.append(
             f"{arm}: mean distance {PER * c.distance:.1f}, {inside.sum()} of"
-            f" {len(inside)} predictions within the interval."
+            f" {np.isfinite(half).sum()} predictions within the interval."
         )
     header = ["tenth"]
     for arm in trial.arms[1:]:

@@ -160,7 +160,8 @@ def make_trainer(
         best = jax.tree.map(
             lambda new, old: jnp.where(better, new, old), params, state.best
         )
-        state = State(params, opt_state, best, jnp.minimum(error, state.loss))
+        least = jnp.where(better, error, state.loss)  # a NaN is not better
+        state = State(params, opt_state, best, least)
         return state, (jnp.mean(losses), error)
 
     def predict(state: State, x: jax.Array, scale: Scale) -> jax.Array:
@@ -199,15 +200,22 @@ def fit(
     train, validation = jnp.asarray(folds.train), jnp.asarray(folds.validation)
     key = jax.random.key(seed)
     state = trainer.start(jax.random.split(jax.random.fold_in(key, 0), count))
+    lost = 0
     for i in range(epochs):
         keys = jax.random.split(jax.random.fold_in(key, i + 1), count)
         state, (losses, errors) = trainer.epoch(
             state, keys, data, train, validation, scale
         )
+        lost += not np.isfinite(errors).all()
         each(i, {"loss": float(losses.mean()), "validation": float(errors.mean())})
     if not np.isfinite(state.loss).all():
         raise FloatingPointError(
             "the validation error was never finite: training diverged; lower --rate"
+        )
+    if lost:
+        print(
+            f"training diverged: {lost} of {epochs} epochs without a validation error;"
+            " the best epochs before are kept; a lower --rate may help"
         )
     return state, scale
 

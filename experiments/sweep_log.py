@@ -60,7 +60,8 @@ def read_lines(workdir: Path) -> list[dict[str, Any]]:
     # A line that a kill cut short was never an answer.
     whole, newline, rest = metrics.read_bytes().rpartition(b"\n")
     if rest:
-        metrics.write_bytes(whole + newline)
+        with metrics.open("r+b") as file:
+            file.truncate(len(whole + newline))
     try:
         return [json.loads(line) for line in whole.splitlines()]
     except ValueError as e:

@@ -31,6 +31,7 @@ import dataclasses
 import inspect
 import json
 import math
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -102,9 +103,11 @@ def run(config: Config) -> Result:
       ValueError (CheckpointError among them): a flag or a file is not as it should be;
         nothing was written.
     """
-    models = parsing.paths(config.models) or []
+    models = [os.path.expanduser(m) for m in parsing.paths(config.models) or []]
     if not models or not config.output:
         raise ValueError("--models and --output: got none; see --help")
+    if config.base:
+        config = dataclasses.replace(config, base=os.path.expanduser(config.base))
     parsing.one_of("method", config.method, tuple(merging.METHODS))
     method = _method(config)
     result = (to_dense if config.to_dense else to_experts)(config, models, method)
@@ -128,10 +131,18 @@ def to_experts(config: Config, models: Sequence[str], method: merging.Method) ->
             " tell k the code that runs the mixture"
         )
     _check_gate_flags(config)
+    # What is refused is refused before anything is merged.
+    inputs = [Path(m) for m in [*models, *([config.base] if config.base else [])]]
+    checkpoints.check_output(config.output, overwrite=config.overwrite, inputs=inputs)
+    size = parsing.size_in_bytes("max_shard_size", config.max_shard_size)
     notes = []
     with contextlib.ExitStack() as stack:
         readers = [stack.enter_context(_opened(m)) for m in models]
         name, layout = _layout(config, readers[0], models[0])
+        if about is not None:
+            about = configs.config_of_mixture(
+                about, name, count, k, Path(models[0]) / "config.json"
+            )
         found = files.found_in(readers[0], layout)
         first = files.gate_inputs(readers[0], found)
         rest = readers[0]
@@ -164,11 +175,7 @@ def to_experts(config: Config, models: Sequence[str], method: merging.Method) ->
             notes.append(
                 "Mixtral's gate has no bias: what the means have in common is left out"
             )
-        if about is not None:
-            about = configs.config_of_mixture(
-                about, name, len(origins), k, Path(models[0]) / "config.json"
-            )
-        _write(config, outputs, models, rest, about)
+        _write(config, outputs, inputs, rest, about, size)
     return Result(Path(config.output), len(origins), tuple(notes))
 
 
@@ -355,26 +362,24 @@ def _moments_of(moments: Mapping[str, Moments], name: str, path: str) -> Moments
 def _write(
     config: Config,
     outputs: Sequence[files.Output],
-    models: Sequence[str],
+    inputs: Sequence[Path],
     rest: Reader,
     about: Mapping[str, Any] | None,
+    max_shard_size: int | None,
 ) -> None:
-    options: dict[str, Any] = {}
-    size = parsing.size_in_bytes("max_shard_size", config.max_shard_size)
-    if size is not None:
-        options["max_shard_size"] = size
+    options = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
     writer = checkpoints.create(
         config.output,
         [o.info for o in outputs],
         format="orbax" if rest.format == "orbax" else "safetensors",
         overwrite=config.overwrite,
-        inputs=[Path(m) for m in models],
+        inputs=inputs,
         **options,
     )
     with writer:
         files.write(writer, outputs, progress=config.progress)
         writer.complete()
-        checkpoints.copy_companions(Path(models[0]), writer.directory)
+        checkpoints.copy_companions(inputs[0], writer.directory)
         if about is not None:
             _write_config(writer.directory, about)
 

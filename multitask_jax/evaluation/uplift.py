@@ -52,9 +52,11 @@ class Calibration(NamedTuple):
 
     @property
     def distance(self) -> float:
-        """Mean distance between predicted and observed, by people."""
-        gap = np.abs(self.predicted - self.observed)
-        return float(np.average(gap, weights=self.people))
+        """Mean distance between predicted and observed, by people; without NaN."""
+        gap, known = np.abs(self.predicted - self.observed), np.isfinite(self.observed)
+        if not known.any():
+            return float("nan")
+        return float(np.average(gap[known], weights=self.people[known]))
 
 
 class Value(NamedTuple):
@@ -243,6 +245,16 @@ def calibration(
       ValueError: as `ranking`, or fewer people than groups.
     """
     uplift, outcome, treated = _checked(uplift, outcome, treated)
+    binary = np.isin(outcome, (0, 1)).all()
+
+    def variance(y: np.ndarray) -> float:
+        if not binary:
+            return float(y.var(ddof=1))
+        # As of one more with and one without: a rare outcome that nobody has in a
+        # group is not known for certain (Agresti and Caffo 2000).
+        share = (y.sum() + 1) / (len(y) + 2)
+        return float(share * (1 - share) * len(y) / (len(y) + 2))
+
     if not 0 < groups <= len(uplift):
         raise ValueError(f"got {groups} groups of {len(uplift)} people, expected fewer")
     found = []
@@ -252,7 +264,7 @@ def calibration(
         if min(t.sum(), (~t).sum()) > 1:
             a, b = outcome[rows][t], outcome[rows][~t]
             observed = a.mean() - b.mean()
-            error = np.sqrt(a.var(ddof=1) / len(a) + b.var(ddof=1) / len(b))
+            error = np.sqrt(variance(a) / len(a) + variance(b) / len(b))
         found.append((uplift[rows].mean(), observed, error, len(rows)))
     return Calibration(*np.array(found).T)
 

@@ -143,7 +143,9 @@ class MoE(nn.Module):
                 weighted=self.route == "soft",
             )
         )
-        found["load_balance"] = moe.losses.load_balance(routing)
+        found["load_balance"] = moe.losses.load_balance(
+            routing, weighted=self.route == "soft"
+        )
         found["importance"] = moe.losses.importance(routing)
         if self.route != "hard":  # no gate, no logits
             found["router_z"] = moe.losses.router_z(routing)

@@ -42,7 +42,9 @@ def gate_logits(gate: Any, x: Array) -> Array:
     Several gates, such as one a task on raw inputs (MMoE: Ma et al. 2018), are one call
     with kernels [T, D, E] under `jax.vmap`.
     """
-    logits = jnp.matmul(x.astype(jnp.float32), gate["kernel"].astype(jnp.float32))
+    # Devices that round float32's factors would choose others of experts nearly tied.
+    x, kernel = x.astype(jnp.float32), gate["kernel"].astype(jnp.float32)
+    logits = jnp.matmul(x, kernel, precision="highest")
     bias = gate.get("bias")
     if bias is None:
         return logits

@@ -38,13 +38,17 @@ def _shares(x: Array) -> Array:
     return x / jnp.where(total > 0, total, 1)
 
 
-def load_balance(routing: Routing) -> Array:
+def load_balance(routing: Routing, *, weighted: bool = False) -> Array:
     """E sum_e f_e P_e, P_e the mean probability; 1 when balanced.
 
     Fedus et al. 2021 (arXiv 2101.03961), equations 4 to 6; f has no gradient.
+
+    Args:
+      routing: of N tokens.
+      weighted: as for `load`. Without, it is 1 for all soft gates.
     """
     e = routing.probabilities.shape[1]
-    f = jax.lax.stop_gradient(load(routing))
+    f = jax.lax.stop_gradient(load(routing, weighted=weighted))
     return e * jnp.sum(f * jnp.mean(routing.probabilities, axis=0))
 
 

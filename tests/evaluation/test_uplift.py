@@ -140,6 +140,29 @@ def test_calibration_by_hand() -> None:
     assert found.distance == pytest.approx((0.9 + 1.8) / 2)
 
 
+def test_a_rare_outcome_that_nobody_has_is_not_known_for_certain() -> None:
+    treated = np.arange(80) % 2 == 0
+    outcome = np.zeros(80)
+    outcome[0] = 1  # of the second group, the higher one
+    uplift = np.repeat([0.2, 0.1], 40)
+    found = evaluation.calibration(uplift, outcome, treated, groups=2)
+    assert found.observed == pytest.approx([0, 1 / 20])
+    # Shares of 1 / 22 and 2 / 22 (Agresti and Caffo).
+    none, one = 21 / 22**3, 2 * 20 / 22**3
+    assert found.error**2 == pytest.approx([2 * none, none + one])
+
+
+def test_a_group_without_an_effect_is_left_out_of_the_distance() -> None:
+    found = evaluation.calibration(
+        np.repeat([0.2, 0.1], 4),
+        np.array([1.0, 3, 0, 0, 2, 2, 1, 1]),
+        np.array([True, True, False, False, True, True, True, False]),
+        groups=2,
+    )
+    assert np.isnan(found.observed).tolist() == [True, False]
+    assert found.distance == pytest.approx(1.8)
+
+
 def test_calibration_without_enough_people_is_nan() -> None:
     found = evaluation.calibration(PERFECT, Y, TREATED, groups=4)
     assert np.isnan(found.observed).all()

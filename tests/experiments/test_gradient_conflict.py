@@ -120,8 +120,8 @@ def test_dormant_units_are_counted():
 
 
 def test_wrong_flags_are_named(tmp_path):
-    for options in ({"hidden": 6}, {"steps": 3}):
-        with pytest.raises(ValueError, match="multiple of 4"):
+    for options, multiple in (({"hidden": 6}, 4), ({"steps": 39}, 20)):
+        with pytest.raises(ValueError, match=f"expected a multiple of {multiple}"):
             conflict.run(conflict.Config(workdir=str(tmp_path), **options))
 
 

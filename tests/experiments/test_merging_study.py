@@ -215,6 +215,7 @@ def test_other_settings_are_refused(result, config):
         ({"tasks": "first"}, "expected two or more"),
         ({"tasks": "first,nth"}, r"got tasks \['nth'\]"),
         ({"seeds": "1,1"}, "--seeds: got"),
+        ({"seeds": "1,01"}, "--seeds: got"),
         ({"methods": "tis"}, r"--methods: got \['tis'\]"),
         ({"parts": "all"}, r"--parts: got \['all'\]"),
         ({"model_dir": "nowhere"}, "make minilm"),

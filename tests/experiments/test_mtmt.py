@@ -250,6 +250,7 @@ def test_customers_are_scored(shared, tmp_path):
         ({"models": "MTMT,MTMT"}, "got MTMT twice"),
         ({"folds": 1}, "two folds or more"),
         ({"seeds": "0,0"}, "each once"),
+        ({"seeds": "0,-1"}, "whole numbers from 0 on"),
         ({"policy_outcome": "clicks"}, "expected one of"),
         ({"predict": True}, "needs --checkpoint"),
         ({"rate": 0.0}, "--rate: got 0.0, expected more than 0"),

@@ -219,3 +219,10 @@ def test_models_of_different_folds_are_not_compared() -> None:
     error = np.std(apart, ddof=1) / np.sqrt(seeds)
     assert abs(np.mean(apart)) < 3 * error
     assert np.mean(together) < np.mean(apart) - 3 * error
+
+
+def test_equal_predictions_have_no_order_though_folds_differ_in_size():
+    folds = np.array([[0, 0, 0, 1, 1, 1, 1]])
+    prediction = np.ones((1, 7, 2, 1)) * np.array([1.0, 3.0])[None, None, :, None]
+    ranked = mtmt_report.within_folds(prediction, folds)
+    assert len(np.unique(ranked[0, :, 1, 0])) == 1

@@ -393,6 +393,48 @@ def test_wrong_flags_are_named_and_nothing_is_written(
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"output": "there"}, "exists"),
+        ({"output": "base", "base": "base", "overwrite": True}, "overlap"),
+        ({"output": "~/a", "overwrite": True}, "overlap"),
+        ({"max_shard_size": "5XB"}, "--max_shard_size"),
+        ({"models": "bias,b"}, "attention_bias"),
+    ],
+)
+def test_what_is_refused_is_refused_before_a_merge(
+    tmp_path, three, monkeypatch, options, message
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "there").mkdir()
+    llama(tmp_path / "base", 4)
+    llama(tmp_path / "bias", 5)
+    about = {"model_type": "llama", "hidden_size": D, "attention_bias": True}
+    (tmp_path / "bias" / "config.json").write_text(json.dumps(about))
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("merged first")
+
+    monkeypatch.setattr(merging, "merge_checkpoints", refuse)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=message):
+        run(**{"output": "moe", "models": "~/a,b"} | options)
+    assert sorted(tmp_path.iterdir()) == before
+    assert read(tmp_path / "a").keys() == three["a"].keys()
+
+
+def test_home_is_written_short(tmp_path, three, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run("~/moe", models="~/a", experts=2)
+    about = json.loads((tmp_path / "moe" / "config.json").read_text())
+    assert about["model_type"] == "mixtral"
+    run("~/dense", models="~/moe", to_dense=True)
+    for name, x in read(tmp_path / "dense").items():
+        np.testing.assert_array_equal(x, three["a"][name])
+
+
 def test_models_of_other_shapes_are_named(tmp_path, three):
     tensors = three["b"] | {"model.layers.0.mlp.up_proj.weight": np.zeros((3, D), "f4")}
     save_file(tensors, tmp_path / "b" / "model.safetensors")

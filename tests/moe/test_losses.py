@@ -21,6 +21,20 @@ def test_balanced_routing_has_loss_one_and_one_expert_has_e():
     assert losses.load_balance(certain([0, 0, 0, 0])) == pytest.approx(2)
 
 
+def test_load_balance_of_soft_gates_counts_weights():
+    logits = jnp.tile(jnp.array([[2.0, 0.0]]), (4, 1))
+    share = float(jax.nn.softmax(logits[0])[0])
+
+    def balance(z, weighted):
+        return losses.load_balance(moe.route(z, kind="soft"), weighted=weighted)
+
+    assert balance(logits, False) == pytest.approx(1)
+    assert balance(logits, True) == pytest.approx(2 * (share**2 + (1 - share) ** 2))
+    gradient = jax.grad(balance)(logits, True)
+    assert (gradient[:, 0] > 0).all()
+    assert (gradient[:, 1] < 0).all()
+
+
 def test_load_balance_pushes_the_gate_towards_balance():
     logits = jnp.array([[1.0, 0.0], [1.0, 0.0], [0.5, 0.0]])
     gradient = jax.grad(lambda z: losses.load_balance(moe.route(z)))(logits)
