@@ -36,6 +36,8 @@ def test_runs(
     path = os.pathsep.join([str(ROOT), *filter(None, [os.getenv("PYTHONPATH")])])
     monkeypatch.setenv("PYTHONPATH", path)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    # As in tests, whose compiled programs then serve the notebooks too.
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "8")
     # In a fresh folder, so that it can't lean on files of the checkout.
     client = NotebookClient(
         notebook,

@@ -103,7 +103,7 @@ def make_step(
         return new, ours | dict(metrics)
 
     if mesh is None:
-        return Step(jax.jit(run, donate_argnums=0), traced=traced)
+        return Step(jax.jit(run, donate_argnums=0), _together, traced=traced)
 
     parts = _size(mesh, batch_axis)
     replicated = NamedSharding(mesh, PartitionSpec())
@@ -137,6 +137,19 @@ def make_step(
 
     jitted = jax.jit(run_on_mesh, donate_argnums=0)
     return Step(jitted, place_state, place_batch, traced)
+
+
+def _together(state: TrainState) -> TrainState:
+    """All on the device that some leaves are committed to, such as restored ones.
+
+    A step returns all of it so, and would be compiled once more for that.
+    """
+    leaves = [x for x in jax.tree.leaves(state) if isinstance(x, jax.Array)]
+    places = {x.sharding for x in leaves if x.committed}
+    if len(places) != 1:
+        return state
+    moving = jax.device_put(state._replace(frozen=None), places.pop())
+    return moving._replace(frozen=state.frozen)
 
 
 def _size(mesh: Mesh, axis: str | tuple[str, ...]) -> int:

@@ -72,6 +72,17 @@ def test_one_trace_a_shape_of_batch():
     assert step.traced == [{"x": (n, 6), "y": (n, 1)} for n in (16, 8)]
 
 
+def test_one_program_where_some_leaves_are_committed_to_a_device():
+    """As restored ones are; all that a step returns is."""
+    start = params()
+    start["head"] = jax.device_put(start["head"], jax.devices()[0])
+    optimizer = optax.adam(1e-2)
+    step = make_step(loss_fn, optimizer)
+    state = step.place_state(init_state(start, optimizer, jax.random.key(0)))
+    train(step, state)
+    assert step.run._cache_size() == 1
+
+
 @pytest.mark.parametrize(
     ("axes", "batch_axis", "rules"),
     [
