@@ -321,6 +321,8 @@ def _judge(
         means = {
             name: np.nanmean(x) for name, x in each.items() if not np.isnan(x).all()
         }
+        if task and task[1] not in means:
+            raise ValueError(f"no validation clip has anything known of its {task[1]}")
         total = means[task[1]] if task else np.mean([x for x, _ in rows])
         return {"score": -total, "loss": total, **means}
 
