@@ -52,7 +52,7 @@ def write(
 
 
 def curves(workdir: Path) -> list[str]:
-    """Every run's validation loss over its steps: curves.png and regressors.png.
+    """Runs' validation losses over their steps: curves.png and regressors.png.
 
     Returns:
       Which of the two there are, without ".png".
@@ -73,7 +73,8 @@ def curves(workdir: Path) -> list[str]:
                 if "eval/loss" in r
             ]
             for name, history in runs.items()
-            if name.startswith("regressor") == special
+            # What was tuned for one task has another loss than the mean over all.
+            if name.startswith("regressor") == special and "tuned" not in name
         }
         if lines:
             pictures.curves(lines, y).savefig(workdir / f"{file}.png", dpi=110)

@@ -75,7 +75,10 @@ class Study:
     def agree(self) -> None:
         """Refuses a study that went on from another base."""
         file = self.workdir / "base.json"
-        if differ := study_store.changed(file, self.made_of):
+        differ = study_store.changed(file, self.made_of)
+        if differ.get("codes", ("",))[0] is None:  # earlier versions did not tell
+            del differ["codes"]
+        if differ:
             raise ValueError(
                 f"{self.workdir} goes on from another base (there, here): {differ};"
                 " pass another --workdir or remove it"

@@ -343,4 +343,5 @@ def _about(
         "modalities": repr(modalities),
         "tokens": [int(t.ids.sum(dtype=np.int64)) for t in (tokens, validation)],
         "clips": [len(tokens.ids), len(validation.ids)],
+        **({"judged": "by the task"} if settings.task else {}),
     }

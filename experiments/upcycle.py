@@ -103,7 +103,7 @@ def run(config: Config) -> Result:
       ValueError (CheckpointError among them): a flag or a file is not as it should be;
         nothing was written.
     """
-    models = [os.path.expanduser(m) for m in parsing.paths(config.models) or []]
+    models = _expanded(config.models) or []
     if not models or not config.output:
         raise ValueError("--models and --output: got none; see --help")
     if config.base:
@@ -146,6 +146,8 @@ def to_experts(config: Config, models: Sequence[str], method: merging.Method) ->
         found = files.found_in(readers[0], layout)
         first = files.gate_inputs(readers[0], found)
         rest = readers[0]
+        gates, how = _gates(config, rest, first, layout, len(models), copies)
+        notes.append(how)
         if len(models) > 1:
             temporary = stack.enter_context(
                 tempfile.TemporaryDirectory(
@@ -162,8 +164,6 @@ def to_experts(config: Config, models: Sequence[str], method: merging.Method) ->
             )
             rest = stack.enter_context(_opened(str(merged.output)))
             notes.append(f"everything but experts and gates is their {config.method}")
-        gates, how = _gates(config, rest, first, layout, len(models), copies)
-        notes.append(how)
         origins = readers if len(models) > 1 else readers * copies
         outputs = files.plan(origins, rest, layout, gates)
         if name == "stacked" and copies:
@@ -221,6 +221,12 @@ def to_dense(config: Config, models: Sequence[str], method: merging.Method) -> R
         )
     left = f"left out {len(gates)} tensors of gates: {', '.join(gates[:3])}, ..."
     return Result(Path(config.output), len(views), (f"merged by {config.method}", left))
+
+
+def _expanded(text: str | None) -> list[str] | None:
+    """Paths of a flag, ~ written out."""
+    found = parsing.paths(text)
+    return found and [os.path.expanduser(p) for p in found]
 
 
 def _method(config: Config) -> merging.Method:
@@ -316,7 +322,7 @@ def _gates(
     copies: int,
 ) -> tuple[dict[str, dict[str, np.ndarray]], str]:
     """{"kernel": [D, E]} (and "bias") by block, and where they come from."""
-    paths = parsing.paths(config.gate_data)
+    paths = _expanded(config.gate_data)
     if not paths:
         widths = {
             block: files.width_of(rest.tensors[name], layout)

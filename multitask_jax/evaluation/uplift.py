@@ -47,7 +47,7 @@ class Calibration(NamedTuple):
 
     predicted: np.ndarray  # [K] mean of predictions
     observed: np.ndarray  # [K] difference of means
-    error: np.ndarray  # [K] its standard error
+    error: np.ndarray  # [K] its standard error; see `calibration`
     people: np.ndarray  # [K]
 
     @property
@@ -240,6 +240,7 @@ def calibration(
 
     Returns:
       Groups in which fewer than two people are treated or untreated have a NaN effect.
+      Errors of 0/1 outcomes are of shares drawn towards 1/2 (Agresti and Caffo 2000).
 
     Raises:
       ValueError: as `ranking`, or fewer people than groups.

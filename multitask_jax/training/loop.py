@@ -51,7 +51,8 @@ def fit(
 
     Metrics stay on the device until they are written: every `log_every` steps, and
     where there is an evaluation or a checkpoint. A record has their means over the
-    steps since the one before, and the evaluation's values as "eval/NAME".
+    steps since the one before, and the evaluation's values as "eval/NAME". Steps in
+    which a metric of the loss is NaN do not count for it; NaN in all, it is left out.
 
     Args:
       step: from `make_step`.

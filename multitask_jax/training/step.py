@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from multitask_jax import tree as trees
 from multitask_jax.sharding import Rules, tree_shardings
@@ -145,10 +145,10 @@ def _together(state: TrainState) -> TrainState:
     A step returns all of it so, and would be compiled once more for that.
     """
     leaves = [x for x in jax.tree.leaves(state) if isinstance(x, jax.Array)]
-    places = {x.sharding for x in leaves if x.committed}
-    if len(places) != 1:
+    places = list({x.sharding for x in leaves if x.committed})
+    if len(places) != 1 or not isinstance(places[0], SingleDeviceSharding):
         return state
-    moving = jax.device_put(state._replace(frozen=None), places.pop())
+    moving = jax.device_put(state._replace(frozen=None), places[0])
     return moving._replace(frozen=state.frozen)
 
 

@@ -400,6 +400,7 @@ def test_wrong_flags_are_named_and_nothing_is_written(
         ({"output": "base", "base": "base", "overwrite": True}, "overlap"),
         ({"output": "~/a", "overwrite": True}, "overlap"),
         ({"max_shard_size": "5XB"}, "--max_shard_size"),
+        ({"gate_data": "~/a.moments"}, "got 1 files for 2 models"),
         ({"models": "bias,b"}, "attention_bias"),
     ],
 )

@@ -81,6 +81,12 @@ def test_one_program_where_some_leaves_are_committed_to_a_device():
     state = step.place_state(init_state(start, optimizer, jax.random.key(0)))
     train(step, state)
     assert step.run._cache_size() == 1
+    # Leaves that the caller cut over a mesh are the caller's.
+    cut = jax.sharding.NamedSharding(make_mesh({"data": 8}), P("data", None))
+    mixed = {"a": jax.device_put(jnp.ones((8, 2)), cut), "b": jnp.ones(3)}
+    state = step.place_state(init_state(mixed, optimizer, jax.random.key(0)))
+    assert state.params["a"].sharding == cut
+    assert not state.params["b"].committed
 
 
 @pytest.mark.parametrize(
