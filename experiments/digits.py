@@ -40,7 +40,7 @@ from matplotlib.figure import Figure
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
-from experiments import flags, merge, report_file
+from experiments import flags, merge, parsing, report_file
 from experiments.flags import flag
 from multitask_jax import merging
 from multitask_jax.data import digits
@@ -307,17 +307,13 @@ def choose(
 
 def check(config: Config) -> list[int]:
     """The seeds; raises ValueError for what would fail only later."""
-    seeds = [s.strip() for s in config.seeds.split(",")]
-    if not all(s.isdigit() for s in seeds) or len(set(seeds)) < len(seeds):
-        raise ValueError(
-            f"seeds: got {config.seeds!r}, expected different numbers like 0,1,2"
-        )
+    seeds = parsing.seeds(config.seeds)
     least = {"batch_size": 1, "candidates": 1}
     least |= {"pretrain_steps": STRETCHES, "finetune_steps": STRETCHES}
     for name, wanted in least.items():
         if (got := getattr(config, name)) < wanted:
             raise ValueError(f"{name}: got {got}, expected at least {wanted}")
-    return [int(s) for s in seeds]
+    return seeds
 
 
 def run(config: Config) -> Result:

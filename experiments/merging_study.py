@@ -119,9 +119,7 @@ class Result(NamedTuple):
 
 def check(config: Config) -> tuple[list[int], list[str], list[str]]:
     """Seeds, tasks and parts; raises ValueError for what would fail only later."""
-    seeds = [s.strip() for s in config.seeds.split(",")]
-    if not all(map(str.isdigit, seeds)) or len(set(map(int, seeds))) < len(seeds):
-        raise ValueError(f"--seeds: got {config.seeds!r}, expected numbers like 0,1,2")
+    seeds = parsing.seeds(config.seeds)
     given = [t.strip() for t in config.tasks.split(",") if t.strip()]
     of_folders = [t for t in given if not t.startswith(GLUE)]
     tasks = given
@@ -176,7 +174,7 @@ def check(config: Config) -> tuple[list[int], list[str], list[str]]:
             f"--model_dir: no config.json in {model}; `make minilm` installs the"
             " default base, or pass a Hugging Face directory of a BERT encoder"
         )
-    return [int(s) for s in seeds], tasks, parts
+    return seeds, tasks, parts
 
 
 def chosen_rows(config: Config) -> list[str]:

@@ -20,6 +20,16 @@ def numbers(name: str, text: str | None) -> list[float] | None:
         ) from None
 
 
+def seeds(text: str) -> list[int]:
+    """--seeds: different whole numbers; ValueError names the flag."""
+    found = [s.strip() for s in text.split(",")]
+    if not all(map(str.isdigit, found)) or len(set(map(int, found))) < len(found):
+        raise ValueError(
+            f"--seeds: got {text!r}, expected different numbers like 0,1,2"
+        )
+    return [int(s) for s in found]
+
+
 def paths(text: str | None) -> list[str] | None:
     """Paths, comma-separated."""
     if text is None:

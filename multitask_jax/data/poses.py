@@ -13,7 +13,6 @@ Legend: S samples of a trajectory.
 
 from typing import Any
 
-import jax
 import numpy as np
 
 Array = Any  # of NumPy or JAX
@@ -31,6 +30,10 @@ def relative(poses: Array) -> Array:
 
 def compose(a: Array, b: Array) -> Array:
     """a b, of poses or rotations, in full precision where a device has another."""
+    if isinstance(a, np.ndarray):
+        return a @ b
+    import jax  # recorders, which have NumPy's arrays, do without
+
     with jax.default_matmul_precision("highest"):
         return a @ b
 

@@ -126,6 +126,7 @@ def test_second_run_trains_nothing(
     ("field", "value", "message"),
     [
         ("seeds", "0,0", "different numbers"),
+        ("seeds", "0,00", "different numbers"),
         ("seeds", "one", "different numbers"),
         ("finetune_steps", 0, "finetune_steps: got 0, expected at least 20"),
         ("candidates", 0, "candidates: got 0, expected at least 1"),
