@@ -5,11 +5,15 @@
     python -m experiments.mtmt --predict --checkpoint=WORKDIR/model \
         --input=customers.csv --output=uplift.csv
 
+    python -m experiments.mtmt --data=table --data_path=trial.csv --arm_column=group \
+        --control=none --outcomes=visit,profit --features=age,history:log,channel
+
 Data: the MineThatData e-mail experiment (Hillstrom 2008: 64,000 customers, men's or
-women's merchandise or no e-mail; visit, conversion, spend), or a *synthetic* one with
-known individual effects. MTMT, its ablations, the networks of the field and gradient
-boosting predict each person's outcomes under each arm from folds that have not seen
-that person. Measures, intervals and the policy are in report.md.
+women's merchandise or no e-mail; visit, conversion, spend), any randomised experiment
+of yours, or a *synthetic* one with known individual effects. MTMT, its ablations, the
+networks of the field and gradient boosting predict each person's outcomes under each
+arm from folds that have not seen that person. Measures, intervals and the policy are in
+report.md.
 
 Writes to --workdir: config.json, metrics.jsonl, predictions/ (a run goes on from
 there), report.md, qini.png, deciles.png and model/, MTMT trained on everyone.
@@ -35,6 +39,7 @@ from tqdm import tqdm
 from experiments import (
     flags,
     json_files,
+    mtmt_data,
     mtmt_model,
     mtmt_predict,
     mtmt_report,
@@ -44,17 +49,19 @@ from experiments import (
 )
 from experiments import mtmt_training as training
 from experiments.flags import flag
-from multitask_jax.data import hillstrom, uplift_simulator
+from multitask_jax.data.trial_features import Encoder
+from multitask_jax.data.trial_table import KINDS
 from multitask_jax.data.uplift import Trial
 from multitask_jax.host_memory import keep_freed_memory
-from multitask_jax.models import mtmt
-from multitask_jax.models.uplift_baselines import BOOSTED, FULL_SIZE, MODELS
+from multitask_jax.models.uplift_baselines import (
+    BOOSTED,
+    FULL_SIZE,
+    MODELS,
+    mtmt_sizes,
+)
 from multitask_jax.training import writers
 
 ALL = (*MODELS, *BOOSTED)
-# People of an arm that are left to train on: boosting keeps a tenth to stop early by,
-# which must have room for both classes of an outcome.
-LEAST = 11
 # What predictions do not depend on.
 _AROUND = ("workdir", "models", "seeds", "policy_outcome", "bootstrap", "progress")
 _AROUND += ("predict", "checkpoint", "input", "output")
@@ -66,10 +73,23 @@ class Config:
     """What a run depends on."""
 
     workdir: str = flag("Where everything is written and cached.", ".cache/mtmt")
-    data: Literal["hillstrom", "simulator"] = flag("Which experiment.", "hillstrom")
+    data: Literal["hillstrom", "table", "simulator"] = flag(
+        "Which experiment; table: one of yours.", "hillstrom"
+    )
     data_path: str | None = flag(
-        "hillstrom.csv; by default data/uplift/hillstrom.csv in $MULTITASK_DATA, or in"
-        " ../shared."
+        "hillstrom.csv (by default data/uplift/hillstrom.csv in $MULTITASK_DATA, or in"
+        " ../shared), or with --data=table a CSV, a person a row."
+    )
+    arm_column: str | None = flag("Of a table: the column of what people were given.")
+    control: str | None = flag("Of a table: that column's value for the untreated.")
+    features: str | None = flag(
+        "Of a table: comma list of columns to learn from, known before the treatment."
+        " Their kinds follow from their values, or are told, as in history:log:"
+        f" {', '.join(KINDS)}."
+    )
+    outcomes: str | None = flag(
+        "Of a table: comma list of columns that the treatment may change; 0 and 1, or"
+        " numbers."
     )
     download: bool = flag(
         "Get Hillstrom's data (64,000 people) from the internet, once, in place of"
@@ -137,11 +157,10 @@ def run(config: Config) -> Result | None:
     parsing.at_least(config, batch_size=1, bootstrap=1, rows=1)
     if not 0 < config.rate < math.inf:
         raise ValueError(f"--rate: got {config.rate}, expected more than 0")
-    _check_source(config)
-    trial, encoder = load(config)
+    trial, encoder = mtmt_data.load(config)
     outcome = config.policy_outcome or trial.outcomes[-1]
     parsing.one_of("policy_outcome", outcome, trial.outcomes)
-    _check_people(trial, config.folds)
+    mtmt_data.check_people(trial, config.folds)
     workdir = Path(config.workdir)
     _same_run(workdir, config, trial)
     with contextlib.suppress(ValueError):  # damaged further up: only a note needs it
@@ -177,9 +196,9 @@ def run(config: Config) -> Result | None:
                 predictions[name].append(np.load(file, allow_pickle=False))
                 bar.update()
     arrays = {name: np.stack(p) for name, p in predictions.items()}
-    if "MTMT" in names:
-        if not _has_final(workdir, seeds[0]):
-            _save_final(config, trial, encoder, outcome, seeds[0])
+    if kept := next((n for n in ("MTMT", FULL_SIZE) if n in names), None):
+        if not _has_final(workdir, kept, seeds[0]):
+            _save_final(config, kept, trial, encoder, outcome, seeds[0])
         mtmt_model.amend(workdir / "model", policy_outcome=outcome)
     report = mtmt_report.write(
         workdir,
@@ -197,62 +216,6 @@ def run(config: Config) -> Result | None:
     )
     print(report)
     return Result(trial, arrays, traced, report)
-
-
-def load(config: Config) -> tuple[Trial, hillstrom.Encoder | None]:
-    """The experiment, and how its customers became features."""
-    if config.data == "simulator":
-        rows = config.rows or 20_000
-        effect = 1.0 if config.effect is None else config.effect
-        return uplift_simulator.simulate(rows, seed=0, effect=effect), None
-    table = _downloaded() if config.download else _read(config)
-    trial = hillstrom.trial_of(table)
-    if config.rows is not None and config.rows < len(trial.arm):
-        rng = np.random.default_rng(0)
-        trial = trial.at(np.sort(rng.permutation(len(trial.arm))[: config.rows]))
-    return trial, hillstrom.fit_encoder(table.columns)
-
-
-def _check_source(config: Config) -> None:
-    """Refuses flags of other data, which would go unused."""
-    if config.data == "simulator":
-        unused = [f"--{n}" for n in ("data_path", "download") if getattr(config, n)]
-        if unused:
-            raise ValueError(f"{', '.join(unused)}: --data=simulator reads no file")
-    elif config.effect is not None:
-        raise ValueError("--effect: it is of --data=simulator alone; leave it out")
-    elif config.download and config.data_path:
-        raise ValueError("--download and --data_path: expected one of the two")
-
-
-def _check_people(trial: Trial, folds: int) -> None:
-    """Refuses so few people that boosting or the report would fail after training."""
-    counts = np.bincount(trial.arm, minlength=len(trial.arms))
-    left = counts - -(-counts // folds)  # outside the largest fold
-    if left.min() < LEAST or counts.min() < folds:
-        few = int(left.argmin())
-        raise ValueError(
-            f"got {counts[few]} people of {trial.arms[few]!r}, {left[few]} of them"
-            f" outside a fold of --folds={folds}; expected at least {LEAST}, and one in"
-            " each fold: give more --rows, or other folds"
-        )
-
-
-def _read(config: Config) -> hillstrom.Table:
-    root = os.environ.get("MULTITASK_DATA", "../shared")
-    path = Path(config.data_path or f"{root}/data/uplift/hillstrom.csv")
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no {path}; give --data_path, the CSV of the MineThatData e-mail"
-            " experiment, --download to get it from the internet, or --data=simulator"
-        )
-    return hillstrom.read(path)
-
-
-def _downloaded() -> hillstrom.Table:
-    from multitask_jax.data import hillstrom_builder  # tensorflow-datasets
-
-    return hillstrom_builder.read(hillstrom_builder.builder())
 
 
 def _given(config: Config, name: str) -> str:
@@ -300,14 +263,15 @@ def _trained(
 
 def _save_final(
     config: Config,
+    name: str,
     trial: Trial,
-    encoder: hillstrom.Encoder | None,
+    encoder: Encoder | None,
     outcome: str,
     seed: int,
 ) -> None:
     """MTMT, trained on everyone but the rows that choose the epoch."""
     folds = training.make_folds(trial.arm, 1, seed, config.validation)
-    trainer = _trainer(config, "MTMT", trial, folds)
+    trainer = _trainer(config, name, trial, folds)
     state, scale = training.fit(
         trainer,
         trial,
@@ -316,15 +280,15 @@ def _save_final(
         seed=seed,
         each=lambda i, losses: None,
     )
-    arms = len(trial.arms)
     mtmt_model.save(
         Path(config.workdir) / "model",
         jax.tree.map(lambda p: p[0], state.best),  # of the only fold
-        sizes=mtmt.Sizes(arms, len(trial.outcomes), mtmt.tiered(arms)),
+        sizes=mtmt_sizes(name, len(trial.arms), len(trial.outcomes)),
         features=trial.x.shape[1],
         mean=np.asarray(scale.mean[0]),
         spread=np.asarray(scale.spread[0]),
         about={
+            "model": name,
             "arms": list(trial.arms),
             "outcomes": list(trial.outcomes),
             "policy_outcome": outcome,
@@ -345,10 +309,11 @@ def _seeds(text: str) -> list[int]:
     return [int(s) for s in found]
 
 
-def _has_final(workdir: Path, seed: int) -> bool:
+def _has_final(workdir: Path, name: str, seed: int) -> bool:
     """Whether the saved model is that of this run."""
     file = workdir / "model" / "about.json"
-    return file.is_file() and json_files.read(file).get("seed") == seed
+    about = json_files.read(file) if file.is_file() else {}
+    return (about.get("model"), about.get("seed")) == (name, seed)
 
 
 def _same_run(workdir: Path, config: Config, trial: Trial) -> None:
@@ -394,11 +359,13 @@ def _notes(
     seconds: Mapping[str, float],
     learning: Sequence[str],
 ) -> tuple[str, ...]:
-    about = (
-        "Hillstrom's e-mail experiment" if config.data == "hillstrom" else "*Synthetic*"
-    )
+    about = {
+        "hillstrom": "Hillstrom's e-mail experiment",
+        "table": Path(config.data_path or "").name,
+        "simulator": "*Synthetic*",
+    }
     notes = [
-        f"{about}: {len(trial.arm):,} people, {trial.x.shape[1]} features;"
+        f"{about[config.data]}: {len(trial.arm):,} people, {trial.x.shape[1]} features;"
         f" {config.folds}-fold cross-validation, seeds {config.seeds}."
     ]
     if seconds:

@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 from experiments import json_files
 from multitask_jax import checkpoints
 from multitask_jax import tree as trees
-from multitask_jax.data.hillstrom import Encoder
+from multitask_jax.data.trial_features import Encoder
 from multitask_jax.models import mtmt
 
 _ABOUT = "about.json"

@@ -3,28 +3,30 @@ r"""Customers of a CSV file, scored by a trained MTMT: what each arm would bring
     python -m experiments.mtmt --predict --checkpoint=WORKDIR/model \
       --input=customers.csv --output=scored.csv
 
-The file needs the features of the e-mail experiment (`multitask_jax.data.hillstrom`):
-other columns, such as a number of the customer, are passed through. Added: the
+The file needs the features that the model was trained on; other columns, such as a
+number of the customer, are passed through. Added: the
 expected outcome of each arm, the uplift of each treated arm, and the best arm.
 
 Legend: N people, F features, A arms (arm 0 is the control), O outcomes.
 """
 
+import contextlib
 import csv
-import itertools
 import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
-from multitask_jax.data import hillstrom
+from multitask_jax.data import trial_table
+from multitask_jax.data.trial_features import Encoder, encode
 
-BATCH = 8192  # people at a time: one compiled shape, and little memory
+BATCH = 8192  # people at a time: one compiled shape, and memory that does not grow
 
 Predict = Callable[[np.ndarray], Any]  # [n, F] -> [n, A, O]
 
@@ -65,57 +67,65 @@ def predict(
     started = time.perf_counter()
     if not about.get("encoder"):
         raise ValueError(
-            f"{checkpoint}: got a model without an encoder of customers, expected one"
-            " that was trained with --data=hillstrom"
+            f"{checkpoint}: got a model without an encoder of people, expected one that"
+            " was trained on a file, not with --data=simulator"
         )
-    outcome = policy_outcome or about.get("policy_outcome") or about["outcomes"][-1]
-    if outcome not in about["outcomes"]:
-        raise ValueError(
-            f"got policy_outcome={outcome!r}, expected one of {about['outcomes']}"
-        )
+    arms, outcomes = about["arms"], about["outcomes"]
+    outcome = policy_outcome or about.get("policy_outcome") or outcomes[-1]
+    if outcome not in outcomes:
+        raise ValueError(f"got policy_outcome={outcome!r}, expected one of {outcomes}")
     if os.path.exists(output_csv) and os.path.samefile(input_csv, output_csv):
         raise ValueError(f"got {output_csv} as input and output, expected two files")
-    text, where = hillstrom.read_text(input_csv)
-    encoder = hillstrom.Encoder.from_json(about["encoder"])
-    encoded = hillstrom.encode(encoder, hillstrom.features_of(text, where))
-    expected = in_batches(model, encoded.x)
-    shape = (len(encoded.x), len(about["arms"]), len(about["outcomes"]))
-    if expected.shape != shape or not np.isfinite(expected).all():
-        raise ValueError(
-            f"{checkpoint}: got predictions {expected.shape}, expected {shape}, all"
-            " finite; train the model again"
-        )
-    added = columns(expected, about["arms"], about["outcomes"], outcome)
-    clash = [name for name in added if name in text]
-    if clash:
-        raise ValueError(
-            f"{where}: got the columns {clash}, which scoring adds; rename or remove"
-            " them"
-        )
-    _write(output_csv, text | added)
-    print(f"{len(encoded.x):,} people in {time.perf_counter() - started:.1f} s")
+    encoder = Encoder.from_json(about["encoder"])
+    where, people = os.fspath(input_csv), 0
+    unknown: Counter[str] = Counter()
+    missing: Counter[str] = Counter()
+    best: Counter[str] = Counter()
+    with _whole_file(output_csv) as file:
+        writer = csv.writer(file, lineterminator="\n")
+        for before, text in trial_table.blocks(input_csv, BATCH):
+            given = trial_table.features_of(encoder.kinds, text, where, before)
+            encoded = encode(encoder, given)
+            expected = in_one_shape(model, encoded.x, BATCH if before else None)
+            shape = (len(encoded.x), len(arms), len(outcomes))
+            if expected.shape != shape or not np.isfinite(expected).all():
+                raise ValueError(
+                    f"{checkpoint}: got predictions {expected.shape}, expected {shape},"
+                    " all finite; train the model again"
+                )
+            added = columns(expected, arms, outcomes, outcome)
+            if clash := [name for name in added if name in text]:
+                raise ValueError(
+                    f"{where}: got the columns {clash}, which scoring adds; rename or"
+                    " remove them"
+                )
+            if not before:
+                writer.writerow([*text, *added])
+            writer.writerows(zip(*text.values(), *added.values(), strict=True))
+            people += len(expected)
+            unknown.update(encoded.unknown)
+            missing.update(encoded.missing)
+            best.update(added["best_arm"])
+    print(f"{people:,} people in {time.perf_counter() - started:.1f} s")
     for kind, counts in (
-        ("unknown (no category)", encoded.unknown),
-        ("missing (filled in)", encoded.missing),
+        ("unknown (no category)", unknown),
+        ("missing (filled in)", missing),
     ):
         found = ", ".join(f"{name} {n:,}" for name, n in counts.items() if n)
         print(f"{kind}: {found or 'none'}")
-    best = expected[:, :, about["outcomes"].index(outcome)].argmax(axis=1)
-    for a, arm in enumerate(about["arms"]):
-        print(f"best for {outcome}: {arm}, {100 * (best == a).mean():.1f}%")
+    for arm in arms:
+        print(f"best for {outcome}: {arm}, {100 * best[arm] / people:.1f}%")
     print(f"written: {output_csv}")
 
 
-def in_batches(model: Predict, x: np.ndarray) -> np.ndarray:
-    """[N, F] -> [N, A, O], every batch of the same size.
+def in_one_shape(model: Predict, x: np.ndarray, size: int | None) -> np.ndarray:
+    """[n, F] -> [n, A, O] of at most `size` people, filled up by the last one.
 
-    The last people of the file are scored again to fill the last batch.
+    So the last block of a file compiles nothing anew.
     """
-    size = min(BATCH, len(x))
-    starts = [min(i, len(x) - size) for i in range(0, len(x), size)]
-    parts = [np.asarray(model(x[i : i + size])) for i in starts]
-    parts[-1] = parts[-1][size * len(parts) - len(x) :]
-    return np.concatenate(parts)
+    lacking = 0 if size is None else size - len(x)
+    filled = np.concatenate([x, np.repeat(x[-1:], lacking, axis=0)])
+    return np.asarray(model(filled))[: len(x)]
 
 
 def columns(
@@ -150,16 +160,15 @@ def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
-def _write(path: str | os.PathLike[str], text: Mapping[str, Sequence[str]]) -> None:
-    """A CSV file, whole or not at all: another name first, then renamed."""
+@contextlib.contextmanager
+def _whole_file(path: str | os.PathLike[str]) -> Iterator[TextIO]:
+    """A file that is there whole or not at all: another name first, then renamed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, other = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8", newline="") as f:
-            writer = csv.writer(f, lineterminator="\n")
-            rows = zip(*text.values(), strict=True)
-            writer.writerows(itertools.chain([list(text)], rows))
+            yield f
         # mkstemp's files are their owner's alone; this one is as any other.
         mask = os.umask(0)
         os.umask(mask)

@@ -33,6 +33,7 @@ from multitask_jax.data.uplift import Trial
 from multitask_jax.merging.report import table
 
 MAIN = "MTMT"
+ENOUGH = 200  # replicates, for 95% intervals
 REFERENCES = ("GBM S-learner", "S-learner", MAIN)
 MEASURES = evaluation.Ranking._fields
 
@@ -85,6 +86,12 @@ def write(
     _check(trial, predictions, policy_outcome)
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
+    if bootstrap < ENOUGH:
+        notes = (
+            *notes,
+            f"Only {bootstrap} bootstrap replicates: these intervals are too rough to"
+            f" decide anything. Give --bootstrap={ENOUGH} or more.",
+        )
     counts = evaluation.resample(len(trial.y), bootstrap, seed)
     means = {name: p.mean(axis=0) for name, p in predictions.items()}
     main = MAIN if MAIN in predictions else next(iter(predictions))
@@ -99,7 +106,7 @@ def write(
         _opening(trial, predictions, bootstrap, notes),
         _rankings(trial, measured, best),
         *(_differences(trial, measured, r) for r in REFERENCES if r in measured),
-        _calibration(trial, means[main], main),
+        _calibration(trial, means, main),
         _errors(trial, predictions, main),
         policies(trial, means, counts, main, outcome),
         segments(trial, means[main], main, outcome),
@@ -319,12 +326,29 @@ def _differences(trial: Trial, measured: Mapping[str, Measured], reference: str)
     )
 
 
-def _calibration(trial: Trial, prediction: np.ndarray, name: str) -> str:
+def _calibration(trial: Trial, means: Mapping[str, np.ndarray], name: str) -> str:
+    rows = [
+        [
+            model,
+            *(
+                f"{PER * calibration_of(trial, p, a, o).distance:.1f}"
+                for o in range(len(trial.outcomes))
+                for a in range(1, len(trial.arms))
+            ),
+        ]
+        for model, p in means.items()
+    ]
+    header = [f"{o}: {a}" for o in trial.outcomes for a in trial.arms[1:]]
+    prediction = means[name]
     parts = [
         f"## Is {name} calibrated?\n",
         "Tenths of people by predicted effect, mean prediction of the seeds; observed:"
         " difference of means and its 95% interval.\n",
         "![Effects by decile](deciles.png)\n",
+        "### Mean distance of predicted and observed effects of tenths, all models\n",
+        "Chance alone makes some of it.\n",
+        table(["", *header], rows),
+        "",
     ]
     for o, outcome in enumerate(trial.outcomes):
         parts += [f"### Tenths by effect on {outcome}\n", _tenths(trial, prediction, o)]
@@ -338,7 +362,7 @@ def _tenths(trial: Trial, prediction: np.ndarray, outcome: int) -> str:
         half = evaluation.uplift.NORMAL * c.error
         cells.append(
             [
-                (f"{PER * p:.1f}", span(PER * y, PER * (y - h), PER * (y + h)))
+                (f"{PER * p:.1f}", _observed(PER * y, PER * h))
                 for p, y, h in zip(c.predicted, c.observed, half, strict=True)
             ]
         )
@@ -355,6 +379,12 @@ def _tenths(trial: Trial, prediction: np.ndarray, outcome: int) -> str:
         for i, row in enumerate(zip(*cells, strict=True))
     ]
     return "\n".join([table(header, rows), "", " ".join(said), ""])
+
+
+def _observed(effect: float, half: float) -> str:
+    if np.isfinite(half):
+        return span(effect, effect - half, effect + half)
+    return f"{effect:.1f} [unknown]" if np.isfinite(effect) else "unknown"
 
 
 def _errors(trial: Trial, predictions: Predictions, main: str) -> str:

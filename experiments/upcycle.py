@@ -19,7 +19,8 @@ common is then left out of them):
 --layout=mixtral writes what transformers' Mixtral loads (of Llama and Mistral models),
 names any other Hugging Face names, stacked the parameters of `layers.moe.MoE` (kind
 "gelu", "mlp" or "swiglu" is yours to tell; normalize="after_topk"). The way back merges
-the experts by any method of `experiments.merge`; gates are left out, which is said.
+the experts by any method of `experiments.merge`; all else is the mixture's as it was,
+but for gates, which are left out.
 Stacked experts get the names of our `layers.transformer.Block` (those with a gate:
 block/mlp/{gate,up,down}), or those that --base has, by --mlp_pattern if it is given.
 
@@ -32,12 +33,14 @@ import inspect
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from experiments import flags, merge, parsing
@@ -46,7 +49,7 @@ from multitask_jax import checkpoints, merging
 from multitask_jax.checkpoints import Reader
 from multitask_jax.checkpoints.json_file import read_json
 from multitask_jax.merging.fitted.moments import Moments
-from multitask_jax.moe import configs, files, upcycling
+from multitask_jax.moe import configs, dense_files, files, upcycling
 
 # What --to_dense makes nothing of.
 _OF_MIXTURES = ("experts", "k", "gate_data", "sharpness", "gate_stddev", "seed")
@@ -63,7 +66,7 @@ class Config:
     experts: int | None = flag("Copies of the only model.")
     k: int | None = flag("Experts a token, for config.json; 2 if not given.")
     method: str = flag(
-        "Merges everything else (or, --to_dense, the experts).", "linear"
+        "Merges everything else (or, --to_dense, the experts alone).", "linear"
     )
     density: str | None = flag("Of the method, as for experiments.merge.")
     scale: float | None = flag("Of the method, as for experiments.merge.")
@@ -144,6 +147,7 @@ def to_experts(config: Config, models: Sequence[str], method: merging.Method) ->
                 about, name, count, k, Path(models[0]) / "config.json"
             )
         found = files.found_in(readers[0], layout)
+        files.check_alike(readers, list(found))
         first = files.gate_inputs(readers[0], found)
         rest = readers[0]
         gates, how = _gates(config, rest, first, layout, len(models), copies)
@@ -159,6 +163,7 @@ def to_experts(config: Config, models: Sequence[str], method: merging.Method) ->
                 config.base,
                 models,
                 f"{temporary}/rest",
+                out_dtype=_dtype_of(readers[0]),
                 report_files=False,
                 progress=config.progress,
             )
@@ -197,16 +202,18 @@ def to_dense(config: Config, models: Sequence[str], method: merging.Method) -> R
         moe = stack.enter_context(_opened(models[0]))
         layout = _layout(config, moe, models[0], dense=False)[1]
         base = stack.enter_context(_opened(config.base)) if config.base else None
-        views, gates = files.views(moe, layout, base)
+        dense = dense_files.dense_models(moe, layout, base)
         about = _config_json(models[0])
         if config.base is None and about is not None:
             # The merge copies the mixture's companions, config.json with them.
             method = _with_config(method, configs.config_of_dense(about))
         merging.merge_checkpoints(
             method,
-            config.base,
-            views,
+            dense.base,
+            dense.experts,
             config.output,
+            # All else is the mixture's own, and no change that experts made.
+            include="|".join(f"^{re.escape(name)}$" for name in dense.own),
             recipe={
                 "method": config.method,
                 "density": config.density,
@@ -219,8 +226,12 @@ def to_dense(config: Config, models: Sequence[str], method: merging.Method) -> R
             overwrite=config.overwrite,
             progress=config.progress,
         )
-    left = f"left out {len(gates)} tensors of gates: {', '.join(gates[:3])}, ..."
-    return Result(Path(config.output), len(views), (f"merged by {config.method}", left))
+    gates = dense.gates
+    notes = (
+        f"experts merged by {config.method}; all else is the mixture's as it was",
+        f"left out {len(gates)} tensors of gates: {', '.join(gates[:3])}, ...",
+    )
+    return Result(Path(config.output), len(dense.experts), notes)
 
 
 def _expanded(text: str | None) -> list[str] | None:
@@ -241,6 +252,16 @@ def _method(config: Config) -> merging.Method:
             raise ValueError(f"--{name}: {config.method} does not take it")
     options = {k: getattr(config, k) for k in ("base", "method", "density", "scale")}
     return merge.build_method(merge.Config(**options))
+
+
+def _dtype_of(reader: Reader) -> str | None:
+    """The one dtype of a model's floats, that what is merged beside gets it; or None.
+
+    A base may have been stored in another one.
+    """
+    infos = reader.tensors.values()
+    found = {i.dtype.name for i in infos if jnp.issubdtype(i.dtype, np.floating)}
+    return found.pop() if len(found) == 1 else None
 
 
 def _check_gate_flags(config: Config) -> None:
@@ -391,6 +412,18 @@ def _write(
 
 
 def _opened(path: str) -> contextlib.closing[Reader]:
+    """A whole checkpoint.
+
+    Raises:
+      CheckpointError: as `checkpoints.open`; of a change (an adapter, a delta) the
+        message says how to make a model of it.
+    """
+    if checkpoints.is_change(path):
+        raise checkpoints.CheckpointError(
+            f"{path}: got an adapter or a delta, expected whole models: experts are"
+            " made of their tensors. Make one first: python -m experiments.merge"
+            f" --method=task_arithmetic --base=BASE --models={path} --output=MODEL"
+        )
     return contextlib.closing(checkpoints.open(path))
 
 

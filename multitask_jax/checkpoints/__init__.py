@@ -11,6 +11,7 @@ from multitask_jax.checkpoints.directory import (
     check_output,
     copy_companions,
     create,
+    is_change,
     open,
     read_tensors,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "check_output",
     "copy_companions",
     "create",
+    "is_change",
     "open",
     "read_tensors",
 ]

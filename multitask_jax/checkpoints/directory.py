@@ -121,6 +121,12 @@ def open(path: str | os.PathLike[str], base: Reader | None = None) -> Reader:
         raise CheckpointError(f"{where}: can't be read ({e.strerror})") from None
 
 
+def is_change(path: str | os.PathLike[str]) -> bool:
+    """Whether it changes a base and is no model without: a LoRA adapter or a delta."""
+    path = Path(path).expanduser()
+    return any(module.is_format(path) for module in _CHANGES.values())
+
+
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """All tensors of a checkpoint by their stored names.
 

@@ -19,15 +19,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from multitask_jax.data import hillstrom, records
-from multitask_jax.data.hillstrom import (
-    ARMS,
-    CATEGORIES,
-    FEATURES,
-    FLAGS,
-    NUMBERS,
-    OUTCOMES,
-    Table,
-)
+from multitask_jax.data.hillstrom import SCHEMA
+from multitask_jax.data.trial_table import Table
 
 URL = (
     "http://www.minethatdata.com/Kevin_Hillstrom_MineThatData_E-MailAnalytics"
@@ -50,9 +43,12 @@ class Hillstrom(tfds.core.GeneratorBasedBuilder):
     def _info(self) -> tfds.core.DatasetInfo:
         text = tfds.features.Text()
         number = tfds.features.Scalar(np.float32)  # a record holds no other floats
-        kinds = {name: text if name in CATEGORIES else number for name in FEATURES}
-        kinds["segment"] = tfds.features.ClassLabel(names=ARMS)
-        kinds |= dict.fromkeys(OUTCOMES, number)
+        kinds = {
+            name: text if kind == "category" else number
+            for name, kind in SCHEMA.features.items()
+        }
+        kinds[SCHEMA.arm] = tfds.features.ClassLabel(names=SCHEMA.arms)
+        kinds |= dict.fromkeys(SCHEMA.outcomes, number)
         return tfds.core.DatasetInfo(
             builder=self,
             description="MineThatData e-mail experiment (Hillstrom 2008).",
@@ -68,8 +64,8 @@ class Hillstrom(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, table: Table) -> Iterator[tuple[int, dict[str, Any]]]:
         columns = {
             **{name: x.tolist() for name, x in table.columns.items()},
-            "segment": table.arm.tolist(),
-            **dict(zip(OUTCOMES, table.y.T.tolist(), strict=True)),
+            SCHEMA.arm: table.arm.tolist(),
+            **dict(zip(SCHEMA.outcomes, table.y.T.tolist(), strict=True)),
         }
         for i, row in enumerate(zip(*columns.values(), strict=True)):
             yield i, dict(zip(columns, row, strict=True))
@@ -123,10 +119,11 @@ def read(made: Hillstrom) -> Table:
     people = [source[i] for i in range(len(source))]
     columns = {
         name: np.array([records.plain(p[name]) for p in people])
-        for name in (*FEATURES, "segment", *OUTCOMES)
+        for name in (*SCHEMA.features, SCHEMA.arm, *SCHEMA.outcomes)
     }
-    for name in (*NUMBERS, *FLAGS):
-        columns[name] = columns[name].astype(np.float64)
-    y = np.stack([columns.pop(name) for name in OUTCOMES], axis=1)
-    arm = columns.pop("segment").astype(np.int32)
+    y = np.stack([columns.pop(name) for name in SCHEMA.outcomes], axis=1)
+    arm = columns.pop(SCHEMA.arm).astype(np.int32)
+    for name, kind in SCHEMA.features.items():
+        if kind != "category":
+            columns[name] = columns[name].astype(np.float64)
     return Table(columns, arm, y.astype(np.float32))

@@ -240,7 +240,8 @@ def calibration(
 
     Returns:
       Groups in which fewer than two people are treated or untreated have a NaN effect.
-      Errors of 0/1 outcomes are of shares drawn towards 1/2 (Agresti and Caffo 2000).
+      Errors of 0/1 outcomes are of shares drawn towards 1/2 (Agresti and Caffo 2000);
+      where others do not vary in a group (nobody bought), they vary as in all groups.
 
     Raises:
       ValueError: as `ranking`, or fewer people than groups.
@@ -248,9 +249,9 @@ def calibration(
     uplift, outcome, treated = _checked(uplift, outcome, treated)
     binary = np.isin(outcome, (0, 1)).all()
 
-    def variance(y: np.ndarray) -> float:
+    def variance(y: np.ndarray, everyone: np.ndarray) -> float:
         if not binary:
-            return float(y.var(ddof=1))
+            return float(y.var(ddof=1) or everyone.var(ddof=1))
         # As of one more with and one without: a rare outcome that nobody has in a
         # group is not known for certain (Agresti and Caffo 2000).
         share = (y.sum() + 1) / (len(y) + 2)
@@ -265,7 +266,8 @@ def calibration(
         if min(t.sum(), (~t).sum()) > 1:
             a, b = outcome[rows][t], outcome[rows][~t]
             observed = a.mean() - b.mean()
-            error = np.sqrt(variance(a) / len(a) + variance(b) / len(b))
+            both = variance(a, outcome[treated]), variance(b, outcome[~treated])
+            error = np.sqrt(both[0] / len(a) + both[1] / len(b))
         found.append((uplift[rows].mean(), observed, error, len(rows)))
     return Calibration(*np.array(found).T)
 

@@ -41,7 +41,7 @@ class MergeResult(NamedTuple):
 
 def merge_checkpoints(
     method: core.Method,
-    base: PathLike | None,
+    base: PathLike | Reader | None,
     models: Sequence[PathLike | Reader],
     output: PathLike,
     *,
@@ -74,9 +74,10 @@ def merge_checkpoints(
     Args:
       method: a chain or recipe, as for `merge`.
       base: checkpoint of theta_0; None for methods on parameters alone (linear, slerp),
-        where the first model then gives names, dtypes and companion files.
-      models: checkpoints of the fine-tuned models; with a base also PEFT LoRA
-        adapters of it, and deltas. An open reader, which stays open, is one as well.
+        where the first model then gives names, dtypes and companion files. An open
+        reader, which stays open, is a checkpoint as well.
+      models: checkpoints of the fine-tuned models, or readers; with a base also PEFT
+        LoRA adapters of it, and deltas.
       output: directory that appears when all is done.
       weights: one a model.
       statistics: files by `save_statistics`, one a model, for fisher and regmean.
@@ -132,8 +133,9 @@ def merge_checkpoints(
                 "resume: a merge on a mesh can't be gone on with; leave out resume or"
                 " mesh (--resume, --mesh)"
             )
-    base = None if base is None else Path(base).expanduser()
-    given = base
+    if isinstance(base, str | os.PathLike):
+        base = Path(base).expanduser()
+    given = None if base is None else _name(base)
     if base is None:
         if (method.start, method.end) != ("parameters", "parameters"):
             raise ValueError("this method needs a base: pass the models' common origin")
@@ -211,7 +213,7 @@ def merge_checkpoints(
                 seconds = time.perf_counter() - started
                 before = [*notes, *found, *said]
                 facts = report.Facts(
-                    given and base, models, weights, recipe or {}, plan, before, seconds
+                    given, models, weights, recipe or {}, plan, before, seconds
                 )
                 said += report.write(directory, census, facts, block_pattern)
             return said

@@ -183,6 +183,7 @@ def _mtmt(arms: int, outcomes: int, *, flat: bool = False, **options: Any) -> Le
 
 # The authors' sizes: experts are ResNets, attention is 256 wide. Many times as slow.
 FULL_SIZE = "MTMT-ResNet"
+_FULL = {"expert": "resnet", "channels": 128, "queries": 16, "width": 256}
 # Name -> (arms, outcomes) -> Learner.
 MODELS: dict[str, Callable[[int, int], Learner]] = {
     "MTMT": _mtmt,
@@ -194,11 +195,15 @@ MODELS: dict[str, Callable[[int, int], Learner]] = {
     "TARNet": lambda a, o: _plain(TarNet(a, o)),
     "DragonNet": _dragonnet,
     "interaction (EFIN-like)": lambda a, o: _plain(Interaction(a, o)),
-    FULL_SIZE: functools.partial(
-        _mtmt, expert="resnet", channels=128, queries=16, width=256
-    ),
+    FULL_SIZE: functools.partial(_mtmt, **_FULL),
 }
 BOOSTED = ("GBM S-learner", "GBM T-learner")
+
+
+def mtmt_sizes(name: str, arms: int, outcomes: int) -> mtmt.Sizes:
+    """Of "MTMT" or `FULL_SIZE`, as `MODELS` has them."""
+    options = {"MTMT": {}, FULL_SIZE: _FULL}[name]
+    return mtmt.Sizes(arms, outcomes, mtmt.tiered(arms), **options)
 
 
 def boosting(

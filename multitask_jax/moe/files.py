@@ -1,7 +1,8 @@
-"""Checkpoints of mixtures: dense ones become one, tensor by tensor, and back.
+"""Checkpoints of mixtures: dense ones become one, tensor by tensor.
 
 Names decide, by a layout: which tensors are the feed-forward layers', and what their
-copies are called. Nothing is held but one tensor at a time.
+copies are called. Nothing is held but one tensor at a time. `dense_files` is the way
+back.
 
 Legend: E experts, D width.
 """
@@ -141,26 +142,18 @@ def plan(
       gates: {"kernel": [D, E], "bias": [E]} by block.
 
     Raises:
-      CheckpointError: a model lacks a tensor, or has it in another shape or dtype; or
-        as `found_in`.
+      CheckpointError: as `check_alike` and `found_in`.
     """
     found, done, out = found_in(rest, layout), set(), []
+    check_alike(experts, list(found))
     for name, info in rest.tensors.items():
         if name not in found:
             out.append(Output(info, (Part(rest, name),)))
             continue
-        block = found[name].block
+        block, info = found[name].block, experts[0].tensors[name]
         if block not in done:
             done.add(block)
             out += _gate(layout, found[name], gates[block], info.dtype)
-        for reader in experts:
-            there = reader.tensors.get(name)
-            if there is None or there[1:] != info[1:]:
-                got = "no such tensor" if there is None else f"{there.shape}"
-                raise CheckpointError(
-                    f"{reader.path}: {name}: got {got}, expected {info.shape} of"
-                    f" {info.dtype}, as in {rest.path}"
-                )
         renamed = expert_name(layout, found[name])
         if "{expert}" not in layout.expert:
             whole = TensorInfo(renamed, (len(experts), *info.shape), info.dtype)
@@ -172,10 +165,30 @@ def plan(
     return out
 
 
+def check_alike(experts: Sequence[Reader], names: Sequence[str]) -> None:
+    """Refuses experts that can't stand side by side.
+
+    Raises:
+      CheckpointError: a model lacks one of the tensors, or has it in another shape or
+        dtype than the first model.
+    """
+    first = experts[0]
+    for reader in experts[1:]:
+        for name in names:
+            info, there = first.tensors[name], reader.tensors.get(name)
+            if there is None or there[1:] != info[1:]:
+                got = f"{there.shape} of {there.dtype}" if there else "no such tensor"
+                raise CheckpointError(
+                    f"{reader.path}: {name}: got {got}, expected {info.shape} of"
+                    f" {info.dtype}, as in {first.path}; experts are of one shape and"
+                    " dtype: convert a model first"
+                )
+
+
 def _gate(
     layout: Layout, found: Found, gate: Mapping[str, np.ndarray], dtype: np.dtype
 ) -> list[Output]:
-    name = _filled(layout.gate, found)
+    name = filled(layout.gate, found)
     kernel = gate["kernel"].T if layout.transposed else gate["kernel"]
     arrays = {name: kernel}
     if "bias" in gate and layout.bias:
@@ -188,15 +201,17 @@ def _gate(
 
 def expert_name(layout: Layout, found: Found) -> str:
     """Before/after: ("l.0", "up_proj.weight") -> "l.0.experts.{expert}.w3.weight"."""
-    leaf = _renamed(found.leaf, layout.rename)
-    return _filled(layout.expert, found._replace(leaf=leaf))
+    leaf = renamed(found.leaf, layout.rename)
+    return filled(layout.expert, found._replace(leaf=leaf))
 
 
-def _renamed(leaf: str, names: Mapping[str, str]) -> str:
+def renamed(leaf: str, names: Mapping[str, str]) -> str:
+    """Before/after, with {"up_proj": "w3"}: "up_proj.weight" -> "w3.weight"."""
     return "".join(names.get(p, p) for p in re.split(r"([./])", leaf))
 
 
-def _filled(template: str, found: Found) -> str:
+def filled(template: str, found: Found) -> str:
+    """A template of a layout with its names."""
     for name, value in found._asdict().items():
         template = template.replace("{" + name + "}", value)
     return template
@@ -218,115 +233,6 @@ def write(
                 flat = part.reader.read(part.name, part.start, part.start + size)
                 writer.write(name, i * size, flat)
             bar.update(out.info.nbytes)
-
-
-class ExpertView:
-    """A `Reader` of the dense model that one expert and the shared tensors make."""
-
-    def __init__(
-        self, moe: Reader, parts: Mapping[str, tuple[TensorInfo, Part]], e: int
-    ):
-        self.path, self.format = moe.path, moe.format
-        self.label = moe.path / f"expert_{e}"  # what reports call it
-        self.tensors = {name: info for name, (info, _) in parts.items()}
-        self.aliases = {k: v for k, v in moe.aliases.items() if v in self.tensors}
-        self._parts = {name: part for name, (_, part) in parts.items()}
-
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Flat entries [start, stop) of a tensor."""
-        part = self._parts[name]
-        stop = self.tensors[name].size if stop is None else stop
-        return part.reader.read(part.name, part.start + start, part.start + stop)
-
-    def close(self) -> None:
-        """Nothing: the mixture's reader belongs to others."""
-
-
-def views(
-    moe: Reader, layout: Layout, base: Reader | None = None
-) -> tuple[list[ExpertView], list[str]]:
-    """A dense reader of each expert of a mixture, and the gates' names, left out.
-
-    Args:
-      moe: the mixture.
-      layout: names.
-      base: a dense checkpoint whose names the dense model has, where the layout has
-        several. Its feed-forward tensors are those that the layout's pattern matches.
-
-    Raises:
-      ValueError: the pattern matches nothing in the base.
-      CheckpointError: there are no experts by this layout, or some are missing; or the
-        layer has a shared expert, which a dense one has no room for.
-    """
-    matches = {n: m for n in moe.tensors if (m := _expert(layout).fullmatch(n))}
-    gated = any(re.search(r"/gate/\w+$", name) for name in matches)
-    known = None
-    if base is not None:
-        try:
-            dense_leaves = mlp_leaves(list(base.tensors), layout.pattern)
-        except ValueError as e:
-            raise ValueError(f"{base.path}: {e}") from None
-        known = {expert_name(layout, f): name for name, f in dense_leaves.items()}
-    own: dict[int, dict[str, tuple[TensorInfo, Part]]] = {}
-    around: dict[str, None] = {}  # names of gates but for their last word
-    for name, m in matches.items():
-        info, parts = moe.tensors[name], m.groupdict()
-        found = Found(m["block"], m["leaf"], parts.get("between") or "")
-        around[re.sub(r"\w+$", "", _filled(layout.gate, found))] = None
-        if known is None:
-            dense = _usual_name(layout, found, gated=gated)
-        elif (plain := _filled(layout.expert, found)) in known:
-            dense = known[plain]
-        else:
-            raise CheckpointError(
-                f"{base.path}: got none of {moe.path}'s {name} among"
-                f" {', '.join(list(known.values())[:3])}, ..., which the pattern"
-                f" {layout.pattern!r} matches; give the base that the experts came from"
-            )
-        if "expert" in parts:
-            own.setdefault(int(m["expert"]), {})[dense] = (
-                info._replace(name=dense),
-                Part(moe, name),
-            )
-            continue
-        one = TensorInfo(dense, info.shape[1:], info.dtype)
-        for e in range(info.shape[0]):
-            own.setdefault(e, {})[dense] = one, Part(moe, name, e * one.size)
-    names = {frozenset(parts) for parts in own.values()}
-    if sorted(own) != list(range(len(own))) or len(names) != 1:
-        raise CheckpointError(
-            f"{moe.path}: got experts {sorted(own)} of"
-            f" {sorted(len(n) for n in names)} tensors by the layout"
-            f" {layout.expert!r}; expected 0, 1, ... of the same tensors each"
-        )
-    rest = [name for name in moe.tensors if name not in matches]
-    gates = [name for name in rest if re.sub(r"\w+$", "", name) in around]
-    if beside := [name for name in rest if re.search(r"[./]shared_\w+[./]", name)]:
-        raise CheckpointError(
-            f"{moe.path}: {beside[0]} is of an expert that all tokens share: a dense"
-            " layer has no room for it beside a merged one"
-        )
-    shared = {n: (moe.tensors[n], Part(moe, n)) for n in rest if n not in gates}
-    return [ExpertView(moe, shared | own[e], e) for e in sorted(own)], gates
-
-
-def _expert(layout: Layout) -> re.Pattern[str]:
-    """What names of experts look like."""
-    template = re.escape(layout.expert)
-    groups = {"block": ".*", "between": r"[./](?:\w+[./])?", "expert": r"\d+"}
-    for group, regex in (groups | {"leaf": ".*"}).items():
-        escaped = re.escape("{" + group + "}")
-        template = template.replace(escaped, f"(?P<{group}>{regex})")
-    return re.compile(template)
-
-
-def _usual_name(layout: Layout, found: Found, *, gated: bool) -> str:
-    """What the dense tensor was called, where no base tells it."""
-    # A stack of experts with a gate of their own: SwiGLU, in a module named mlp.
-    if gated:
-        return _filled(layout.dense[-1], found)
-    back = {there: here for here, there in layout.rename.items()}
-    return _filled(layout.dense[0], found._replace(leaf=_renamed(found.leaf, back)))
 
 
 def width_of(info: TensorInfo, layout: Layout) -> int:

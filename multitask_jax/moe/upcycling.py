@@ -3,7 +3,7 @@
     means = jnp.stack([mean of what reaches the layer, a specialist's data each])
     gates = {block: gate_from_means(means[block], variance[block]) for block in ...}
     params = upcycle([a, b, c], rest, pattern=..., gates=gates)
-    dense = to_dense(params, merge=lambda trees: ...)
+    dense = to_dense(params, merge=functools.partial(merging.merge, merging.ties()))
 
 Sparse upcycling (Komatsuzaki et al. 2023, arXiv 2212.05055) copies one model's
 feed-forward layers; experts of specialists are those of Branch-Train-MiX (Sukhbaatar et
@@ -149,6 +149,14 @@ def split(
       ValueError: there are no experts, or not as many everywhere; or a layer has shared
         experts, which a dense one has no room for.
     """
+    shared, experts, gates = _parts(params, rename, between)
+    return [trees.nest(shared | own) for own in experts], gates
+
+
+def _parts(
+    params: Any, rename: Mapping[str, str] | None, between: str
+) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
+    """By path: what experts share, and each one's own; and the gates by block."""
     flat = trees.flatten(params)
     back = _inverse(rename)
     regex = re.compile(r"(?P<block>.*)/mlp/(?P<part>experts|gate)/(?P<leaf>.*)")
@@ -177,35 +185,50 @@ def split(
                 " them beside merged ones"
             )
     rest = {p: x for p, x in flat.items() if p not in found}
-    dense = [dict(rest) for _ in range(counts.pop())]
+    experts: list[dict[str, Any]] = [{} for _ in range(counts.pop())]
     gates: dict[str, Any] = {}
     for path, m in found.items():
         if m["part"] == "gate":
             gates.setdefault(m["block"], {})[m["leaf"]] = flat[path]
             continue
-        for tree, x in zip(dense, flat[path], strict=True):
-            tree[f"{m['block']}{between}{_renamed(m['leaf'], back)}"] = x
-    return [trees.nest(t) for t in dense], gates
+        for own, x in zip(experts, flat[path], strict=True):
+            own[f"{m['block']}{between}{_renamed(m['leaf'], back)}"] = x
+    return rest, experts, gates
 
 
 def to_dense(
     params: Any,
     *,
-    merge: Callable[[list[Any]], Any],
+    merge: Callable[[Any, list[Any]], Any],
+    base: Any = None,
     rename: Mapping[str, str] | None = None,
     between: str = "/",
 ) -> Any:
-    """One dense tree of a mixture: `merge` of the experts' trees; gates are left out.
+    """One dense tree of a mixture: experts merged, gates left out, all else as it is.
 
     Args:
       params: as `upcycle` makes them.
-      merge: such as `lambda models: merging.merge(merging.ties(), base, models)`.
+      merge: (base, models) -> one model, all of feed-forward leaves alone, such as
+        `functools.partial(merging.merge, merging.ties())`.
+      base: a dense tree whose feed-forward leaves are the base; that of `merge` is the
+        first expert if not given.
       rename, between: as for `split`.
 
     Raises:
-      ValueError: as `split`.
+      ValueError: as `split`, or the base lacks a leaf of the experts.
     """
-    return merge(split(params, rename=rename, between=between)[0])
+    shared, experts, _ = _parts(params, rename, between)
+    origin = experts[0]
+    if base is not None:
+        known = trees.flatten(base)
+        if missing := sorted(origin.keys() - known.keys()):
+            raise ValueError(
+                f"base: it has no {missing[:5]}, which the experts have; give the dense"
+                " tree that they came from"
+            )
+        origin = {path: known[path] for path in origin}
+    merged = merge(trees.nest(origin), [trees.nest(e) for e in experts])
+    return trees.nest(shared | trees.flatten(merged))
 
 
 def random_gates(

@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from multitask_jax.data import hillstrom, hillstrom_builder
+from multitask_jax.data import hillstrom, hillstrom_builder, trial_table
+from multitask_jax.data.hillstrom import SCHEMA
+from multitask_jax.data.trial_features import Encoder, encode, fit_encoder
 
-HEADER = (*hillstrom.FEATURES, "segment", *hillstrom.OUTCOMES)
+HEADER = (*SCHEMA.features, SCHEMA.arm, *SCHEMA.outcomes)
 ROWS = [
     # recency, history, mens, womens, newbie, history_segment, zip_code, channel, ...
     ["1", "10", "1", "0", "0", "a", "Rural", "Web", "No E-Mail", "0", "0", "0"],
@@ -69,8 +71,8 @@ def test_unknown_and_missing_are_counted(write: Callable[..., Path]) -> None:
     rows[1][HEADER.index("recency")] = " "
     rows[1][HEADER.index("channel")] = "NA"
     rows[2][HEADER.index("mens")] = ""
-    text, where = hillstrom.read_text(write(rows))
-    found = hillstrom.encode(encoder, hillstrom.features_of(text, where))
+    text, where = trial_table.read_text(write(rows))
+    found = encode(encoder, trial_table.features_of(encoder.kinds, text, where))
     assert {k: n for k, n in found.unknown.items() if n} == {"zip_code": 1}
     missing = {k: n for k, n in found.missing.items() if n}
     assert missing == {"recency": 1, "channel": 1, "mens": 1}
@@ -84,17 +86,17 @@ def test_unknown_and_missing_are_counted(write: Callable[..., Path]) -> None:
 
 def test_encoder_survives_json(write: Callable[..., Path]) -> None:
     table = hillstrom.read(write(ROWS))
-    encoder = hillstrom.fit_encoder(table.columns, np.array([0, 1]))
-    again = hillstrom.Encoder.from_json(encoder.to_json())
+    encoder = fit_encoder(SCHEMA.features, table.columns, np.array([0, 1]))
+    again = Encoder.from_json(encoder.to_json())
     np.testing.assert_array_equal(
-        hillstrom.encode(again, table.columns).x,
-        hillstrom.encode(encoder, table.columns).x,
+        encode(again, table.columns).x, encode(encoder, table.columns).x
     )
     assert again.features == encoder.features
     assert "channel=Phone" not in again.features  # in the third row only
-    for text in ("", "[]", json.dumps({"fill": {}})):
+    odd = json.dumps({"kinds": {"age": "word"}, "fill": {"age": 1}})
+    for text in ("", "[]", json.dumps({"fill": {}}), odd):
         with pytest.raises(ValueError, match="what Encoder"):
-            hillstrom.Encoder.from_json(text)
+            Encoder.from_json(text)
 
 
 def test_constant_column_is_zero(write: Callable[..., Path]) -> None:
@@ -153,7 +155,7 @@ def test_builder_gives_the_table(write: Callable[..., Path], tmp_path: Path) -> 
     found = hillstrom_builder.read(made)
     for name, column in expected.columns.items():
         assert found.columns[name].dtype.kind == column.dtype.kind
-        if name in hillstrom.CATEGORIES:
+        if SCHEMA.features[name] == "category":
             assert found.columns[name].tolist() == column.tolist()
         else:
             np.testing.assert_allclose(found.columns[name], column, rtol=1e-6)

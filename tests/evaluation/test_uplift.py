@@ -135,7 +135,8 @@ def test_calibration_by_hand() -> None:
     )
     assert found.predicted == pytest.approx([0.1, 0.2])
     assert found.observed == pytest.approx([1, 2])
-    assert found.error == pytest.approx([0, 1])  # variances 2 and 0 over 2 people
+    # Variances over 2 people each, of all treated (2/3) or untreated (1/3) where 0.
+    assert found.error**2 == pytest.approx([(2 / 3 + 1 / 3) / 2, (2 + 1 / 3) / 2])
     assert found.people.tolist() == [4, 4]
     assert found.distance == pytest.approx((0.9 + 1.8) / 2)
 

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import mtmt, mtmt_model
+from experiments import mtmt, mtmt_data, mtmt_model
 from experiments import mtmt_training as training
 from multitask_jax import tree
-from multitask_jax.data import hillstrom
+from multitask_jax.data import hillstrom, trial_table
+from multitask_jax.data.trial_features import Encoder
 from multitask_jax.data.uplift_simulator import simulate
 from multitask_jax.models import mtmt as models
 from multitask_jax.models.uplift_baselines import MODELS
@@ -88,7 +89,7 @@ def test_a_line_that_a_kill_cut_short_is_no_end(tmp_path, damage):
         folds=2, seeds="0", epochs=1, batch_size=16, bootstrap=2, progress=False,
     )  # fmt: skip
     log = tmp_path / "metrics.jsonl"
-    mtmt._same_run(tmp_path, config, mtmt.load(config)[0])
+    mtmt._same_run(tmp_path, config, mtmt_data.load(config)[0])
     log.write_text(damage + '{"step": 1, "mod')
     report = mtmt.run(config).report
     assert log.read_text().startswith(damage + '{"step": 1, "model": "S-learner"')
@@ -221,8 +222,8 @@ def test_customers_are_scored(shared, tmp_path):
         mean=np.zeros(3),
         spread=np.ones(3),
         about={
-            "arms": hillstrom.ARMS,
-            "outcomes": hillstrom.OUTCOMES,
+            "arms": hillstrom.SCHEMA.arms,
+            "outcomes": list(hillstrom.SCHEMA.outcomes),
             "policy_outcome": "spend",
             "encoder": encoder.to_json(),
         },
@@ -238,9 +239,60 @@ def test_customers_are_scored(shared, tmp_path):
             output=str(scored),
         )
     )
-    table, _ = hillstrom.read_text(scored)
+    table, _ = trial_table.read_text(scored)
     assert len(table["best_arm"]) == 19
-    assert set(table["best_arm"]) <= set(hillstrom.ARMS)
+    assert set(table["best_arm"]) <= set(hillstrom.SCHEMA.arms)
+
+
+def test_an_experiment_of_ones_own_is_learned_and_scored(tmp_path):
+    """Two arms and one outcome; columns that are not named are not looked at."""
+    rng = np.random.default_rng(0)
+    head = "id,age,plan,group,profit"
+    rows = [
+        f"p{i},{rng.integers(20, 80)},{'ab'[i % 2]},{('none', 'call')[i % 3 == 0]},"
+        f"{rng.normal():.3f}"
+        for i in range(150)
+    ]
+    file = tmp_path / "trial.csv"
+    file.write_text("\n".join([head, *rows]) + "\n")
+    result = mtmt.run(
+        mtmt.Config(
+            workdir=str(tmp_path / "run"),
+            data="table",
+            data_path=str(file),
+            arm_column="group",
+            control="none",
+            features="age,plan",
+            outcomes="profit",
+            models="MTMT,GBM T-learner",
+            folds=2,
+            seeds="0",
+            epochs=1,
+            batch_size=32,
+            bootstrap=20,
+            progress=False,
+        )
+    )
+    assert result.trial.arms == ("none", "call")
+    assert result.trial.features == ("age", "plan=a", "plan=b")
+    assert result.predictions["MTMT"].shape == (1, 150, 2, 1)
+    assert "trial.csv: 150 people, 3 features" in result.report
+    assert "Only 20 bootstrap replicates" in result.report
+    people = tmp_path / "people.csv"
+    people.write_text("age,plan,name\n40,a,x\n,c,y\n")
+    mtmt.run(
+        mtmt.Config(
+            predict=True,
+            checkpoint=str(tmp_path / "run" / "model"),
+            input=str(people),
+            output=str(tmp_path / "scored.csv"),
+        )
+    )
+    table, _ = trial_table.read_text(tmp_path / "scored.csv")
+    assert list(table) == [
+        *("age", "plan", "name", "expected_profit_none", "expected_profit_call"),
+        *("uplift_profit_call", "best_arm"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -254,9 +306,11 @@ def test_customers_are_scored(shared, tmp_path):
         ({"policy_outcome": "clicks"}, "expected one of"),
         ({"predict": True}, "needs --checkpoint"),
         ({"rate": 0.0}, "--rate: got 0.0, expected more than 0"),
-        ({"download": True}, "--download: --data=simulator reads no file"),
-        ({"data_path": "a.csv"}, "--data_path: --data=simulator reads no file"),
-        ({"data": "hillstrom", "effect": 1.0}, "--effect: it is of"),
+        ({"download": True}, "--download: --data=simulator does not read"),
+        ({"data_path": "a.csv"}, "--data_path: --data=simulator does not read"),
+        ({"data": "hillstrom", "effect": 0.0}, "--effect: --data=hillstrom does not"),
+        ({"data": "hillstrom", "control": "a"}, "--control: --data=hillstrom does"),
+        ({"data": "table", "data_path": "a.csv"}, "needs --arm_column, --control"),
         (
             {"data": "hillstrom", "data_path": "a.csv", "download": True},
             "one of the two",
@@ -344,11 +398,8 @@ def test_a_model_with_other_facts_is_named(result, config, tmp_path, changes, me
         kept = json.loads((folder / "about.json").read_text())["sizes"]
         changes = {"sizes": kept | changes["sizes"]}
     if changes.get("encoder") == "WIDE":
-        strings, flags = dict.fromkeys(hillstrom.CATEGORIES, ("a",)), hillstrom.FLAGS
-        scale = dict.fromkeys(hillstrom.NUMBERS, (0.0, 1.0))
-        fill = dict.fromkeys((*scale, *flags), 0.0) | dict.fromkeys(strings, "a")
-        wide = strings | {"channel": ("a", "b")}
-        changes = {"encoder": hillstrom.Encoder(fill, scale, wide).to_json()}
+        kinds = {f"column {i}": "flag" for i in range(9)}
+        changes = {"encoder": Encoder(kinds, dict.fromkeys(kinds, 0), {}, {}).to_json()}
     mtmt_model.amend(folder, **changes)
     with pytest.raises(ValueError, match=message):
         mtmt_model.load(folder)

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 from experiments import mtmt_model, mtmt_predict
-from multitask_jax.data import hillstrom
+from multitask_jax.data import trial_table
+from multitask_jax.data.hillstrom import SCHEMA
+from multitask_jax.data.trial_features import Encoder, fit_encoder
 from multitask_jax.models import mtmt
 
-NAMES = ("customer", *hillstrom.FEATURES)
+NAMES = ("customer", *SCHEMA.features)
 PEOPLE = [
     ["a,1", "1", "10", "1", "0", "0", "low", "Rural", "Web"],
     ["b", "3", "20", "1", "0", "1", "low", "Urban", "Web"],
@@ -30,11 +32,12 @@ def load(path: Path) -> list[dict[str, str]]:
 
 
 def about(path: Path) -> dict[str, Any]:
-    text, where = hillstrom.read_text(path)
-    encoder = hillstrom.fit_encoder(hillstrom.features_of(text, where))
+    text, where = trial_table.read_text(path)
+    columns = trial_table.features_of(SCHEMA.features, text, where)
+    encoder = fit_encoder(SCHEMA.features, columns)
     return {
         "encoder": encoder.to_json(),
-        "arms": list(hillstrom.ARMS),
+        "arms": list(SCHEMA.arms),
         "outcomes": ["visit", "spend"],
         "policy_outcome": "spend",
     }
@@ -93,7 +96,10 @@ def test_unknown_and_missing_are_said(
 
 
 @pytest.mark.parametrize("people", [1, 7, 8, 9, 20])
-def test_batches_have_one_size(people: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_have_one_size(
+    people: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """All are scored, in the file's order; rows in errors are the file's."""
     monkeypatch.setattr(mtmt_predict, "BATCH", 8)
     sizes = set()
 
@@ -101,16 +107,28 @@ def test_batches_have_one_size(people: int, monkeypatch: pytest.MonkeyPatch) -> 
         sizes.add(len(x))
         return model(x)
 
-    x = np.arange(people, dtype=np.float32)[:, None]
-    np.testing.assert_array_equal(mtmt_predict.in_batches(one, x), model(x))
+    rows = [[str(i), str(i % 5), *PEOPLE[0][2:]] for i in range(people)]
+    given = save(tmp_path / "in.csv", rows)
+    out = tmp_path / "out.csv"
+    mtmt_predict.predict("model", given, out, one, about(given))
+    found = load(out)
+    assert [row["customer"] for row in found] == [str(i) for i in range(people)]
+    gains = [float(row["uplift_spend_mens_e_mail"]) for row in found]
+    for i, gain in enumerate(gains):
+        assert gain == gains[i % 5]
+    assert len(set(gains)) == min(people, 5)
     assert sizes == {min(people, 8)}
+    facts = about(given)
+    rows[-1][1] = "never"
+    with pytest.raises(ValueError, match=f"row {people}, column recency: got 'never'"):
+        mtmt_predict.predict("model", save(given, rows), out, one, facts)
 
 
 def test_64000_people_by_a_saved_model(tmp_path: Path) -> None:
     """Of MTMT's own sizes (README has the time it takes): whole, in order, as alone."""
     given = save(tmp_path / "in.csv", PEOPLE)
     facts = about(given)
-    features = len(hillstrom.Encoder.from_json(facts["encoder"]).features)
+    features = len(Encoder.from_json(facts["encoder"]).features)
     sizes = mtmt.Sizes(3, 2, mtmt.tiered(3))
     params = jax.jit(lambda key: mtmt.init(key, features, sizes))(jax.random.key(0))
     mtmt_model.save(

@@ -1,4 +1,4 @@
-"""Dense checkpoints to mixtures and back, on disk."""
+"""Dense checkpoints to mixtures, on disk, and back by the same names."""
 
 import json
 
@@ -6,46 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from experiments import upcycle
 from multitask_jax import checkpoints, merging, moe, tree
 from multitask_jax.layers.moe import MoE
-
-D, H = 6, 10
-LLAMA = {
-    "self_attn.q_proj.weight": (D, D),
-    "mlp.gate_proj.weight": (H, D),
-    "mlp.up_proj.weight": (H, D),
-    "mlp.down_proj.weight": (D, H),
-    "input_layernorm.weight": (D,),
-}
-
-
-def llama(path, seed):
-    rng = np.random.default_rng(seed)
-    shapes = {"model.embed_tokens.weight": (20, D)}
-    for i in range(2):
-        shapes |= {f"model.layers.{i}.{name}": s for name, s in LLAMA.items()}
-    tensors = {n: rng.normal(size=s).astype(np.float32) for n, s in shapes.items()}
-    path.mkdir()
-    save_file(tensors, path / "model.safetensors")
-    about = {"model_type": "llama", "hidden_size": D}
-    (path / "config.json").write_text(json.dumps(about))
-    return tensors
-
-
-def run(output, **options):
-    return upcycle.run(upcycle.Config(output=str(output), progress=False, **options))
-
-
-def read(path):
-    return load_file(path / "model.safetensors")
+from tests.experiments.upcycle_common import D, H, llama, read, run, specialists
 
 
 @pytest.fixture
 def three(tmp_path):
-    return {n: llama(tmp_path / n, s) for s, n in enumerate("abc")}
+    return specialists(tmp_path)
 
 
 def test_specialists_become_mixtrals_experts(tmp_path, three):
@@ -136,46 +107,6 @@ def test_names_come_back(tmp_path, style):
             np.testing.assert_allclose(found[name], x, rtol=1e-6, atol=1e-6)
 
 
-def test_to_dense_refuses_a_shared_expert(tmp_path):
-    tensors = {
-        "layer_0/mlp/experts/up/kernel": np.zeros((2, D, H), np.float32),
-        "layer_0/mlp/experts/down/kernel": np.zeros((2, H, D), np.float32),
-        "layer_0/mlp/gate/kernel": np.zeros((D, 2), np.float32),
-        "layer_0/mlp/shared_up/kernel": np.zeros((D, H), np.float32),
-    }
-    save_file(tensors, tmp_path / "moe.safetensors")
-    config = upcycle.Config(
-        to_dense=True,
-        models=str(tmp_path / "moe.safetensors"),
-        output=str(tmp_path / "dense"),
-        progress=False,
-    )
-    with pytest.raises(checkpoints.CheckpointError, match="that all tokens share"):
-        upcycle.run(config)
-    assert not (tmp_path / "dense").exists()
-
-
-def test_names_that_no_layout_knows_come_back_by_the_base(tmp_path):
-    rng = np.random.default_rng(0)
-    names = ["stem/kernel"]
-    names += [f"level_{i}/ffn/fc1/{n}/kernel" for i in range(2) for n in ("a", "b")]
-    tensors = {n: rng.normal(size=(D, H)).astype(np.float32) for n in names}
-    save_file(tensors, tmp_path / "a.safetensors")
-    a, pattern = (
-        str(tmp_path / "a.safetensors"),
-        r"(?P<block>level_\d)/ffn/(?P<leaf>.*)",
-    )
-    run(tmp_path / "moe", models=a, experts=2, mlp_pattern=pattern)
-    back = {"to_dense": True, "models": str(tmp_path / "moe"), "mlp_pattern": pattern}
-    with pytest.raises(ValueError, match=r"--mlp_pattern .* needs --base"):
-        run(tmp_path / "dense", **back)
-    run(tmp_path / "dense", base=a, **back)
-    found = read(tmp_path / "dense")
-    assert found.keys() == tensors.keys()
-    for name, x in tensors.items():
-        np.testing.assert_array_equal(found[name], x)
-
-
 @pytest.mark.parametrize("dtype", ["int8", "int32", "float8_e4m3fn"])
 def test_quantised_layers_are_refused(tmp_path, dtype):
     names = STYLES["opt"].split()
@@ -238,48 +169,31 @@ def test_gates_of_any_names_are_as_wide_as_the_inputs(tmp_path, name, shape, wid
     assert [g.shape for g in gates] == [(3, width)]
 
 
-def test_a_dense_model_appears_with_its_config_or_not_at_all(
-    tmp_path, three, monkeypatch
-):
-    run(tmp_path / "moe", models=str(tmp_path / "a"), experts=2)
-    there = []
-
-    def full(directory, about):
-        there.append((directory / "model.safetensors").exists())
-        raise OSError("disk full")
-
-    monkeypatch.setattr(upcycle, "_write_config", full)
-    before = sorted(tmp_path.iterdir())
-    with pytest.raises(OSError, match="disk full"):
-        run(tmp_path / "dense", to_dense=True, models=str(tmp_path / "moe"))
-    assert there == [True]  # the weights are written, the config is not
-    assert sorted(tmp_path.iterdir()) == before
+def convert(folder, dtype):
+    tensors = {n: x.astype(dtype) for n, x in read(folder).items()}
+    save_file(tensors, folder / "model.safetensors")
 
 
-def test_to_dense_merges_experts_by_any_method(tmp_path, three):
-    base = llama(tmp_path / "base", 9)
-    models = ",".join(str(tmp_path / n) for n in "abc")
-    run(tmp_path / "moe", models=models)
-    run(
-        tmp_path / "dense",
-        to_dense=True,
-        models=str(tmp_path / "moe"),
-        base=str(tmp_path / "base"),
-        method="ties",
-        density="0.6",
-        scale=0.5,
-    )
-    rest = {n: sum(m[n] for m in three.values()) / 3 for n in base}
-    views = [
-        {n: np.float32(x if ".mlp." in n else rest[n]) for n, x in m.items()}
-        for m in three.values()
-    ]
-    ties = merging.ties(density=0.6, scale=0.5)
-    expected = jax.jit(lambda b, m: merging.merge(ties, b, m))(base, views)
-    found = read(tmp_path / "dense")
-    assert found.keys() == expected.keys()
-    for name, x in found.items():
-        np.testing.assert_allclose(x, expected[name], rtol=1e-5, atol=1e-5)
+def test_a_mixture_has_its_models_dtype(tmp_path, three):
+    """Also where the base has another; models of two dtypes are refused at once."""
+    llama(tmp_path / "base", 9)
+    convert(tmp_path / "a", jnp.bfloat16)
+    models = f"{tmp_path}/a,{tmp_path}/b"
+    with pytest.raises(checkpoints.CheckpointError, match=r"of float32, exp.*of b"):
+        run(tmp_path / "moe", models=models)
+    convert(tmp_path / "b", jnp.bfloat16)
+    options = {"method": "task_arithmetic", "scale": 0.5}
+    run(tmp_path / "moe", models=models, base=str(tmp_path / "base"), **options)
+    assert {x.dtype for x in read(tmp_path / "moe").values()} == {jnp.dtype("bfloat16")}
+
+
+def test_adapters_are_to_be_made_models_first(tmp_path, three):
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
+    save_file({"x": np.zeros(1, "f4")}, tmp_path / "lora" / "adapter_model.safetensors")
+    models = f"{tmp_path}/lora,{tmp_path}/a"
+    with pytest.raises(checkpoints.CheckpointError, match="Make one first"):
+        run(tmp_path / "moe", models=models, base=str(tmp_path / "b"))
 
 
 def test_gates_from_data_send_tokens_to_their_specialist(tmp_path):

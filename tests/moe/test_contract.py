@@ -180,6 +180,24 @@ def test_dropped_slots_are_counted_and_give_nothing(gate):
     np.testing.assert_allclose(found, (filled & ~kept).sum() / filled.sum(), rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("priority", "dropped"),
+    [("position", [(3, 1)]), ("weight", [(2, 0)])],
+)
+def test_who_is_dropped_goes_by_priority(priority, dropped):
+    """First choices and earlier tokens stay, or the heaviest."""
+    _, params, x = made({"k": 2})
+    routing = routed({"k": 2}, {"kernel": jnp.ones((x.shape[1], E))}, x[:4])
+    experts = jnp.array([[0, 1], [2, 0], [0, 3], [1, 0]])
+    weights = jnp.array([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.7, 0.3]])
+    served = jax.jit(
+        lambda r: moe.capacity(
+            moe.EXPERTS["swiglu"], params, x[:4], r, room=3, priority=priority
+        )
+    )(routing._replace(experts=experts, weights=weights))
+    assert list(zip(*np.nonzero(~np.asarray(served.kept)), strict=True)) == dropped
+
+
 def test_the_gate_learns(gate):
     """Also at k = 1, but not where weights are normalised over the chosen one."""
     if gate.get("kind") == "hard":

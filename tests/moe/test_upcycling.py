@@ -1,5 +1,7 @@
 """Dense trees to experts and back, on a transformer block."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,16 +71,30 @@ def test_split_is_the_inverse():
     assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), found, given))
 
 
-def test_to_dense_merges_the_experts_as_merging_does():
+@pytest.mark.parametrize("name", ["ties", "task_arithmetic", "linear"])
+def test_to_dense_merges_the_experts_alone(name):
+    """As merging does; what they share is not multiplied by their number."""
     base, *models = (dense_params(s) for s in range(4))
-    up = upcycling.upcycle(models, base, pattern=PATTERN, gates=gates(3), rename=RENAME)
-    method = merging.ties(density=0.4)
-    merge = jax.jit(lambda models: merging.merge(method, base, models))
-    found = upcycling.to_dense(up, merge=merge, rename=RENAME)
-    expected = merge(upcycling.split(up, rename=RENAME)[0])
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_array_equal(a, b)
+    up = upcycling.upcycle(
+        models, models[0], pattern=PATTERN, gates=gates(3), rename=RENAME
+    )
+    options = {"density": 0.4} if name == "ties" else {}
+    merge = functools.partial(merging.merge, merging.METHODS[name](**options))
+    given = {} if name == "linear" else {"base": base}
+    to_dense = functools.partial(upcycling.to_dense, merge=merge, rename=RENAME)
+    found = tree.flatten(jax.jit(to_dense)(up, **given))
+    flat = [tree.flatten(m) for m in (base, *models)]
+    own = upcycling.mlp_leaves(list(flat[0]), PATTERN)
+    origin, *experts = ({p: f[p] for p in own} for f in flat)
+    merged = jax.jit(merge)(origin, experts)
+    assert found.keys() == flat[0].keys()
+    for path, x in found.items():
+        wanted = merged[path] if path in own else flat[1][path]
+        np.testing.assert_array_equal(x, wanted, err_msg=path)
+    first = next(iter(own))
+    lacking = tree.nest({p: x for p, x in flat[0].items() if p != first})
+    with pytest.raises(ValueError, match="base: it has no"):
+        to_dense(up, base=lacking)
 
 
 def test_the_gate_from_means_sends_tokens_to_the_nearest_mean():

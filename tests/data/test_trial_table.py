@@ -1,0 +1,91 @@
+"""Tables of one's own experiments."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from multitask_jax.data import trial_features, trial_table
+
+TEXT = {
+    "age": ["20", "NA", "40.5"],
+    "debt": ["-3", "7", "1e3"],
+    "member": ["0", "", "1"],
+    "plan": ["a", "b", "none"],
+    "wealth": ["0", "1", "99"],
+    "group": ["none", "mail", "call"],
+    "bought": ["0", "1", "1"],
+    "profit": ["-2.5", "0", "4"],
+}
+NAMED = {
+    "features": ["age", "debt", "member", "plan", "wealth:log"],
+    "arm": "group",
+    "control": "none",
+    "outcomes": ["bought", "profit"],
+}
+
+
+def test_kinds_follow_from_values() -> None:
+    schema = trial_table.infer(TEXT, **NAMED)
+    kinds = ("number", "number", "flag", "category", "log")
+    assert schema.features == dict(zip(TEXT, kinds, strict=False))
+    assert schema.arms == ("none", "call", "mail")  # an arm may be called none
+    assert schema.outcomes == {"bought": "flag", "profit": "number"}
+    trial = trial_features.trial_of(schema, trial_table.table_of(schema, TEXT))
+    names = ["age", "debt", "member", "plan=a", "plan=b", "log1p(wealth)"]
+    assert list(trial.features) == names
+    assert trial.arm.tolist() == [0, 2, 1]
+    assert trial.binary == (True, False)
+    np.testing.assert_array_equal(trial.y, [[0, -2.5], [1, 0], [1, 4]])
+    # Missing: the median, and the most frequent value (the first of as frequent ones).
+    np.testing.assert_allclose(trial.x[:, 0].sum(), 0, atol=1e-6)
+    assert trial.x[:, 2:5].tolist() == [[0, 1, 0], [0, 0, 1], [1, 1, 0]]
+    assert trial.segments["plan"].tolist() == ["a", "b", "missing"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"features": ["height"]}, r"expected \['height'\] too"),
+        ({"features": ["age", "age"]}, "expected each column once"),
+        ({"features": ["age", "profit"]}, "expected each column once"),
+        ({"features": ["group"]}, "expected each column once"),
+        ({"features": []}, "one feature and one outcome at least"),
+        ({"features": ["age:words"]}, "column age: got 'words', expected one of"),
+        ({"outcomes": ["plan"], "features": ["age"]}, "column plan: got 'category'"),
+        ({"control": "fax"}, "expected the control 'fax' and another arm"),
+        ({"features": ["id"]}, "got 101 different values, expected at most 100"),
+    ],
+)
+def test_wrong_columns_are_named(changes: dict, message: str) -> None:
+    text = TEXT | {"id": [f"p{i}" for i in range(101)]}
+    with pytest.raises(ValueError, match=message):
+        trial_table.infer(text, **NAMED | changes)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("wealth", "-1", "not negative"),
+        ("debt", "inf", "a finite number"),
+        ("profit", "", "a finite number"),
+        ("group", "", "one of"),
+    ],
+)
+def test_wrong_values_are_named(column: str, value: str, message: str) -> None:
+    schema = trial_table.infer(TEXT, **NAMED)
+    text = TEXT | {column: [*TEXT[column][:2], value]}
+    with pytest.raises(ValueError, match=f"row 3, column {column}.*{message}"):
+        trial_table.table_of(schema, text)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 9, None])
+def test_blocks_are_the_file(tmp_path: Path, size: int | None) -> None:
+    path = tmp_path / "given.csv"
+    path.write_text("a,b\n1,x\n\n2,y\n3,z\n")
+    found = list(trial_table.blocks(path, size))
+    assert [b for b, _ in found] == list(range(0, 3, size or 3))
+    assert [v for _, columns in found for v in columns["b"]] == ["x", "y", "z"]
+    path.write_text("a,b\n1,x\n2\n")
+    with pytest.raises(ValueError, match="row 2: got 1 values, expected 2"):
+        list(trial_table.blocks(path, size))
