@@ -5,11 +5,12 @@
 `--torch_python` is an interpreter with torch and transformers (another environment's,
 or this one's with `pip install multitask-jax[torch]`); without it only ours is timed.
 Both have the sizes of all-MiniLM-L6-v2 with random weights (time does not depend on
-them), the same batch of full length, threads and AdamW, in float32; --products=bfloat16
-rounds the factors of products, on their side by PyTorch's autocast, which rounds the
-results too. They take turns in one run, so that both meet the same load, after a
-warm-up; the median of the repeats counts. A third side makes the products of inference
-with matrices of weights, and nothing else: what is left to gain.
+them), batches of full length, threads, clipping and AdamW, in float32;
+--products=bfloat16 rounds the factors of products, on their side by PyTorch's autocast,
+which rounds the results too. Training is `training.make_step`, as in the merging study.
+They take turns in one run, so that both meet the same load, after a warm-up; the median
+of the repeats counts. A third side makes the products of inference with matrices of
+weights, and nothing else: what is left to gain.
 """
 
 import dataclasses
@@ -27,6 +28,7 @@ import optax
 from experiments import flags, parsing, report_file, torch_side
 from experiments.flags import flag
 from experiments.torch_side import Timer
+from multitask_jax import training
 from multitask_jax.layers import products as layer_products
 from multitask_jax.merging.report import table
 from multitask_jax.models import bert
@@ -54,40 +56,38 @@ class Config:
 
 
 def ours(config: Config, shape: bert.Shape = SIZES) -> Timer:
-    """Steps of this library's encoder; compiles them."""
+    """Steps of this library's encoder, as the study fine-tunes; compiles them."""
     size = (config.batch, config.length)
     ids = np.random.default_rng(0).integers(0, shape.vocab_size, size, np.int32)
     mask = np.ones(size, np.int32)
-    labels = np.arange(config.batch) % 2
-    optimizer = optax.adamw(2e-5, weight_decay=0.01)
+    batch = {"ids": ids, "mask": mask, "labels": np.arange(config.batch) % 2}
     head = jnp.zeros((shape.width, 2)), jnp.zeros((2,))
     params = {"bert": bert.init(jax.random.key(0), shape), "head": head}
     shape = shape._replace(products=config.products)
     inference = jax.jit(functools.partial(bert.embed, shape=shape))
     rounded = jax.jit(functools.partial(bert.rounded, shape=shape))
 
-    def loss(params: Any) -> jax.Array:
+    def loss(params: Any, batch: Any, key: Any) -> tuple[jax.Array, Any]:
         kernel, bias = params["head"]
-        x = bert.embed(params["bert"], ids, mask, shape=shape)
-        logits = x @ kernel + bias[None]
-        each = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return jnp.mean(each)
+        x = bert.embed(params["bert"], batch["ids"], batch["mask"], shape=shape)
+        each = optax.softmax_cross_entropy_with_integer_labels(
+            x @ kernel + bias[None], batch["labels"]
+        )
+        return jnp.mean(each), {}
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def training(params: Any, state: Any) -> tuple[Any, Any]:
-        updates, state = optimizer.update(jax.grad(loss)(params), state, params)
-        return optax.apply_updates(params, updates), state
-
-    state = params, optimizer.init(params)
+    optimizer = training.adamw(2e-5, steps=1000, clip=1.0)
+    step = training.make_step(loss, optimizer)
+    state = training.init_state(params, optimizer, jax.random.key(0))
 
     def seconds(kind: str, steps: int) -> float:
         nonlocal state
         start = time.perf_counter()
         if kind == "inference":  # weights are rounded once for many batches, as theirs
-            weights = rounded(state[0]["bert"])
+            weights = rounded(state.params["bert"])
         for _ in range(steps):
             if kind == "training":
-                state = jax.block_until_ready(training(*state))
+                state, metrics = step(state, batch)
+                jax.block_until_ready((state.params, metrics))
             else:
                 jax.block_until_ready(inference(weights, ids, mask))
         return time.perf_counter() - start

@@ -220,7 +220,10 @@ def mergekit(
 
 
 def measure(command: list[str]) -> tuple[float, float]:
-    """(seconds, peak RssAnon in MB) of a command and what it starts."""
+    """(seconds, peak RssAnon in MB) of a command and what it starts.
+
+    The peak is 0 where none is seen: without /proc, as elsewhere than under Linux.
+    """
     started = time.perf_counter()
     # Compiled modules are kept, as those of installed packages are.
     environment = {k: v for k, v in os.environ.items() if k != _NO_BYTECODE}
@@ -250,7 +253,7 @@ def measure(command: list[str]) -> tuple[float, float]:
 
 
 def rss_anon(pid: int) -> int:
-    """Bytes of a process and its children; 0 where they are gone."""
+    """Bytes of a process and its children; 0 where they, or /proc, are not there."""
     total = 0
     try:
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
@@ -323,7 +326,7 @@ def summarise(
                 "seconds": median[name],
                 "fastest": min(seconds),
                 "slowest": max(seconds),
-                "memory_mb": max(m for _, m in results),
+                "memory_mb": max(m for _, m in results) or None,
                 "ns_per_parameter": 1e9 * median[name] / size,
                 "times_floor": median[name] / median[FLOOR],
                 "times_faster": theirs / median[name] if theirs else None,
@@ -342,9 +345,10 @@ def as_table(rows: list[dict[str, Any]]) -> str:
     for r in rows:
         ratio = f"{r['times_floor']:.1f}" if r["times_floor"] else ""
         faster = f"{r['times_faster']:.1f} x" if r["times_faster"] else ""
+        memory = f"{r['memory_mb']:.0f}" if r["memory_mb"] else ""
         spread = f"{r['seconds']:.1f} ({r['fastest']:.1f}-{r['slowest']:.1f})"
         lines.append(
-            f"| {r['name']} | {spread} | {ratio} | {faster} | {r['memory_mb']:.0f}"
+            f"| {r['name']} | {spread} | {ratio} | {faster} | {memory}"
             f" | {r['ns_per_parameter']:.1f} |"
         )
     return "\n".join(lines) + "\n"

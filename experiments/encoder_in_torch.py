@@ -15,7 +15,7 @@ from transformers import BertConfig, BertModel
 
 
 class Encoder:
-    """A BERT with random weights, batches of full length, AdamW; no dropout."""
+    """A BERT with random weights, a batch of full length, AdamW; no dropout."""
 
     def __init__(self, settings: dict[str, Any]):
         torch.set_num_threads(settings["threads"])
@@ -32,8 +32,8 @@ class Encoder:
         self.ids = torch.randint(0, config.vocab_size, size)
         self.mask = torch.ones(size, dtype=torch.long)
         self.labels = torch.arange(settings["batch"]) % 2
-        parameters = [*self.bert.parameters(), *self.head.parameters()]
-        self.optimizer = torch.optim.AdamW(parameters, lr=2e-5, weight_decay=0.01)
+        self.parameters = [*self.bert.parameters(), *self.head.parameters()]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=2e-5, weight_decay=0.01)
 
     def embed(self) -> torch.Tensor:
         """Means of the last layer's tokens [B, D]."""
@@ -47,7 +47,7 @@ class Encoder:
         return torch.autocast("cpu", torch.bfloat16, enabled=self.low)
 
     def training(self, steps: int) -> None:
-        """Steps of AdamW."""
+        """Forward, backward, clip, AdamW."""
         self.bert.train()
         for _ in range(steps):
             self.optimizer.zero_grad()
@@ -55,6 +55,7 @@ class Encoder:
                 x = self.embed()
             logits = self.head(x)
             torch.nn.functional.cross_entropy(logits, self.labels).backward()
+            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
             self.optimizer.step()
 
     def inference(self, steps: int) -> None:

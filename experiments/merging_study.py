@@ -13,16 +13,17 @@ through `experiments.merge`.
       --flagfile=experiments/flagfiles/study/full.flags
 
 DATA has a folder a task: train.tsv, validation.tsv, test.tsv with a header and columns
-label, sentence (, sentence2); with internet --tasks=glue/sst2,glue/mrpc,glue/rte does
-without. README has the time it takes, less with --methods of your choice; a run that is
-stopped goes on where it was. Writes to --workdir:
-config.json, metrics.jsonl (all results), report.md, figures, and the specialists as
-Hugging Face directories.
+label, sentence (or sentence1, sentence2); with internet --tasks=glue/sst2,glue/rte
+does without. README has the time it takes, less with --methods of your choice;
+a run that is stopped goes on where it was. Writes to --workdir: config.json,
+metrics.jsonl (all results), report.md, figures, and the specialists as Hugging Face
+directories.
 
 Legend: S seeds, T tasks.
 """
 
 import dataclasses
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +33,7 @@ from experiments import (
     flags,
     parsing,
     program_cache,
+    signals,
     study_analysis,
     study_candidates,
     study_report,
@@ -39,12 +41,13 @@ from experiments import (
 )
 from experiments.flags import flag
 from experiments.study_candidates import BUDGET
-from experiments.study_state import GLUE, Study
+from experiments.study_state import GLUE, Seed, Study
 from experiments.study_store import remember
 from experiments.study_training import JOINT
-from multitask_jax.data import text_tasks
+from multitask_jax.data import text_tasks, tokens
 from multitask_jax.host_memory import keep_freed_memory
 from multitask_jax.layers import products
+from multitask_jax.models import bert
 
 PARTS = (
     "methods",
@@ -56,8 +59,9 @@ PARTS = (
     "gradients",
     "conflicts",
 )
+PATHS = ("workdir", "data_dir", "model_dir")
 # May differ from an earlier run in the same folder (of data and base the bytes count).
-FREE = ("workdir", "seeds", "parts", "methods", "progress", "data_dir", "model_dir")
+FREE = (*PATHS, "seeds", "parts", "methods", "progress")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +101,7 @@ class Config:
     methods: str = flag(
         "Comma list of the main table's rows, like 'ties,ties + LiNeS,EMR' (all).", ""
     )
-    parts: str = flag(f"Comma list of {', '.join(PARTS)}.", ",".join(PARTS))
+    parts: str = flag(f"Comma list of {', '.join(PARTS)} (all).", "")
     unlabelled_rows: int = flag(
         "Training rows that data-driven methods see, whole sixteens; 32 tokens of"
         " each sentence at most.",
@@ -117,8 +121,8 @@ class Result(NamedTuple):
     report: str
 
 
-def check(config: Config) -> tuple[list[int], list[str], list[str]]:
-    """Seeds, tasks and parts; raises ValueError for what would fail only later."""
+def check(config: Config) -> tuple[list[int], list[str], list[str], list[str]]:
+    """Seeds, tasks, parts, rows; raises ValueError for what would fail only later."""
     seeds = parsing.seeds(config.seeds)
     given = [t.strip() for t in config.tasks.split(",") if t.strip()]
     of_folders = [t for t in given if not t.startswith(GLUE)]
@@ -145,7 +149,7 @@ def check(config: Config) -> tuple[list[int], list[str], list[str]]:
         raise ValueError(f"tasks: {taken} are names of the study's own; rename them")
     if commas := [x for x in (*names, config.workdir) if "," in x]:
         raise ValueError(f"got {commas}: names of tasks and --workdir have no commas")
-    parts = [p.strip() for p in config.parts.split(",") if p.strip()]
+    parts = [p.strip() for p in config.parts.split(",") if p.strip()] or list(PARTS)
     if unknown := [p for p in parts if p not in PARTS]:
         raise ValueError(f"--parts: got {unknown}, expected some of {PARTS}")
     least = {"train_rows": 2 * config.batch_size, "validation_rows": 2, "epochs": 1}
@@ -168,22 +172,45 @@ def check(config: Config) -> tuple[list[int], list[str], list[str]]:
             f"--fisher_rows: got {config.fisher_rows}, more than the"
             f" {config.unlabelled_rows} of --unlabelled_rows"
         )
+    rows = chosen_rows(config, parts)
+    _check_base(config)
+    return seeds, tasks, parts, rows
+
+
+def _check_base(config: Config) -> None:
+    """Raises ValueError for a base that is none, or that --workdir lies in."""
     model = Path(config.model_dir)
     if not (model / "config.json").is_file():
         raise ValueError(
             f"--model_dir: no config.json in {model}; `make minilm` installs the"
             " default base, or pass a Hugging Face directory of a BERT encoder"
         )
-    return seeds, tasks, parts
+    try:
+        bert.read_shape(model)
+        tokens.tokenizer_file(model)
+    except (ValueError, FileNotFoundError) as e:
+        raise ValueError(f"--model_dir: {e}") from None
+    if Path(config.workdir).resolve().is_relative_to(model.resolve()):
+        raise ValueError(
+            f"--workdir: got {config.workdir} inside --model_dir={model}, expected a"
+            " folder outside: merges are not written into what is merged"
+        )
 
 
-def chosen_rows(config: Config) -> list[str]:
-    """Labels of the main table's rows."""
+def chosen_rows(config: Config, parts: Sequence[str]) -> list[str]:
+    """Labels of the main table's rows; raises ValueError for what no part makes."""
     every = study_rows.labels(config.budget)
-    # "AdaMerging, by leaf" is one row.
-    wanted = [m.strip() for m in re.split(r",(?! by )", config.methods) if m.strip()]
+    # "AdaMerging, by leaf" and "karcher, scaled" are one row each.
+    split = re.split(r",(?! by | scaled)", config.methods)
+    wanted = [m.strip() for m in split if m.strip()]
     if unknown := [m for m in wanted if m not in every]:
         raise ValueError(f"--methods: got {unknown}, expected some of {every}")
+    for row in wanted:
+        if (part := study_rows.part_of(row)) not in parts:
+            raise ValueError(
+                f"--methods: got {row!r}, a row of the part {part!r}, which --parts"
+                f" has not (got {', '.join(parts)}); add it there, or leave the row out"
+            )
     return wanted or every
 
 
@@ -193,8 +220,10 @@ def run(config: Config) -> Result:
     Raises:
       ValueError: a flag, a task or the base is not as it should be; says which.
     """
-    seeds, tasks, parts = check(config)
-    rows = chosen_rows(config)
+    # Once for all: not everything that is given a path knows what ~ is.
+    home = {name: os.path.expanduser(getattr(config, name)) for name in PATHS}
+    config = dataclasses.replace(config, **home)
+    seeds, tasks, parts, rows = check(config)
     first = seeds[0]
     # Tasks by name: a folder that comes later, or goes, makes another study.
     told = dataclasses.replace(config, tasks=",".join(tasks))
@@ -215,6 +244,15 @@ def run(config: Config) -> Result:
 def _run_seed(study: Study, index: int, first: int, parts: Sequence[str]) -> None:
     seed = study.prepare(index)
     study.references(seed)
+    try:
+        _run_parts(study, seed, first, parts)
+    except Exception:
+        if index == first:  # later seeds leave the report of those before them
+            _report(study, [first])
+        raise
+
+
+def _run_parts(study: Study, seed: Seed, first: int, parts: Sequence[str]) -> None:
     if "methods" in parts:
         study_rows.methods(study, seed, first)
         study_rows.a_model_a_task(study, seed, first)
@@ -226,7 +264,7 @@ def _run_seed(study: Study, index: int, first: int, parts: Sequence[str]) -> Non
         study_rows.ablations(study, seed, first)
     if "forgetting" in parts:
         study_analysis.forgetting(study, seed)
-    if index != first:
+    if seed.index != first:
         return
     if "conflicts" in parts:
         study_analysis.conflicts(study, seed)
@@ -248,4 +286,5 @@ def _report(study: Study, seeds: Sequence[int]) -> str:
 
 if __name__ == "__main__":
     keep_freed_memory()  # of encoders and activations, hundreds of times
+    signals.as_interruption()
     flags.main(Config, flags.plain_errors(run, "the same command goes on from there"))

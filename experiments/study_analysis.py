@@ -62,8 +62,10 @@ def forgetting(study: Any, seed: Any) -> None:
             tau = seed.merger.whole(seed.merger.own(t))
             tuned = study.accuracies(seed.merger.at(tau, {}), seed, pool)
             others = [n for n in study.names if n != name]
-            # The criterion divides by it; of none right half a row is made.
-            zero_shot = [max(base()[n], 0.5 / len(pool.labels[n])) for n in others]
+            # The criterion divides by them; of none right half a row is made.
+            least = {n: 0.5 / len(labels) for n, labels in pool.labels.items()}
+            fine_tuned = max(tuned[name], least[name])
+            zero_shot = [max(base()[n], least[n]) for n in others]
 
             def accuracies(
                 way: str, alpha: float, rows: Any, at_0: Any, at_1: Any
@@ -87,7 +89,7 @@ def forgetting(study: Any, seed: Any) -> None:
                     ALPHAS,
                     [f[name] for f in found],
                     [[f[n] for n in others] for f in found],
-                    fine_tuned=tuned[name],
+                    fine_tuned=fine_tuned,
                     zero_shot=zero_shot,
                 )
                 out[way] = {

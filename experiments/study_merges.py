@@ -254,7 +254,7 @@ class Final(NamedTuple):
     tensors: dict[str, np.ndarray]
     command: list[str]
     seconds: float
-    megabytes: float | None  # of a process of its own; None inside this one
+    megabytes: float | None  # of a process of its own, if it is seen (under Linux)
 
     def record(self) -> dict[str, Any]:
         """What is kept of it."""
@@ -274,7 +274,8 @@ def merge_on_disk(
     config = dataclasses.replace(config, output=str(output), **QUIET)
     command = [sys.executable, "-m", "experiments.merge", *merge.flags_of(config)]
     if measured:
-        seconds, megabytes = measure(command)
+        seconds, peak = measure(command)
+        megabytes = peak or None  # of no process is it 0: it was not seen
     else:
         start, megabytes = time.perf_counter(), None
         quietly(config)

@@ -103,6 +103,11 @@ def labels(budget: int) -> list[str]:
     ]
 
 
+def part_of(row: str) -> str:
+    """Which of merging_study.PARTS makes a row of the main table."""
+    return "data_driven" if row.startswith(IN_MEMORY) else "methods"
+
+
 def methods(study: Any, seed: Any, first: int) -> None:
     """The main table, but for what looks at data in memory."""
     every = study_candidates.entries(study.config.budget)
@@ -213,7 +218,7 @@ def a_model_a_task(study: Any, seed: Any, first: int) -> None:
 
 def data_driven(study: Any, seed: Any, first: int) -> None:
     """Rows without a streamed form; LiNeS scales their change of the base."""
-    if not any(row.startswith(IN_MEMORY) for row in study.rows):
+    if not any(part_of(row) == "data_driven" for row in study.rows):
         return
     rows = study_data_driven.in_memory(
         study.evaluator.shape,

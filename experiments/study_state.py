@@ -109,8 +109,8 @@ class Study:
                 f" {config.model_dir}, expected float32, which fine-tuning needs: cast"
                 " them first"
             )
-        tokenizer = Path(config.model_dir) / "tokenizer.json"
-        self.files = digest(self.tasks, tensors, shape, tokenizer.read_bytes())
+        tokenizer = tokens.tokenizer_file(config.model_dir).read_bytes()
+        self.files = digest(self.tasks, tensors, shape, tokenizer)
         params, rest = bert.from_hugging_face(tensors, shape=shape)
         self.base = (jax.tree.map(np.ascontiguousarray, params), rest)
         self.store = Store(self.workdir)

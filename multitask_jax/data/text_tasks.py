@@ -2,8 +2,9 @@
 
     sst2/train.tsv  sst2/validation.tsv  sst2/test.tsv
 
-Each has a header line, `label, sentence` or `label, sentence1, sentence2`, separated by
-tabs and without quoting. Labels are words or numbers; the head has them in order.
+Each has a header line, `label, sentence` or `label, sentence1, sentence2` (the first of
+which may be `sentence`, too), separated by tabs and without quoting. Labels are words
+or numbers; the head has them in order.
 """
 
 import os
@@ -14,6 +15,8 @@ from typing import NamedTuple
 import numpy as np
 
 PARTS = ("train", "validation", "test")
+# What a header may have after `label`.
+COLUMNS = (("sentence",), ("sentence1", "sentence2"), ("sentence", "sentence2"))
 
 
 class Rows(NamedTuple):
@@ -42,14 +45,22 @@ def find(data_dir: str | os.PathLike[str], names: Sequence[str] = ()) -> list[st
     """Names of the folders of tasks in `data_dir`, sorted; or `names`, if given.
 
     Raises:
-      ValueError: no such folder, or none at all; says what a task looks like.
+      ValueError: no such folder, none at all, or one with some of the three files
+        only; says what a task looks like.
     """
     root = Path(data_dir)
-    there = sorted(
-        p.name
-        for p in root.glob("*/")
-        if all((p / f"{x}.tsv").is_file() for x in PARTS)
-    )
+    files = [f"{part}.tsv" for part in PARTS]
+    there = []
+    for folder in sorted(root.glob("*/")):
+        missing = [f for f in files if not (folder / f).is_file()]
+        if not missing:
+            there.append(folder.name)
+        elif len(missing) < len(files) and (not names or folder.name in names):
+            found = sorted(p.name for p in folder.glob("*.tsv"))
+            raise ValueError(
+                f"{folder}: got {found}, expected {files}; add what is missing, or"
+                " choose other tasks by name"
+            )
     if not there:
         raise ValueError(
             f"{root}: got no task, expected folders with train.tsv, validation.tsv,"
@@ -119,10 +130,10 @@ def _lines(path: Path) -> list[tuple[str, tuple[str, ...]]]:
         ) from None
     header, *lines = text.rstrip("\n").split("\n")
     columns = header.split("\t")
-    if columns[0] != "label" or len(columns) not in (2, 3):
+    if columns[0] != "label" or tuple(columns[1:]) not in COLUMNS:
         raise ValueError(
-            f"{path}:1: got header {columns}, expected label, sentence (or sentence1,"
-            " sentence2), tab-separated"
+            f"{path}:1: got header {columns}, expected label and sentence, or label,"
+            " sentence1 and sentence2, tab-separated"
         )
     out = []
     for i, line in enumerate(lines, start=2):

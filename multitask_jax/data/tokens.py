@@ -35,6 +35,22 @@ class Batch(NamedTuple):
     mask: np.ndarray  # [B, S, L] int32, 1 where there is a token
 
 
+def tokenizer_file(model_dir: str | os.PathLike[str]) -> Path:
+    """The tokenizer.json of a Hugging Face directory.
+
+    Raises:
+      FileNotFoundError: there is none; says how to make it.
+    """
+    path = Path(model_dir) / "tokenizer.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: not there; expected a Hugging Face directory with it, which"
+            " transformers makes of a vocab.txt: AutoTokenizer.from_pretrained(DIR)"
+            ".save_pretrained(DIR)"
+        )
+    return path
+
+
 def encode(
     model_dir: str | os.PathLike[str],
     rows: Sequence[tuple[str, ...]],
@@ -53,12 +69,7 @@ def encode(
     """
     from tokenizers import Tokenizer
 
-    path = Path(model_dir) / "tokenizer.json"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: not there; expected a Hugging Face directory with it"
-        )
-    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer = Tokenizer.from_file(str(tokenizer_file(model_dir)))
     tokenizer.no_padding()
     tokenizer.enable_truncation(max_length)
     flat = [sentence for row in rows for sentence in row]

@@ -10,7 +10,6 @@ Legend: B sentences, L tokens, D width, H heads, V vocabulary.
 import functools
 import json
 import os
-import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -264,7 +263,7 @@ def shape_from_config(config: Mapping[str, Any]) -> Shape:
     }
     for key, value in wanted.items():
         if (got := config.get(key, value)) != value:
-            raise ValueError(f"config.json: {key} is {got!r}, expected {value!r}")
+            raise ValueError(f"{key} is {got!r}, expected {value!r}")
     keys = {
         "vocab_size": "vocab_size",
         "width": "hidden_size",
@@ -276,9 +275,7 @@ def shape_from_config(config: Mapping[str, Any]) -> Shape:
         "epsilon": "layer_norm_eps",
     }
     if missing := [k for k in keys.values() if k not in config]:
-        raise ValueError(
-            f"config.json: {missing} missing, needed for an encoder's size"
-        )
+        raise ValueError(f"{missing} missing, needed for an encoder's size")
     return Shape(**{ours: config[theirs] for ours, theirs in keys.items()})
 
 
@@ -287,9 +284,13 @@ def read_shape(path: str | os.PathLike[str]) -> Shape:
 
     Raises:
       FileNotFoundError: no config.json there.
-      ValueError: as `shape_from_config`.
+      ValueError: as `shape_from_config`, or no JSON; names the file.
     """
-    return shape_from_config(json.loads((Path(path) / "config.json").read_text()))
+    file = Path(path) / "config.json"
+    try:
+        return shape_from_config(json.loads(file.read_text()))
+    except ValueError as e:
+        raise ValueError(f"{file}: {e}") from None
 
 
 def load(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any], Shape]:
@@ -312,13 +313,13 @@ def save(
 ) -> None:
     """Writes tensors by Hugging Face names, with the config and tokenizer of `like`.
 
+    They are what a merge takes along, `checkpoints.copy_companions`.
+
     Raises:
       FileExistsError: `path` is there already.
     """
     folder = Path(path)
     folder.mkdir(parents=True)
-    for file in Path(like).glob("*.json"):
-        if not file.name.endswith(".index.json"):
-            shutil.copyfile(file, folder / file.name)
+    checkpoints.copy_companions(Path(like), folder)
     host = {k: np.ascontiguousarray(x) for k, x in tensors.items()}
     save_file(host, folder / "model.safetensors", metadata={"format": "pt"})

@@ -24,9 +24,10 @@ def test_labels_are_in_order_and_shared_by_the_parts(tmp_path):
     assert task.width == 1
 
 
-def test_pairs_and_quotes_are_kept_as_they_are(tmp_path):
+@pytest.mark.parametrize("first", ["sentence", "sentence1"])
+def test_pairs_and_quotes_are_kept_as_they_are(tmp_path, first):
     lines = ('1\t"a" said\tb', "0\tc\td")
-    folder = write(tmp_path / "x", header="label\tsentence1\tsentence2", lines=lines)
+    folder = write(tmp_path / "x", header=f"label\t{first}\tsentence2", lines=lines)
     task = text_tasks.read(folder)
     assert task.width == 2
     assert task.train.sentences == [('"a" said', "b"), ("c", "d")]
@@ -56,12 +57,26 @@ def test_find(tmp_path):
         text_tasks.find(tmp_path, ["a", "a"])
     with pytest.raises(ValueError, match="got no task, expected folders"):
         text_tasks.find(tmp_path / "no_task")
+    (tmp_path / "a" / "validation.tsv").rename(tmp_path / "a" / "dev.tsv")
+    there = r"\['dev\.tsv', 'test\.tsv', 'train\.tsv'\]"
+    for names in ([], ["a", "b"]):
+        with pytest.raises(ValueError, match=f"/a: got {there}, expected"):
+            text_tasks.find(tmp_path, names)
+    assert text_tasks.find(tmp_path, ["b"]) == ["b"]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"header": "sentence\tlabel"}, r"train\.tsv:1: got header"),
+        (
+            {"header": "label\tsentence\tid", "lines": ("1\ta\t5", "0\tb\t6")},
+            r"train\.tsv:1: got header \['label', 'sentence', 'id'\], expected label",
+        ),
+        (
+            {"header": "label\tsentence\t", "lines": ("1\ta\t", "0\tb\t")},
+            r"train\.tsv:1: got header \['label', 'sentence', ''\], expected label",
+        ),
         ({"lines": ("1\ta", "0\tb\tc")}, r"train\.tsv:3: got 3 columns, expected 2"),
         ({"test": ("7\tx",)}, r"test\.tsv:2: got label '7'"),
         ({"lines": ("1\ta", "1\tb")}, "one label only"),

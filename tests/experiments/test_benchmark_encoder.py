@@ -2,11 +2,13 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from experiments import benchmark_encoder
 from experiments.benchmark_encoder import Config
+from multitask_jax import training
 from multitask_jax.models import bert
 
 TINY = bert.Shape(vocab_size=50, width=16, depth=1, heads=4, mlp_width=24, positions=8)
@@ -21,7 +23,15 @@ def test_rates_are_sentences_by_the_median_turn() -> None:
 
 
 @pytest.mark.parametrize("products", ["float32", "bfloat16"])
-def test_ours_takes_steps(products: str) -> None:
+def test_ours_takes_steps(products: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of training are this library's, traced once, on a batch they are given."""
+    steps, make_step = [], training.make_step
+
+    def made(*args: Any) -> training.Step:
+        steps.append(make_step(*args))
+        return steps[-1]
+
+    monkeypatch.setattr(training, "make_step", made)
     config = dataclasses.replace(CONFIG, products=products)
     alone = benchmark_encoder.PRODUCTS
     got = benchmark_encoder.measure(
@@ -34,6 +44,8 @@ def test_ours_takes_steps(products: str) -> None:
     ours = {("ours", "training"), ("ours", "inference")}
     assert set(got) == ours | {(alone, "inference")}
     assert min(got.values()) > 0
+    (step,) = steps
+    assert step.traced == [{"ids": (2, 8), "mask": (2, 8), "labels": (2,)}]
 
 
 def test_unknown_products_are_refused() -> None:

@@ -2,13 +2,16 @@
 
 import dataclasses
 import json
+import runpy
 import shutil
 
 import numpy as np
 import pytest
 
 from experiments import (
+    flags,
     merging_study,
+    signals,
     study_analysis,
     study_candidates,
     study_data_driven,
@@ -20,12 +23,13 @@ from experiments import (
 )
 from experiments.merging_study import Config
 from experiments.study_stand_in import SHAPE, make_base, make_tasks
-from multitask_jax import checkpoints, merging
+from multitask_jax import checkpoints, host_memory, merging
 from multitask_jax.data import text_tasks, tokens
 from multitask_jax.models import bert
 from tests.experiments.common import from_flagfile
 
 ABLATED, FITTED = ("TIES", "oracle signs"), "AdaMerging, by leaf"
+ROWS = "task_arithmetic,ties,ties + LiNeS,EMR,TALL masks"
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +54,9 @@ def smoke(places, **changes):
 
 @pytest.fixture(scope="module")
 def config(places):
-    rows = "task_arithmetic,ties,ties + LiNeS,EMR,TALL masks"
     fitted = f"{FITTED},{FITTED} + LiNeS"
     parts = ",".join(merging_study.PARTS)
-    return smoke(places, parts=parts, methods=f"{rows},{fitted}")
+    return smoke(places, parts=parts, methods=f"{ROWS},{fitted}")
 
 
 @pytest.fixture(scope="module")
@@ -168,13 +171,18 @@ def test_budget(result, config):
         assert len(record.get("validation", [])) <= config.budget
 
 
-def test_a_second_run_does_nothing_again(result, config, monkeypatch):
+def test_a_second_run_does_nothing_again(result, config, places, monkeypatch):
+    """Under whatever name its folders are known, ~ among them."""
     path = merging_study.Path(config.workdir) / "metrics.jsonl"
     before = path.read_bytes()
     monkeypatch.setattr(study_merges, "merge_on_disk", None)
     monkeypatch.setattr(study_tasks.Evaluator, "scores", None)
-    small = dataclasses.replace(config, parts="methods,redundancy,forgetting")
-    again = merging_study.run(small)
+    small = dataclasses.replace(
+        config, parts="methods,redundancy,forgetting", methods=ROWS
+    )
+    monkeypatch.setenv("HOME", str(places[0].parent))
+    home = {"model_dir": "~/base", "data_dir": "~/tasks", "workdir": "~/out"}
+    again = merging_study.run(dataclasses.replace(small, **home))
     assert path.read_bytes() == before
     assert again.report == result.report
 
@@ -187,12 +195,31 @@ def test_a_cut_off_line_is_done_again(result, config, tmp_path):
     last = json.loads(text.splitlines()[-1])
     assert last["part"] == "gradients"
     path.write_text(text[:-20])
-    small = dataclasses.replace(config, workdir=str(work), parts="gradients")
+    small = dataclasses.replace(
+        config, workdir=str(work), parts="gradients", methods=""
+    )
     again = merging_study.run(small)
     redone = rows(again, last["part"])[last["row"]]
     assert {k: v for k, v in redone.items() if k != "spent"} == {
         k: v for k, v in last.items() if k != "spent"
     }
+
+
+def test_a_part_that_fails_leaves_a_report(result, config, tmp_path, monkeypatch):
+    work = tmp_path / "work"
+    shutil.copytree(config.workdir, work)
+    (work / "report.md").unlink()
+
+    def fail(*_):
+        raise ValueError("of this part")
+
+    monkeypatch.setattr(study_analysis, "gradients", fail)
+    small = dataclasses.replace(
+        config, workdir=str(work), parts="gradients", methods=""
+    )
+    with pytest.raises(ValueError, match="of this part"):
+        merging_study.run(small)
+    assert "| EMR |" in (work / "report.md").read_text()
 
 
 def test_other_candidates_are_refused(result, config, monkeypatch):
@@ -218,6 +245,8 @@ def test_other_settings_are_refused(result, config):
         ({"seeds": "1,01"}, "--seeds: got"),
         ({"methods": "tis"}, r"--methods: got \['tis'\]"),
         ({"parts": "all"}, r"--parts: got \['all'\]"),
+        ({"parts": "methods"}, f"got '{FITTED}', a row of the part 'data_driven'"),
+        ({"parts": "counts"}, "got 'task_arithmetic', a row of the part 'methods'"),
         ({"model_dir": "nowhere"}, "make minilm"),
         ({"budget": 0}, "--budget: got 0"),
         ({"products": "half"}, "--products: got 'half', expected one of"),
@@ -237,6 +266,42 @@ def test_errors(config, changes, message, tmp_path):
     assert not (tmp_path / "w").exists()
 
 
+def test_a_workdir_inside_the_base_is_refused(config, places, tmp_path):
+    base, link = places[0], tmp_path / "link"
+    link.symlink_to(base)
+    for model, work in ((base, link), (link, base / "w"), (base, base / "w" / "w")):
+        changed = dataclasses.replace(config, model_dir=str(model), workdir=str(work))
+        with pytest.raises(
+            ValueError, match=f"--workdir: got {work} inside --model_dir"
+        ):
+            merging_study.run(changed)
+    assert not (base / "w").exists()
+
+
+def test_what_a_base_lacks_is_told_before_its_weights_are_read(
+    config, places, tmp_path
+):
+    about = json.loads((places[0] / "config.json").read_text())
+    changed = dataclasses.replace(config, model_dir=str(tmp_path))
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(about | {"model_type": "roberta"}))
+    with pytest.raises(ValueError, match=f"--model_dir: {file}: model_type is 'robe"):
+        merging_study.run(changed)
+    file.write_text(json.dumps(about))
+    (tmp_path / "vocab.txt").write_text("[PAD]\n")
+    with pytest.raises(ValueError, match=r"--model_dir: .*tokenizer\.json: not there"):
+        merging_study.run(changed)
+
+
+def test_a_scheduler_ends_the_script_as_ctrl_c_does(monkeypatch):
+    called = []
+    monkeypatch.setattr(host_memory, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(signals, "as_interruption", lambda: called.append("signals"))
+    monkeypatch.setattr(flags, "main", lambda *_: called.append("main"))
+    runpy.run_path(merging_study.__file__, run_name="__main__")
+    assert called == ["signals", "main"]
+
+
 def test_unlabelled_rows_are_of_all_labels():
     """Rows that are sorted by label, as files often are."""
     rows = [(np.array([i, i + 1], np.int32),) for i in range(640)]
@@ -251,9 +316,13 @@ def test_unlabelled_rows_are_of_all_labels():
 
 def test_rows_are_chosen_by_name():
     config = Config(methods="ties,EMR,AdaMerging, by leaf,AdaMerging, by task + LiNeS")
-    assert merging_study.chosen_rows(config) == [
+    assert merging_study.chosen_rows(config, merging_study.PARTS) == [
         "ties", "EMR", "AdaMerging, by leaf", "AdaMerging, by task + LiNeS"
     ]  # fmt: skip
+    every = study_rows.labels(config.budget)
+    for between in (",", ", "):
+        config = Config(methods=between.join(every))
+        assert merging_study.chosen_rows(config, merging_study.PARTS) == every
 
 
 def test_other_bytes_are_another_study(places, config, result, tmp_path):
@@ -366,10 +435,11 @@ def test_tasks_of_glue_by_name(places, monkeypatch):
 
     monkeypatch.setattr(text_builder, "glue", glue)
     config = Config(model_dir=str(base), tasks="glue/sst2,glue/rte")
-    _, names, _ = merging_study.check(config)
+    _, names, parts, _ = merging_study.check(config)
     assert names == ["glue/sst2", "glue/rte"]
+    assert parts == list(merging_study.PARTS)
     mixed = dataclasses.replace(config, data_dir=str(tasks), tasks="second,glue/sst2")
-    _, names, _ = merging_study.check(mixed)
+    _, names, *_ = merging_study.check(mixed)
     assert study_state.read_task(str(tasks), names[0]).name == "second"
     assert study_state.read_task(str(tasks), names[1]).name == "sst2"
     assert asked == ["sst2"]

@@ -1,11 +1,18 @@
 """Rows of the study's tables: candidates, tuning, and merges as the command line's."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from experiments import merge, study_candidates, study_merges, study_tasks
+from experiments import (
+    benchmark_merge,
+    merge,
+    study_candidates,
+    study_merges,
+    study_tasks,
+)
 from experiments.study_stand_in import make_base
 from multitask_jax import checkpoints, merging
 from multitask_jax.models import bert
@@ -170,6 +177,17 @@ def test_lines_rule_is_each_seeds_own(models, tmp_path):
         measured=False,
     )
     assert study_merges.difference(found.tensors, final.tensors) == 0
+
+
+def test_memory_that_was_not_seen_is_not_0(models, monkeypatch):
+    """As without /proc."""
+    monkeypatch.setattr(study_merges, "measure", lambda command: (2.0, 0.0))
+    final = study_merges.merge_on_disk(models, {}, Path(models.base), measured=True)
+    assert final.record()["merge_megabytes"] is None
+    runs = {benchmark_merge.FLOOR: [(2.0, 0.0)]}
+    (row,) = benchmark_merge.summarise(runs, {}, 10**9)
+    assert row["memory_mb"] is None
+    assert benchmark_merge.as_table([row]).endswith("|  |  | 2.0 |\n")
 
 
 def test_differences_are_seen():

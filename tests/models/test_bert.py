@@ -195,10 +195,15 @@ def test_other_architectures_are_refused(key: str, value: str) -> None:
         bert.shape_from_config(CONFIG | {key: value})
 
 
-def test_missing_sizes_are_named() -> None:
+def test_missing_sizes_are_named(tmp_path: Path) -> None:
     config = {k: v for k, v in CONFIG.items() if k != "intermediate_size"}
     with pytest.raises(ValueError, match="intermediate_size"):
         bert.shape_from_config(config)
+    file = tmp_path / "config.json"
+    for text, message in ((json.dumps(config), "\\['inter"), ("{", "Expecting")):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=f"{file}: {message}"):
+            bert.read_shape(tmp_path)
 
 
 def test_directories_round_trip(params: Any, tmp_path: Path) -> None:
@@ -207,20 +212,25 @@ def test_directories_round_trip(params: Any, tmp_path: Path) -> None:
     like.mkdir()
     (like / "config.json").write_text(json.dumps(CONFIG))
     (like / "tokenizer.json").write_text("{}")
+    (like / "vocab.txt").write_text("[PAD]\n")
+    (like / "1_Pooling").mkdir()  # as sentence encoders have it
+    (like / "1_Pooling" / "config.json").write_text("{}")
     (like / "model.safetensors.index.json").write_text("{}")
     pooler = {"pooler.dense.bias": np.arange(16, dtype=np.float32)}
     tensors = bert.to_hugging_face(params, pooler, shape=TINY)
     bert.save(first, tensors, like=like)
-    assert sorted(p.name for p in first.iterdir()) == [
-        *("config.json", "model.safetensors", "tokenizer.json")
+    files = (str(p.relative_to(first)) for p in first.rglob("*") if p.is_file())
+    assert sorted(files) == [
+        *("1_Pooling/config.json", "config.json", "model.safetensors"),
+        *("tokenizer.json", "vocab.txt"),
     ]
     got, rest, shape = bert.load(first)
     assert shape == TINY
     assert_same_tree(got, params)
     assert_same_tree(rest, pooler)
     bert.save(second, bert.to_hugging_face(got, rest, shape=shape), like=first)
-    files = [load_file(p / "model.safetensors") for p in (first, second)]
-    assert_same_tree(*files)
+    stored = [load_file(p / "model.safetensors") for p in (first, second)]
+    assert_same_tree(*stored)
     with pytest.raises(FileExistsError):
         bert.save(first, tensors, like=like)
 
