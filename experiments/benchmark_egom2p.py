@@ -4,8 +4,8 @@
 
 Same architecture, shapes, masks and optimiser, float32 (--dtype=bfloat16: products,
 PyTorch's by its autocast); forward, backward, clipping and AdamW, turns taken. Also
-what of our step is for drawing masks and budgets, and how long the step waits for its
-batch.
+what of our step is for drawing masks and budgets, and what making a batch takes, which
+is the most that a step can wait for it.
 """
 
 import dataclasses
@@ -198,7 +198,7 @@ def run(config: Config) -> dict[str, float]:
             ]
         )
     head = ["", "step, ms", "with masks drawn", "PyTorch", "PyTorch / ours"]
-    head += ["masks alone", "waiting for a batch"]
+    head += ["masks alone", "making a batch (at most waited for)"]
     text = (
         f"A training step of {config.batch} clips, {config.inputs} tokens shown and"
         f" {config.targets} asked, {config.dtype}, {config.threads} threads, median of"

@@ -5,7 +5,8 @@
         --input=clip.npz --targets=depth,camera
 
 Li et al. 2025 (arXiv 2506.07886) at a size for two CPU cores. Stages, each of which
-starts from what the one before left in --workdir and is not done twice:
+starts from what the one before left in --workdir and, but for evaluate, is not done
+twice:
 
   record    first-person clips of the game engine ViZDoom with Freedoom's maps: real
             depth and poses, and a gaze *proxy* -> clips/{train,validation,test}. Put
@@ -96,7 +97,10 @@ class Config:
     schedule: Literal["linear", "cosine"] = flag("Sizes of parallel steps.", "linear")
     input: str = flag("generate: a clip's .npz with any of the modalities.", "")
     clip: int = flag("generate: which clip, if --input has several.", 0)
-    given: str = flag("generate: what to use of it, comma list; by default all.", "")
+    given: str = flag(
+        "generate: what to use of it, comma list; by default all that the model knows.",
+        "",
+    )
     targets: str = flag("generate: comma list of modalities to make.", "")
     output: str = flag("generate: a folder, by default WORKDIR/generated.", "")
     progress: bool = flag("Show progress bars.", True)
@@ -110,13 +114,12 @@ def run(config: Config) -> dict[str, Any]:
       FileNotFoundError: a stage finds nothing to start from.
       OSError: clips can't be recorded here.
     """
+    config = folders.expanded(config, "workdir", "input", "output")
     check(config)
     if config.stage == "generate":
         return generate(config)
     workdir = Path(config.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    about = dataclasses.asdict(config)
-    json_files.write(workdir / "config.json", about, indent=1)
     todo: dict[str, Callable[[Config, Path], Any]] = {
         "record": record,
         "tokenize": tokenize,
@@ -127,6 +130,9 @@ def run(config: Config) -> dict[str, Any]:
     for name in todo if config.stage == "all" else (config.stage,):
         start = time.perf_counter()
         found = todo[name](config, workdir) or {}
+        if name != "evaluate":  # which takes the flags of what is there
+            about = dataclasses.asdict(config)
+            json_files.write(workdir / "config.json", about, indent=1)
         if config.progress:
             print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
     return found
@@ -155,16 +161,21 @@ def record(config: Config, workdir: Path) -> None:
 
 
 def tokenize(config: Config, workdir: Path) -> None:
-    """Trains the tokenizers and tokenizes the splits."""
+    """Trains the tokenizers and tokenizes the splits to learn from.
+
+    Raises:
+      FileNotFoundError: no clips, or a recording that was cut off.
+      ValueError: tokenizers or tokens are there, of other clips or flags.
+    """
     folders.agree(config, "tokenizers")
-    paths = {s: workdir / "tokens" / f"{s}.npz" for s in tokens_of.SPLITS}
+    paths = {s: workdir / "tokens" / f"{s}.npz" for s in tokens_of.LEARNT}
     if all(path.exists() for path in paths.values()):
         folders.agree(config, "tokens")
         return
-    clips = {
-        split: tokens_of.read_clips(workdir / "clips" / split)
-        for split in tokens_of.SPLITS
-    }
+    home = workdir / "clips"
+    folders.recorded(home)
+    tokens_of.read_clips(home / "test", 1)  # evaluate would miss them hours later
+    clips = {split: tokens_of.read_clips(home / split) for split in tokens_of.LEARNT}
     if config.mirror:
         clips["train"] = tokens_of.with_mirrored(clips["train"])
     folders.remember(config, "tokenizers")
@@ -360,7 +371,13 @@ def generate(config: Config) -> dict[str, Any]:
         )
     row = slice(config.clip, config.clip + 1)
     arrays = {k: x[row] for k, x in clips.arrays.items() if clips.present[k][row][0]}
-    given = parsing.paths(config.given) or [k for k in arrays if k not in targets]
+    model = load_model(workdir, SHAPES[folders.as_trained(config).size])
+    known = tuple(model.tokenizers)
+    given = parsing.paths(config.given)
+    if not given:
+        given = [k for k in known if k in arrays and k not in targets]
+        if left := [k for k in arrays if k not in known]:
+            print(f"left out, the model does not know it: {', '.join(left)}")
     if missing := [name for name in given if name not in arrays]:
         raise ValueError(
             f"--given={','.join(given)}: {config.input} has no {missing[0]} in clip"
@@ -371,10 +388,9 @@ def generate(config: Config) -> dict[str, Any]:
             f"got --given={','.join(given)} and --targets={','.join(targets)}; expected"
             " something given that is not a target too"
         )
-    model = load_model(workdir, SHAPES[folders.as_trained(config).size])
     for flag_name, names in (("targets", targets), ("given", given)):
         for name in names:
-            parsing.one_of(flag_name, name, tuple(model.tokenizers))
+            parsing.one_of(flag_name, name, known)
     some = Clips(
         {k: arrays.get(k, clips.arrays[k][row]) for k in MODALITIES},
         {k: np.array([k in given]) for k in MODALITIES},
@@ -419,7 +435,9 @@ def _tokenizers(workdir: Path) -> dict[str, tokenizers.Tokenizer]:
 
 
 def _about(config: Config, seed: int, train: Clips, history: list[Any]) -> list[str]:
-    counts = ", ".join(f"{int(x.sum())} with {k}" for k, x in train.present.items())
+    counts = ", ".join(
+        f"{int(x.sum())} with {measures.called(k)}" for k, x in train.present.items()
+    )
     focus = f", focus {config.focus:g}" if config.masking == "dirichlet" else ""
     best = min((r for r in history if "eval/loss" in r), key=lambda r: r["eval/loss"])
     return [

@@ -1,13 +1,18 @@
 """What flags of `experiments.egom2p` must hold before hours of work begin."""
 
-import math
+import functools
 from typing import TYPE_CHECKING
 
+import jax
 from jax.sharding import Mesh
 
+from experiments import egom2p_tokens as tokens_of
 from experiments import egom2p_training as training
 from experiments import parsing
 from multitask_jax import sharding
+from multitask_jax.data.egocentric import MODALITIES
+from multitask_jax.masked.tokenizers import Tokenizer
+from multitask_jax.models import egom2p
 from multitask_jax.models.egom2p import SHAPES
 
 if TYPE_CHECKING:
@@ -40,12 +45,33 @@ def _check_training(config: "Config") -> None:
         _unused(config, ("focus",), "--masking=uniform, which has none")
     # Before JAX has started, too: later, a CPU can't simulate devices any more.
     if (mesh := mesh_of(config)) is not None:
-        axes = training.mesh_layout(mesh)["batch_axis"]
-        if config.batch % (parts := math.prod(mesh.shape[n] for n in axes)):
+        layout = training.mesh_layout(mesh)
+        if config.batch % (parts := training.batch_parts(mesh)):
             raise ValueError(
                 f"--batch: got {config.batch}, expected a multiple of {parts}, the"
-                f" {' and '.join(axes)} of --mesh={config.mesh}"
+                f" {' and '.join(layout['batch_axis'])} of --mesh={config.mesh}"
             )
+        _check_parameters(config, mesh, layout["rules"])
+
+
+def _check_parameters(config: "Config", mesh: Mesh, rules: sharding.Rules) -> None:
+    """Raises ValueError for a mesh that does not divide heads or widths; no arrays.
+
+    Vocabularies are those of four new tokenizers: which there will be is not known yet.
+    """
+    kinds = {k: tokens_of.config_of(k, quantizer=config.quantizer) for k in MODALITIES}
+    frozen = {kind: Tokenizer(own, None, None) for kind, own in kinds.items()}
+    init = functools.partial(
+        egom2p.init,
+        modalities=tokens_of.modalities_of(frozen),
+        shape=SHAPES[config.size],
+    )
+    try:
+        sharding.tree_shardings(jax.eval_shape(init, jax.random.key(0)), mesh, rules)
+    except ValueError as e:
+        raise ValueError(
+            f"--mesh: got {config.mesh}, which does not fit --size={config.size}: {e}"
+        ) from None
 
 
 def _unused(config: "Config", names: tuple[str, ...], beside: str) -> None:

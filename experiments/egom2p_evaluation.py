@@ -53,6 +53,16 @@ MEASURES = {
     "rgb": {"PSNR": ("dB", True), "SSIM": ("", True)},
 }
 
+# Keys that tables and legends tell more of.
+_CALLED = {"gaze": "gaze proxy", "ATE": "ATE without alignment"}
+
+
+def called(name: str) -> str:
+    """A key for people: "rgb -> gaze" -> "rgb -> gaze proxy"."""
+    for key, said in _CALLED.items():
+        name = name.replace(key, said)
+    return name
+
 
 def _gaze(estimate: Any, truth: Any) -> tuple[Any, ...]:
     return (evaluation.gaze_mse(estimate, truth),)

@@ -2,18 +2,23 @@
 
 WORKDIR/tokenizers, tokens and model have a settings.json each: the flags that their
 contents depend on, and digests of the clips and tokenizers that they were made from.
+Clips of test are none of these: nothing is kept of them, `evaluate` reads them anew.
 """
 
 import dataclasses
+import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from experiments import egom2p_tokens as tokens_of
 from experiments import json_files, study_store
+from multitask_jax.data import egocentric
 
 if TYPE_CHECKING:
     from experiments.egom2p import Config
 
+C = TypeVar("C")
 _RECORD = ("seed", "clips")
 _TOKENIZE = (
     *_RECORD, "video_steps", "trajectory_steps", "tokenizer_batch", "quantizer",
@@ -28,6 +33,12 @@ _DEPENDS = {"tokenizers": _TOKENIZE, "tokens": _TOKENIZE, "model": _PRETRAIN}
 _FILE = "settings.json"
 
 
+def expanded(config: C, *names: str) -> C:
+    """A config, of a run or a study, with ~ written out in the fields of paths."""
+    paths = {name: os.path.expanduser(getattr(config, name)) for name in names}
+    return dataclasses.replace(config, **paths)  # type: ignore[type-var]
+
+
 def agree(config: "Config", *names: str) -> None:
     """Refuses folders of WORKDIR that were made by other settings than now.
 
@@ -36,15 +47,18 @@ def agree(config: "Config", *names: str) -> None:
 
     Raises:
       ValueError: tells the folder and what differs.
+      FileNotFoundError: the clips are gone.
     """
+    workdir = Path(config.workdir)
     for name in names:
-        folder = Path(config.workdir) / name
+        folder = workdir / name
         file = folder / _FILE
         if not file.exists():
             continue
         if all(p.name.startswith((_FILE, ".")) for p in folder.iterdir()):
             continue
-        if differ := study_store.changed(file, _settings(config, name)):
+        clips_there(workdir)
+        if differ := changed(file, _settings(config, name), workdir):
             raise ValueError(
                 f"{folder} was made with other settings (there, now): {differ}; choose"
                 " another --workdir, or remove that folder and what was made after it"
@@ -77,6 +91,42 @@ def there(path: Path, stage: str) -> Path:
     return path
 
 
+def clips_there(workdir: Path) -> None:
+    """Raises FileNotFoundError where clips were, and there are none any more."""
+    for split in tokens_of.LEARNT:
+        folder = workdir / "clips" / split
+        if not egocentric.files_below(folder):
+            raise FileNotFoundError(
+                f"no clips in {folder}; expected those that {workdir} was made of: put"
+                " them back, or choose another --workdir"
+            )
+
+
+def recorded(clips: Path) -> None:
+    """Refuses a recording that was cut off; the user's own clips have no dataset.json.
+
+    Raises:
+      FileNotFoundError: shards are missing.
+    """
+    file = clips / "dataset.json"
+    if not file.exists():
+        return
+    about = json_files.read(file)
+    shards = [
+        clips / folder / f"{name}.npz"
+        for folder, names in about.get("maps", {}).items()
+        for name in names
+    ]
+    # With fewer clips than maps, some of these have none.
+    wanted = min(about.get("clips", 0), len(shards))
+    done = sum(path.exists() for path in shards)
+    if done < wanted:
+        raise FileNotFoundError(
+            f"{clips}: got {done} shards of a recording, expected {wanted}; run"
+            " --stage=record, it goes on"
+        )
+
+
 def fit_together(workdir: Path, *names: str) -> None:
     """Refuses tokens or a model of other tokenizers than WORKDIR has now.
 
@@ -95,13 +145,32 @@ def fit_together(workdir: Path, *names: str) -> None:
 
 def tokenized(workdir: Path) -> None:
     """Raises FileNotFoundError without the last file of the stage `tokenize`."""
-    there(workdir / "tokens" / "test.npz", "tokenize")
+    there(workdir / "tokens" / f"{tokens_of.LEARNT[-1]}.npz", "tokenize")
+
+
+def digests(workdir: Path) -> dict[str, str]:
+    """Of the clips that are learned from, by split."""
+    clips = workdir / "clips"
+    return {split: tokens_of.files_of(clips / split) for split in tokens_of.LEARNT}
+
+
+def changed(
+    file: Path, told: Mapping[str, Any], workdir: Path
+) -> dict[str, tuple[Any, Any]]:
+    """`study_store.changed`, where `told` has "files", the `digests` of WORKDIR.
+
+    Earlier versions wrote one digest of all clips, those of test too: such a file is
+    told that.
+    """
+    if file.exists() and isinstance(json_files.read(file).get("files"), str):
+        told = {**told, "files": tokens_of.files_of(workdir / "clips")}
+    return study_store.changed(file, told)
 
 
 def _settings(config: "Config", name: str) -> dict[str, Any]:
     settings = {key: getattr(config, key) for key in _DEPENDS[name]}
     workdir = Path(config.workdir)
-    settings["files"] = tokens_of.files_of(workdir / "clips")
+    settings["files"] = digests(workdir)
     if name != "tokenizers":  # what comes after them
         settings["codes"] = tokens_of.tokenizers_of(workdir / "tokenizers")
     return settings

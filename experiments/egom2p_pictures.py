@@ -13,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
+from experiments.egom2p_evaluation import called
 from multitask_jax.data.egocentric import MODALITIES
 
 TRUTH, MADE = "#222222", "#e15c00"
@@ -110,13 +111,15 @@ def gaze_on(
 
 
 def curves(histories: Mapping[str, list[dict[str, float]]], y: str) -> Figure:
-    """A learning curve of each run: `y` over "step"."""
+    """A learning curve of each run, or modality: `y` over "step"."""
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     for name, history in histories.items():
         rows = [r for r in history if y in r]
-        axes.plot([r["step"] for r in rows], [r[y] for r in rows], label=name, lw=1.4)
+        axes.plot(
+            [r["step"] for r in rows], [r[y] for r in rows], label=called(name), lw=1.4
+        )
     axes.set_xlabel("step")
     axes.set_ylabel(y)
     axes.legend(fontsize=8)
@@ -182,6 +185,7 @@ def write_made(
                 axes.legend(fontsize=7)
             else:
                 gaze_on(axes, given.get("rgb"), given.get("gaze"), x)
+                axes.set_title(called(name), fontsize=9)
             figure.savefig(picture, dpi=120)
         written.append(picture)
     return written

@@ -15,7 +15,6 @@ Legend: B clips a step, I tokens shown, O asked, D width, V ids.
 
 import dataclasses
 import json
-import math
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -106,15 +105,13 @@ def make(config: Config) -> Plan:
         mesh.size,
         sum(x.size for x in jax.tree.leaves(abstract.params)),
         compiled.device_bytes(state),
-        config.batch * (long * 5 + len(PAPER)) / math.prod(
-            mesh.shape[n] for n in layout["batch_axis"]
-        ),
+        config.batch * (long * 5 + len(PAPER)) / runs.batch_parts(mesh),
         program.memory_analysis().temp_size_in_bytes,
         flops,
         compiled.collectives(program.as_text()),
         steps,
         steps * seconds / 86400,
-    )  # fmt: skip
+    )
 
 
 def step_flops(

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.egom2p_evaluation import MEASURES, TASKS, bootstrap
+from experiments.egom2p_evaluation import MEASURES, TASKS, bootstrap, called
 from multitask_jax.data.egocentric import Clips
 from multitask_jax.merging.report import table
 
@@ -27,9 +27,9 @@ the target (of a depth, each pixel's first known one), held for the whole clip; 
 model is given no true value of its target.
 *its own tokens*: the truth through the tokenizer, the best that a model of tokens can
 do. Gaze is a *proxy*: the lagged bearing to the nearest labelled object. Poses are
-compared as they are, without alignment: they begin at the same one. Frechet distances
-are on features of our own (the model's encoder), of that many clips only, and compare
-rows of this table alone.
+compared as they are, so that ATE is without alignment: they begin at the same one.
+Frechet distances are on features of our own (the model's encoder), of that many clips
+only, and compare rows of this table alone.
 """
 _PAIRED = """\
 Gains are means over clips of the difference, with its 95 % bootstrap interval (and the
@@ -52,11 +52,10 @@ def results(
             continue
         rows_of = found[task.name]
         units = MEASURES[task.wanted]
-        header = [task.name]
+        header = [called(task.name)]
         for name, (unit, more) in units.items():
-            header.append(
-                f"{name}{f', {unit}' if unit else ''} {'up' if more else 'down'}"
-            )
+            label = f"{called(name)}{f', {unit}' if unit else ''}"
+            header.append(f"{label} {'up' if more else 'down'}")
         if task.wanted == "rgb" and frechet:
             header.append("Frechet down")
         rows = []
@@ -94,7 +93,7 @@ def compared(
             x = bootstrap(difference if more else -difference)
             said = "better" if x.low > 0 else "worse" if x.high < 0 else "undecided"
             count[said] += 1
-            label = f"{task.name}, {measure}{f', {unit}' if unit else ''}"
+            label = called(f"{task.name}, {measure}{f', {unit}' if unit else ''}")
             rows.append(
                 [
                     f"{label} {'up' if more else 'down'}",
@@ -142,7 +141,10 @@ def reconstructions(tokenizers: Mapping[str, Mapping[str, Any]]) -> str:
         quality = dict(made["quality"])
         used, perplexity = quality.pop("used"), quality.pop("perplexity")
         said = ", ".join(f"{k.replace('_', ' ')} {v:.3g}" for k, v in quality.items())
-        rows.append([kind, said, f"{100 * used:.0f} %", f"{perplexity:.0f}"])
+        # Earlier versions did not tell.
+        of = " (training clips)" if made.get("split") == "train" else ""
+        name = called(kind) + of
+        rows.append([name, said, f"{100 * used:.0f} %", f"{perplexity:.0f}"])
     return table(["", "reconstruction", "codes used", "perplexity"], rows)
 
 
@@ -175,8 +177,9 @@ def text(
                     "EgoM2P, shown another clip",
                     "first held",
                 )
+                if any(other in methods for methods in found.values())
             ),
-            "## Tokenizers, on validation clips",
+            "## Tokenizers, on validation clips where a row tells no others",
             reconstructions(tokenizers),
             *(["![pictures](grid.png)"] if grid else []),
             "![learning curves](curves.png)",

@@ -34,6 +34,7 @@ import numpy as np
 
 from experiments import egom2p_checks, flags, json_files, merge, parsing, study_store
 from experiments import egom2p_evaluation as measures
+from experiments import egom2p_folders as folders
 from experiments import egom2p_regressor as regressor
 from experiments import egom2p_study_report as reports
 from experiments import egom2p_tokens as tokens_of
@@ -51,7 +52,9 @@ from multitask_jax.masked import tokenizers
 from multitask_jax.models.egom2p import SHAPES
 
 PARTS = ("coverage", "decoding", "specialists", "masking", "frames", "merging")
-FREE = ("parts", "seeds", "progress")  # may differ from an earlier run in the folder
+# What may differ from an earlier run in the folder; not the tasks: merging
+# has one model of all of them.
+FREE = ("parts", "seeds", "progress")
 SAMPLING = {"temperature": 1.0, "p": 0.9}  # what the model believes, less its tail
 SCALES = (0.3, 0.6, 1.0)  # of merged task vectors; chosen on validation clips
 
@@ -93,11 +96,6 @@ class Config:
 def coverage(study: Study) -> dict[str, list[Measured]]:
     """(a): all clips, or those with every modality alone; a list over seeds each."""
     complete = np.flatnonzero(study.tokens["train"].present.all(axis=1))
-    if not len(complete):
-        raise ValueError(
-            "--parts: got coverage, but no training clip has all modalities; leave it"
-            " out"
-        )
     found: dict[str, list[Measured]] = {}
     for seed in range(study.config.seeds):
         for name, rows in (("all", None), ("complete", complete)):
@@ -231,8 +229,8 @@ def frames(study: Study) -> dict[str, Any]:
     """(e): video tokens of four frames, or of one; the same budgets of tokens.
 
     Returns:
-      "measured" by name of the tokens, and "quality" of the tokenizers on validation
-      clips, by name and kind.
+      "measured" by name of the tokens, and "quality" of the tokenizers, as
+      KIND.json has it, by name and kind.
     """
     config, folder = study.config, study.workdir / "frames"
     model = study.train("all-0", study.settings())
@@ -368,10 +366,11 @@ def run(config: Config) -> dict[str, Any]:
     """Does the parts asked for and writes the report; returns what they found.
 
     Raises:
-      ValueError: an unknown part, a number out of range, or --workdir is of another
-        study.
+      ValueError: an unknown part, a number out of range, --base lacks what a part or a
+        task needs, or --workdir is of another study.
       FileNotFoundError: --base has no tokens.
     """
+    config = folders.expanded(config, "base", "workdir")
     parts = check(config)
     study = Study(config)
     study_store.remember(config, study.workdir, FREE)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from experiments import egom2p_pictures as pictures
-from experiments.egom2p_evaluation import TASKS
+from experiments.egom2p_evaluation import TASKS, called
 from experiments.egom2p_report import Measured, compared, counted, only, results
 from multitask_jax.merging.report import table
 
@@ -110,7 +110,7 @@ def _decoding(found: Mapping[str, Any]) -> tuple[str, str, str]:
         }
         ratio = clock["token by token"] / clock["few steps"]
         rows.append(
-            [task.name, str(task.steps)]
+            [called(task.name), str(task.steps)]
             + [f"{1e3 * seconds:.3g}" for seconds in clock.values()]
             + [f"{ratio:.3g}"]
         )

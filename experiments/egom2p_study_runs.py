@@ -38,46 +38,86 @@ class Study:
     def __init__(self, config: "Config"):
         base = Path(config.base)
         self.config, self.workdir = config, Path(config.workdir)
-        wanted = parsing.paths(config.tasks) or []
+        wanted, known = parsing.paths(config.tasks), [task.wanted for task in TASKS]
+        if not wanted:
+            raise ValueError(f"--tasks: got none, expected some of {', '.join(known)}")
         for name in wanted:
-            parsing.one_of("tasks", name, [task.wanted for task in TASKS])
+            parsing.one_of("tasks", name, known)
         self.tasks = tuple(task for task in TASKS if task.wanted in wanted)
         self.tokenizers = tokens_of.load(base / "tokenizers")
-        splits = {}
-        for split in tokens_of.SPLITS:
+        self.tokens = {}
+        for split in tokens_of.LEARNT:
             path = base / "tokens" / f"{split}.npz"
             if not path.exists():
                 raise FileNotFoundError(
                     f"no {path}; run `python -m experiments.egom2p --workdir={base}`,"
                     " or its --stage=tokenize"
                 )
-            splits[split] = tokens_of.read(path)
-        self.tokens = splits
-        made_of = json_files.read(base / "tokenizers" / "settings.json")
-        if made_of.get("files") != tokens_of.files_of(base / "clips"):
+            self.tokens[split] = tokens_of.read(path)
+        folders.clips_there(base)
+        file = base / "tokenizers" / "settings.json"
+        if folders.changed(file, {"files": folders.digests(base)}, base):
             raise ValueError(
                 f"{base}/tokens: made of other clips than are in {base}/clips now;"
                 " remove tokenizers, tokens and model there, and make them anew"
             )
         folders.fit_together(base, "tokens")
         codes = tokens_of.tokenizers_of(base / "tokenizers")
-        self.made_of = made_of | {"codes": codes}
+        # Measures are of test clips, too.
+        test = tokens_of.files_of(base / "clips" / "test")
+        self.made_of = json_files.read(file) | {"codes": codes, "test": test}
         self.clips = {
             "train": tokens_of.read_clips(base / "clips" / "train"),
             "validation": tokens_of.read_clips(base / "clips" / "validation"),
             "test": tokens_of.read_clips(base / "clips" / "test", config.test_clips),
         }
         # Tokens of training clips are followed by those of their mirror images.
-        if len(splits["train"].ids) == 2 * len(self.clips["train"].names):
+        if len(self.tokens["train"].ids) == 2 * len(self.clips["train"].names):
             self.clips["train"] = tokens_of.with_mirrored(self.clips["train"])
         self.tokens["test"] = tokens_of.tokenize(self.tokenizers, self.clips["test"])
+        self.refuse_missing()
+
+    def refuse_missing(self) -> None:
+        """Raises ValueError for what parts would lack after hours of training."""
+        base, parts = self.config.base, set(parsing.paths(self.config.parts) or [])
+        layout, train = tokens_of.modalities_of(self.tokenizers), self.tokens["train"]
+        # Clips that a part needs at least. To show a clip another's, it takes two.
+        least = {"test": 2}
+        if parts & {"specialists", "merging"}:  # train on a task's clips alone
+            least |= {"train": 1, "validation": 1}
+        for task in self.tasks:
+            pair = task.given, task.wanted
+            if unknown := sorted(set(pair) - set(self.tokenizers)):
+                raise ValueError(
+                    f"--tasks: got {task.wanted}, but {base} has no tokenizer of"
+                    f" {' or '.join(unknown)}; leave it out"
+                )
+            for split, count in least.items():
+                if (got := len(both(self.tokens[split], layout, *pair))) < count:
+                    raise ValueError(
+                        f"--tasks: got {task.wanted}, but {got} clips of {split} in"
+                        f" {base} have both of {task.name}, expected {count} at least;"
+                        " leave it out, or add some"
+                    )
+        unknown = sorted(set(tokens_of.VIDEO) - set(self.tokenizers))
+        if "frames" in parts and unknown:
+            raise ValueError(
+                f"--parts: got frames, but {base} has no tokenizer of"
+                f" {' or '.join(unknown)}; leave it out"
+            )
+        if "coverage" in parts and not train.present.all(axis=1).any():
+            raise ValueError(
+                "--parts: got coverage, but no training clip has all modalities; leave"
+                " it out"
+            )
 
     def agree(self) -> None:
         """Refuses a study that went on from another base."""
         file = self.workdir / "base.json"
         differ = study_store.changed(file, self.made_of)
-        if differ.get("codes", ("",))[0] is None:  # earlier versions did not tell
-            del differ["codes"]
+        for name in ("codes", "test"):  # earlier versions did not tell
+            if differ.get(name, ("",))[0] is None:
+                differ.pop(name, None)
         if differ:
             raise ValueError(
                 f"{self.workdir} goes on from another base (there, here): {differ};"

@@ -20,7 +20,8 @@ from multitask_jax.masked import tokenizers
 from multitask_jax.masked.modalities import Modalities, Modality
 from multitask_jax.masked.tokenizers import Tokenizer
 
-SPLITS = ("train", "validation", "test")
+LEARNT = ("train", "validation")  # splits whose tokens are kept
+SPLITS = (*LEARNT, "test")
 VIDEO = ("rgb", "depth")
 
 
@@ -52,10 +53,10 @@ def train(
 ) -> dict[str, dict[str, Any]]:
     """Trains a tokenizer of each kind that `folder` lacks, on the clips that have it.
 
-    Writes folder/KIND and folder/KIND.json: its curve, and how well validation clips
-    survive (where none has it, the last training clips). A kind that no training clip
-    has gets no tokenizer. Returns what is in the files, by kind. `quantizer` is that of
-    videos.
+    Writes folder/KIND and folder/KIND.json: its curve, and how well clips of "split"
+    survive: of validation, or, where none has it, the last of training. A kind that no
+    training clip has gets no tokenizer. Returns what is in the files, by kind.
+    `quantizer` is that of videos.
 
     Raises:
       ValueError: fewer than two kinds are there.
@@ -73,12 +74,11 @@ def train(
             continue
         report = folder / f"{kind}.json"
         if not report.exists():
-            own = {"temporal": temporal, "quantizer": quantizer}
-            config = tokenizers.Config(kind, **(own if kind in VIDEO else {}))
             data, valid = having(clips, kind), having(validation, kind)
+            split = "validation" if len(valid) else "train"
             valid = valid if len(valid) else data[-max(1, len(data) // 10) :]
             tokenizer, curve = tokenizers.fit(
-                config,
+                config_of(kind, quantizer=quantizer, temporal=temporal),
                 data,
                 valid,
                 key=jax.random.fold_in(jax.random.key(seed), i),
@@ -89,9 +89,17 @@ def train(
             )
             tokenizers.save(tokenizer, folder / kind)
             quality = tokenizers.reconstruction_report(tokenizer, valid)
-            json_files.write(report, {"quality": quality, "curve": curve})
+            about = {"quality": quality, "curve": curve, "split": split}
+            json_files.write(report, about)
         found[kind] = json_files.read(report)
     return found
+
+
+def config_of(kind: str, *, quantizer: str, temporal: int = 4) -> tokenizers.Config:
+    """Of a kind's tokenizer; trajectories have their own quantiser."""
+    if kind not in VIDEO:
+        return tokenizers.Config(kind)
+    return tokenizers.Config(kind, quantizer=quantizer, temporal=temporal)
 
 
 def having(clips: Clips, kind: str) -> np.ndarray:
@@ -166,7 +174,7 @@ def files_of(folder: Path) -> str:
     """
     about = [
         f"{p.relative_to(folder).as_posix()} {checksums(p)}"
-        for p in sorted(folder.rglob("*.npz"))
+        for p in egocentric.files_below(folder)
     ]
     return hashlib.sha256("\n".join(about).encode()).hexdigest()[:16]
 

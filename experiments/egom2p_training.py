@@ -5,6 +5,7 @@ Legend: B batch, N clips, L tokens of a clip, M modalities.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -118,25 +119,37 @@ def loss_fn(
     return loss
 
 
-def batches(clips: Any, size: int, seed: int) -> Callable[[int], Any]:
+def batches(
+    clips: Any, size: int, seed: int, *, parts: int = 1
+) -> Callable[[int], Any]:
     """Step -> batch: every epoch in an order of its own, what is left over dropped.
 
     Args:
       clips: `Tokens`, or what else has `ids` [N, L] and `at`.
       size: clips a batch, at most.
       seed: of the order.
+      parts: what a mesh cuts a batch in.
 
     Raises:
-      ValueError: there are no clips.
+      ValueError: there are no clips, or fewer than a batch, which parts do not divide.
     """
-    if not len(clips.ids):
+    count = len(clips.ids)
+    if not count:
         raise ValueError("no training clip has what the training needs; add some")
-    size = min(size, len(clips.ids))
-    each = len(clips.ids) // size
+    if count < size and count % parts:
+        raise ValueError(
+            f"--batch: got {size}, but there are only {count} training clips; expected"
+            f" a multiple of {parts}, which --mesh cuts a batch in, of {count} at most;"
+            " or pass a smaller --mesh"
+        )
+    if count < size:
+        print(f"only {count} training clips: a batch is all of them, not {size}")
+        size = count
+    each = count // size
 
     @functools.lru_cache(maxsize=1)
     def order(epoch: int) -> np.ndarray:
-        return np.random.default_rng((seed, epoch)).permutation(len(clips.ids))
+        return np.random.default_rng((seed, epoch)).permutation(count)
 
     def at(step: int) -> Any:
         epoch, i = divmod(step, each)
@@ -210,7 +223,7 @@ def pretrain(
     return fit(
         loss_fn(modalities, shape, settings, mesh),
         start(jax.jit(init)(key)),
-        batches(tokens, settings.batch, settings.seed),
+        batches(tokens, settings.batch, settings.seed, parts=batch_parts(mesh)),
         _judge(loss_fn(modalities, shape, settings), validation, settings.task),
         settings,
         about=_about(settings, shape, modalities, tokens, validation),
@@ -290,6 +303,13 @@ def mesh_layout(mesh: Mesh) -> dict[str, Any]:
     return {"batch_axis": batch, "rules": rules}
 
 
+def batch_parts(mesh: Mesh | None) -> int:
+    """What a mesh cuts a batch in; 1 without one."""
+    if mesh is None:
+        return 1
+    return math.prod(mesh.shape[name] for name in mesh_layout(mesh)["batch_axis"])
+
+
 def spread(count: int, most: int) -> np.ndarray:
     """Rows of so many at most, evenly among `count`: clips of a map are neighbours."""
     n = min(count, most)
@@ -302,9 +322,12 @@ def _judge(
     """Validation losses by masks that never change; "score" is the loss's negative.
 
     With a task the loss is that of its target: others would only thin it.
+
+    Raises:
+      ValueError: nothing is known of the clips; or, by the judge, nothing was asked.
     """
     evaluate, count = jax.jit(loss), len(validation.ids)
-    if not count:
+    if not validation.known.any():
         raise ValueError("no validation clip has what the training needs; add some")
     size = min(64, count)
     some = spread(count, count // size * size).reshape(-1, size)
@@ -321,6 +344,8 @@ def _judge(
         means = {
             name: np.nanmean(x) for name, x in each.items() if not np.isnan(x).all()
         }
+        if not means:  # the loss is then 0, whatever the parameters
+            raise ValueError("validation clips were asked for nothing; add some")
         if task and task[1] not in means:
             raise ValueError(f"no validation clip has anything known of its {task[1]}")
         total = means[task[1]] if task else np.mean([x for x, _ in rows])

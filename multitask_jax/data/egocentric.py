@@ -57,18 +57,18 @@ def load(folder: str | os.PathLike[str], *, limit: int | None = None) -> Clips:
     not present there.
 
     Args:
-      folder: searched for .npz files at any depth.
+      folder: searched for .npz files, as `files_below` does; or such a file.
       limit: clips at most, spread evenly over all files; all if not given.
 
     Raises:
-      FileNotFoundError: no such folder, or no .npz in it.
+      FileNotFoundError: no such file or folder, or no .npz in it.
       ValueError: a file is damaged or does not hold what the module's text says; or a
         limit below 1.
     """
     root = Path(folder)
-    files = [root] if root.is_file() else sorted(root.rglob("*.npz"))
+    files = [root] if root.is_file() else files_below(root)
     if not files:
-        what = "no .npz below it" if root.is_dir() else "no such folder"
+        what = "no .npz below it" if root.is_dir() else "no such file or folder"
         raise FileNotFoundError(
             f"{root}: {what}; expected files of clips, which"
             " multitask_jax.data.vizdoom_clips.record can make"
@@ -101,6 +101,24 @@ def load(folder: str | os.PathLike[str], *, limit: int | None = None) -> Clips:
         home = name.parent if alone else name.with_suffix("")
         group += [home.as_posix()] * len(rows)
     return Clips(arrays, present, names, group)
+
+
+def files_below(folder: str | os.PathLike[str]) -> list[Path]:
+    """Its .npz files at any depth, sorted. Links are followed, into a folder once.
+
+    A link may lead to a folder above it: without end, if it were followed again.
+    """
+    found: list[Path] = []
+    seen: set[str] = set()
+    for home, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(home)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()  # which name a folder of two has is the same anywhere
+        found += [Path(home, name) for name in names if name.endswith(".npz")]
+    return sorted(found)
 
 
 def mirrored(clips: Clips) -> Clips:

@@ -193,8 +193,17 @@ def test_other_zip_files_are_named(tmp_path):
 def test_no_files(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no \.npz below it"):
         egocentric.load(tmp_path)
-    with pytest.raises(FileNotFoundError, match="no such folder"):
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
         egocentric.load(tmp_path / "nowhere")
+
+
+def test_links_to_folders_are_followed_and_loops_end(tmp_path):
+    egocentric.save_shard(tmp_path / "elsewhere" / "b.npz", shard(2, 0, ("gaze",)))
+    egocentric.save_shard(tmp_path / "clips" / "a.npz", shard(1, 1, ("gaze",)))
+    (tmp_path / "clips" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "clips")
+    names = ["a.npz#0", "linked/b.npz#0", "linked/b.npz#1"]
+    assert egocentric.load(tmp_path / "clips").names == names
 
 
 def test_writing_is_whole_or_not_at_all(tmp_path, monkeypatch):

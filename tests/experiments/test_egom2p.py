@@ -13,7 +13,6 @@ import pytest
 from experiments import (
     egom2p,
     egom2p_evaluation,
-    egom2p_folders,
     egom2p_regressor,
     egom2p_study,
     egom2p_study_report,
@@ -107,23 +106,6 @@ def test_without_vizdoom_the_extra_is_named_and_nothing_made(tmp_path, monkeypat
     assert not (tmp_path / "clips").exists()
 
 
-def test_clips_that_came_later_are_seen(tmp_path):
-    (tmp_path / "clips").mkdir()
-    config = egom2p.Config(workdir=str(tmp_path))
-    for _ in range(2):
-        egom2p_folders.agree(config, "tokenizers")
-        egom2p_folders.remember(config, "tokenizers")
-    (tmp_path / "clips" / "mine.npz").write_bytes(b"1")
-    # Nothing was made of the clips before.
-    egom2p_folders.agree(config, "tokenizers")
-    (tmp_path / "tokenizers" / "rgb.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"made with other settings.*'files'"):
-        egom2p_folders.agree(config, "tokenizers")
-    (tmp_path / "tokenizers" / "settings.json").write_text("{")
-    with pytest.raises(ValueError, match=r"tokenizers/settings\.json.*damaged"):
-        egom2p_folders.agree(config, "tokenizers")
-
-
 def own_clips(folder, kinds=("camera", "gaze"), count=2, seed=0):
     """Random walks and gazes in the splits, some of them (*synthetic*)."""
     rng = np.random.default_rng(seed)
@@ -210,6 +192,28 @@ def test_a_clip_is_made_of_another_modality(found, config, tmp_path):
             egom2p.run(dataclasses.replace(make, **changes))
 
 
+def test_by_default_all_is_given_that_the_model_knows(tmp_path, monkeypatch, capsys):
+    own_clips(tmp_path)
+    known = dict.fromkeys(("rgb", "depth", "camera"))
+    model = egom2p_evaluation.Model({}, (), SHAPE, known)
+    monkeypatch.setattr(egom2p, "load_model", lambda *_: model)
+    monkeypatch.setattr(egom2p.folders, "as_trained", lambda config: config)
+    monkeypatch.setattr(egom2p_tokens, "tokenize", lambda *_: None)
+    asked = []
+    monkeypatch.setattr(
+        egom2p_evaluation, "predict", lambda *args, **_: asked.append(args[2]) or {}
+    )
+    clip = str(tmp_path / "test" / "mine.npz")
+    make = egom2p.Config(
+        stage="generate", input=clip, targets="depth", output=str(tmp_path / "made")
+    )
+    egom2p.run(make)
+    assert asked == [("camera",)]
+    assert "does not know it: gaze" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="given: got 'gaze', expected one of"):
+        egom2p.run(dataclasses.replace(make, given="gaze"))
+
+
 def test_a_stage_without_the_one_before_says_which(tmp_path):
     for stage, needed in (
         ("tokenize", "record"), ("pretrain", "tokenize"), ("evaluate", "tokenize")
@@ -253,8 +257,8 @@ def test_training_goes_on_bit_for_bit_after_it_was_stopped(tmp_path, monkeypatch
     whole = run(tmp_path / "whole")
     real = training.batches
 
-    def stopping(*args):
-        at = real(*args)
+    def stopping(*args, **options):
+        at = real(*args, **options)
 
         def batch(step):
             if step == 4:

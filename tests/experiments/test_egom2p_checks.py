@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -26,6 +27,10 @@ from experiments.egom2p_tokens import Tokens
         ({"mesh": "model=2"}, "mesh: got axes model; expected some of data, fsdp"),
         ({"mesh": "data=4096"}, "needs 4096 devices"),
         ({"mesh": "data=2,fsdp=2", "batch": 6}, "--batch: got 6, .* multiple of 4"),
+        (
+            {"mesh": "data=1,tensor=4", "size": "mini"},
+            "--mesh: got data=1,tensor=4, .* --size=mini: .*: axis of 2 in",
+        ),
         ({"masking": "uniform", "focus": 0.5}, "--focus: got 0.5 beside --masking"),
         ({"temperature": -1}, "--temperature: got -1"),
         ({"seed": -1}, "--seed: got -1, expected at least 0"),
@@ -82,7 +87,34 @@ def test_the_studys_numbers_are_checked_first(tmp_path, options, message):
     assert not (tmp_path / "study").exists()
 
 
+def tokens(count, known=True):
+    return Tokens(
+        np.zeros((count, 4), np.int32),
+        np.ones((count, 2), bool),
+        np.full((count, 4), known),
+    )
+
+
 def test_no_clips_to_learn_from_are_told():
-    nothing = Tokens(*(np.zeros((0, 4), t) for t in (np.int32, bool, bool)))
     with pytest.raises(ValueError, match="no training clip has what"):
-        training.batches(nothing, 2, seed=0)
+        training.batches(tokens(0), 2, seed=0)
+    with pytest.raises(ValueError, match="no validation clip has what"):
+        training._judge(len, tokens(3, known=False), None)
+
+
+def test_validation_that_was_asked_for_nothing_chooses_no_checkpoint():
+    judge = training._judge(
+        lambda *_: (jnp.zeros(()), {"gaze": jnp.full((), jnp.nan)}), tokens(3), None
+    )
+    with pytest.raises(ValueError, match="validation clips were asked for nothing"):
+        judge({})
+
+
+def test_fewer_clips_than_a_batch_are_told(capsys):
+    six = tokens(6)
+    assert len(training.batches(six, 8, 0, parts=3)(0).ids) == 6
+    assert "only 6 training clips" in capsys.readouterr().out
+    training.batches(six, 4, 0, parts=4)
+    assert not capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"only 6 training clips; .* multiple of 4"):
+        training.batches(six, 8, 0, parts=4)

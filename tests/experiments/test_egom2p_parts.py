@@ -11,6 +11,7 @@ import pytest
 from experiments import (
     benchmark_egom2p,
     egom2p_evaluation,
+    egom2p_pictures,
     egom2p_plan,
     egom2p_regressor,
     egom2p_report,
@@ -174,11 +175,36 @@ def test_an_intervals_clips_are_told():
     assert "; 3)" in text
 
 
+def test_a_report_calls_things_by_what_they_are_and_leaves_out_what_was_not_made():
+    """Of clips without depth, of which validation has no gaze."""
+    one = {name: np.ones(3) for name in ("MSE", "ATE", "RTE", "RRE")}
+    methods = dict.fromkeys(("EgoM2P, mean", "constant"), one)
+    found = {"rgb -> gaze": methods, "rgb -> camera": methods}
+    about = {"quality": {"rmse": 0.1, "used": 0.5, "perplexity": 3.0}}
+    made = {"camera": about, "gaze": about | {"split": "train"}}
+    text = egom2p_report.text(found, {}, made, clips(), [], grid=False)
+    for said in (
+        "| rgb -> gaze proxy |",
+        "| rgb -> gaze proxy, MSE down |",
+        "ATE without alignment, m down |",
+        "| gaze proxy (training clips) |",
+        "| camera |",
+        "against **constant**",
+    ):
+        assert said in text, said
+    assert "against **constant of least AbsRel**" not in text
+    assert "against **first held**" not in text
+    figure = egom2p_pictures.curves({"gaze": [{"step": 1, "loss": 2.0}]}, "loss")
+    (label,) = figure.axes[0].get_legend().get_texts()
+    assert label.get_text() == "gaze proxy"
+
+
 @pytest.mark.parametrize("masking", ["dirichlet", "uniform"])
 def test_a_report_tells_a_focus_only_of_masks_that_have_one(masking):
     config = run.Config(masking=masking, seed=1)
     told = " ".join(run._about(config, 2, clips(), [{"step": 3, "eval/loss": 1.0}]))
     assert f"{masking} masks" in told
+    assert "3 with gaze proxy" in told
     assert ("focus 0.75" in told) == (masking == "dirichlet")
     assert "seed 2" in told
 
@@ -275,7 +301,9 @@ def test_the_benchmark_measures_a_step_masks_and_a_batch(tmp_path):
     found = benchmark_egom2p.run(config)
     assert set(found) == {"mini", "mini and masks", "masks", "batch"}
     assert all(ms > 0 for ms in found.values())
-    assert "masks alone" in (tmp_path / "report.md").read_text()
+    report = (tmp_path / "report.md").read_text()
+    assert "masks alone" in report
+    assert "making a batch (at most waited for)" in report
     with pytest.raises(ValueError, match="sizes: got 'huge'"):
         benchmark_egom2p.run(dataclasses.replace(config, sizes="huge"))
 

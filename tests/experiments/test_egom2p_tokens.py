@@ -58,6 +58,7 @@ def test_a_modality_that_no_clip_has_is_left_out(tmp_path, fitted, capsys):
     assert list(made) == ["depth", "camera"]
     # Validation lacks depth: what survives is told of the last training clips.
     assert fitted == [("depth", 20, [18, 19]), ("camera", 20, [0, 1, 2])]
+    assert [made[kind]["split"] for kind in made] == ["train", "validation"]
     again = train(tmp_path, clips(20, gaze=False), clips(3))
     assert again == made
     assert len(fitted) == 2

@@ -154,12 +154,15 @@ def fsq_values(codes: Array, levels: tuple[int, ...]) -> Array:
 
 
 def check_levels(levels: tuple[int, ...]) -> None:
-    """ValueError unless there are levels, at least two a number, of int32 codes."""
-    good = levels and all(isinstance(n, int) and n > 1 for n in levels)
+    """ValueError unless there are levels, 2 to 1000 a number, of int32 codes.
+
+    Of more, `_bound` would let the highest round to one that is none.
+    """
+    good = levels and all(isinstance(n, int) and 1 < n <= 1000 for n in levels)
     if not good or math.prod(levels) >= 2**31:
         raise ValueError(
-            f"levels: got {levels}, expected a tuple of integers from 2, such as"
-            " (8, 5, 5, 5), with a product below 2^31"
+            f"levels: got {levels}, expected a tuple of integers from 2 to 1000,"
+            " such as (8, 5, 5, 5), with a product below 2^31"
         )
 
 

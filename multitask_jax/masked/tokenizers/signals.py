@@ -28,7 +28,7 @@ Array = jax.Array
 _NEAREST = 1e-2  # metres: what depth 0 is taken for
 _FURTHEST = 4.0  # deviations of log depth: decoders go no further
 _STILL = 1e-2  # the least deviation, or a channel that never moves would be all noise
-_SAMPLE = 256  # clips that statistics are measured on
+_SAMPLE = 256  # clips that statistics are measured on, or up to twice as many
 
 
 def data_shape(config: Config) -> tuple[int, ...]:
@@ -125,7 +125,7 @@ def measure(config: Config, data: np.ndarray) -> Statistics:
 
     Args:
       config: of the tokenizer.
-      data: clips [N, ...], checked; at most 256 of them, evenly spread, are looked at.
+      data: clips [N, ...], checked; of many, 256 to 511, evenly spread, are looked at.
 
     Raises:
       ValueError: there is no finite depth, or a pose with NaN.

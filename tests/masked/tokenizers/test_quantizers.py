@@ -62,6 +62,16 @@ def test_fsq_refuses_another_width_and_levels_without_choice():
         quantizers.check_levels((8, 1))
 
 
+def test_the_most_levels_are_all_of_the_vocabulary():
+    """Of more, the highest would round to one beyond it."""
+    for count in (999, 1000):
+        quantizers.check_levels((count,))
+        codes = quantizers.fsq(jnp.array([[-99.0], [99.0]]), (count,)).codes
+        np.testing.assert_array_equal(codes, [0, count - 1])
+    with pytest.raises(ValueError, match=r"levels: got \(8, 1001\), .* 2 to 1000"):
+        quantizers.check_levels((8, 1001))
+
+
 def test_the_gradient_passes_the_rounding_unchanged():
     """d loss / d encoding = d loss / d decoder's input, and the value is exact."""
     keys = jax.random.split(jax.random.key(0), 3)
