@@ -244,7 +244,11 @@ def measure(command: list[str]) -> tuple[float, float]:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    _, errors = process.communicate()
+    try:
+        _, errors = process.communicate()
+    except BaseException:  # ctrl-c, or a scheduler's end: not without the child
+        process.kill()
+        raise
     seconds = time.perf_counter() - started
     watcher.join()
     if process.returncode:

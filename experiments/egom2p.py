@@ -11,7 +11,8 @@ twice:
   record    first-person clips of the game engine ViZDoom with Freedoom's maps: real
             depth and poses, and a gaze *proxy* -> clips/{train,validation,test}. Put
             your own .npz there instead (see `multitask_jax.data.egocentric`).
-  tokenize  trains four tokenizers, makes tokens of all clips -> tokenizers/, tokens/
+  tokenize  trains four tokenizers, makes tokens of what is learned from ->
+            tokenizers/, tokens/
   pretrain  masked modelling on clips that have some of the modalities -> model/
   evaluate  RGB -> gaze, camera, depth and depth -> RGB on held-out maps, beside a
             constant and the true first value held -> report.md, grid.png

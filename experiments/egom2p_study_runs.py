@@ -195,8 +195,9 @@ class Study:
         told = dataclasses.asdict(settings) | {"size": self.config.size}
         told["targets_budget"] = told.pop("targets")
         del told["task"], told["fill"]  # it has none, and fills
-        told |= {name: self.made_of[name] for name in ("files", "codes")}
-        if study_store.changed(about, told):
+        base = Path(self.config.base)
+        told |= {"files": folders.digests(base), "codes": self.made_of["codes"]}
+        if folders.changed(about, told, base):
             return
         history = json_files.read(model / "history.json")
         # Last of all its name: a copy that was stopped is made again.

@@ -323,6 +323,9 @@ def _same_run(workdir: Path, config: Config, trial: Trial) -> None:
     for a in (trial.x, trial.arm, trial.y):
         people.update(np.ascontiguousarray(a).tobytes())
     about["people"] = [len(trial.arm), people.hexdigest()]
+    # A table's names are the user's: a model kept of others would be told wrongly.
+    known = (trial.arms, trial.outcomes, trial.features)
+    about["names"] = repr(known) if config.data == "table" else None
     file = workdir / "config.json"
     changed = study_store.changed(file, about, _AROUND)
     if changed and (workdir / "predictions").exists():

@@ -4,12 +4,14 @@ Legend: N people, A arms (arm 0 is the control), O outcomes.
 """
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from experiments import parsing
+from experiments.mtmt_predict import check_names
 from multitask_jax.data import hillstrom, trial_features, trial_table, uplift_simulator
 from multitask_jax.data.trial_features import Encoder
 from multitask_jax.data.trial_table import Schema, Table
@@ -41,14 +43,16 @@ def load(config: Any) -> tuple[Trial, Encoder | None]:
         effect = 1.0 if config.effect is None else config.effect
         return uplift_simulator.simulate(rows, seed=0, effect=effect), None
     schema, table = _hillstrom(config) if config.data == "hillstrom" else _own(config)
-    trial = trial_features.trial_of(schema, table)
+    encoder = trial_features.fit_encoder(schema.features, table.columns)
+    trial = trial_features.trial_of(schema, table, encoder)
     if config.rows is not None and config.rows < len(trial.arm):
         rng = np.random.default_rng(0)
         trial = trial.at(np.sort(rng.permutation(len(trial.arm))[: config.rows]))
-    return trial, trial_features.fit_encoder(schema.features, table.columns)
+    return trial, encoder
 
 
 def _check_flags(config: Any) -> None:
+    parsing.one_of("data", config.data, tuple(_READ))
     given = {
         name
         for names in _READ.values()
@@ -96,7 +100,21 @@ def _own(config: Any) -> tuple[Schema, Table]:
         control=config.control,
         outcomes=parsing.paths(config.outcomes) or [],
     )
-    return schema, trial_table.table_of(schema, text, where)
+    check_names(schema.arms, tuple(schema.outcomes))
+    table = trial_table.table_of(schema, text, where)
+    print(f"{where}: {', '.join(map(' '.join, _as_read(schema, table)))}")
+    return schema, table
+
+
+def _as_read(schema: Schema, table: Table) -> Iterator[list[str]]:
+    """Of each column the name, the kind and how many are missing."""
+    for name, kind in schema.features.items():
+        column = table.columns[name]
+        gaps = column == "" if kind == "category" else np.isnan(column)
+        yield [name, f"({kind}{f', {gaps.sum():,} missing' if gaps.any() else ''})"]
+    yield [schema.arm, f"(arms: {', '.join(schema.arms)})"]
+    for name, kind in schema.outcomes.items():
+        yield [name, f"(outcome, {kind})"]
 
 
 def check_people(trial: Trial, folds: int) -> None:

@@ -114,7 +114,8 @@ def _panels(trial: Trial) -> tuple[Figure, np.ndarray]:
     FigureCanvasAgg(figure)
     panels = figure.subplots(rows, columns, squeeze=False)
     for (i, j), axes in np.ndenumerate(panels):
-        axes.set_title(f"{trial.outcomes[j]}: {trial.arms[i + 1]}", fontsize=10)
+        title = f"{trial.outcomes[j]}: {trial.arms[i + 1]}"
+        axes.set_title(title, fontsize=10, parse_math=False)
         axes.spines[["top", "right"]].set_visible(False)
     return figure, panels
 

@@ -4,14 +4,15 @@ r"""Customers of a CSV file, scored by a trained MTMT: what each arm would bring
       --input=customers.csv --output=scored.csv
 
 The file needs the features that the model was trained on; other columns, such as a
-number of the customer, are passed through. Added: the
-expected outcome of each arm, the uplift of each treated arm, and the best arm.
+number of the customer, are passed through. Added: the expected outcome of each arm, the
+uplift of each treated arm, and the best arm.
 
 Legend: N people, F features, A arms (arm 0 is the control), O outcomes.
 """
 
 import contextlib
 import csv
+import itertools
 import os
 import re
 import tempfile
@@ -76,15 +77,18 @@ def predict(
         raise ValueError(f"got policy_outcome={outcome!r}, expected one of {outcomes}")
     if os.path.exists(output_csv) and os.path.samefile(input_csv, output_csv):
         raise ValueError(f"got {output_csv} as input and output, expected two files")
+    check_names(arms, outcomes)
     encoder = Encoder.from_json(about["encoder"])
     where, people = os.fspath(input_csv), 0
+    for before, text in trial_table.blocks(input_csv, BATCH):  # errors before work
+        trial_table.features_of(encoder.kinds, text, where, before=before)
     unknown: Counter[str] = Counter()
     missing: Counter[str] = Counter()
     best: Counter[str] = Counter()
     with _whole_file(output_csv) as file:
         writer = csv.writer(file, lineterminator="\n")
         for before, text in trial_table.blocks(input_csv, BATCH):
-            given = trial_table.features_of(encoder.kinds, text, where, before)
+            given = trial_table.features_of(encoder.kinds, text, where, before=before)
             encoded = encode(encoder, given)
             expected = in_one_shape(model, encoded.x, BATCH if before else None)
             shape = (len(encoded.x), len(arms), len(outcomes))
@@ -155,9 +159,21 @@ def columns(
     return as_text | {"best_arm": [arms[a] for a in best.tolist()]}
 
 
+def check_names(arms: Sequence[str], outcomes: Sequence[str]) -> None:
+    """Raises ValueError where two arms or outcomes get one name of a column."""
+    of: dict[str, tuple[str, str]] = {}
+    for pair in itertools.product(outcomes, arms):
+        name = "_".join(map(_plain, pair))
+        if of.setdefault(name, pair) != pair:
+            raise ValueError(
+                f"outcomes and arms: got {of[name]} and {pair}, which both are {name!r}"
+                " in the names of scored columns; rename one"
+            )
+
+
 def _plain(name: str) -> str:
     """As a column's name: Mens E-Mail -> mens_e_mail."""
-    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+    return re.sub(r"\W+", "_", name.lower()).strip("_")
 
 
 @contextlib.contextmanager

@@ -214,6 +214,7 @@ def to_dense(config: Config, models: Sequence[str], method: merging.Method) -> R
             config.output,
             # All else is the mixture's own, and no change that experts made.
             include="|".join(f"^{re.escape(name)}$" for name in dense.own),
+            out_dtype=_dtype_of(moe),
             recipe={
                 "method": config.method,
                 "density": config.density,

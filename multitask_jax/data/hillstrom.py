@@ -63,7 +63,9 @@ def encoder_of(path: str | os.PathLike[str]) -> Encoder:
 
 
 def trial(path: str | os.PathLike[str], rows: np.ndarray | None = None) -> Trial:
-    """The experiment, its features encoded as `trial_features.trial_of` has it.
+    """The experiment, its features encoded.
+
+    The encoder sees the features of all rows, and no outcome and no arm of any.
 
     Args:
       path: of the CSV file.
@@ -72,4 +74,6 @@ def trial(path: str | os.PathLike[str], rows: np.ndarray | None = None) -> Trial
     Raises:
       FileNotFoundError, ValueError: as `read`.
     """
-    return trial_features.trial_of(SCHEMA, read(path), rows)
+    table = read(path)
+    encoder = trial_features.fit_encoder(SCHEMA.features, table.columns)
+    return trial_features.trial_of(SCHEMA, table, encoder, rows)

@@ -2,7 +2,7 @@
 
     encoder = fit_encoder(schema.features, table.columns)
     x, unknown, missing = encode(encoder, features_of(schema.features, text, where))
-    t = trial_of(schema, table)
+    t = trial_of(schema, table, encoder)
 
 Numbers are standardised, categories one-hot. A category that the encoder has not seen
 is all zeros there; what is missing becomes the median, or the most frequent value, of
@@ -150,20 +150,18 @@ def encode(encoder: Encoder, columns: Mapping[str, np.ndarray]) -> Encoded:
     return Encoded(x, unknown, missing)
 
 
-def trial_of(schema: Schema, table: Table, rows: np.ndarray | None = None) -> Trial:
+def trial_of(
+    schema: Schema, table: Table, encoder: Encoder, rows: np.ndarray | None = None
+) -> Trial:
     """The experiment, its features encoded.
-
-    The encoder sees the features of all rows, and no outcome and no arm of any.
 
     Args:
       schema: of the table.
       table: of `trial_table.table_of`.
+      encoder: of `fit_encoder`; one of all rows sees their features, no arm and no
+        outcome.
       rows: those to keep; all if not given.
-
-    Raises:
-      ValueError: as `fit_encoder`.
     """
-    encoder = fit_encoder(schema.features, table.columns)
     whole = Trial(
         encode(encoder, table.columns).x,
         table.arm,

@@ -12,14 +12,15 @@ Kinds of columns:
     flag      0 or 1
     category  one of a few strings
 
-Features may be missing ("", NA, NaN, null); arms and outcomes may not.
+Features may be missing ("", NA, NaN, null; of numbers None, too); arms and outcomes may
+not.
 
 Legend: N people, A arms (0 is the control), O outcomes.
 """
 
 import csv
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -28,7 +29,8 @@ Kind = Literal["number", "amount", "log", "flag", "category"]
 KINDS: tuple[str, ...] = get_args(Kind)
 OUTCOME_KINDS = ("number", "amount", "flag")
 MOST_CATEGORIES = 100  # of a column; more are likely names or identifiers
-_MISSING = ("", "na", "nan", "null", "none")
+_MISSING = ("", "na", "nan", "null")
+_NO_NUMBER = (*_MISSING, "none")  # of categories and arms "none" may be one
 Text = Mapping[str, Sequence[str]]  # columns of a file, as they are
 
 
@@ -124,65 +126,77 @@ def infer(
 
     Raises:
       ValueError: no such column, or one that is named twice; no such control, or
-        nothing besides it; an outcome that is no number; a kind that there is not; or
-        a category of more than `MOST_CATEGORIES` values.
+        nothing besides it; an outcome that is no number; a kind that there is not; a
+        word among numbers; or more than `MOST_CATEGORIES` arms, or values of a
+        category.
     """
-    told = {}
-    for name in (*features, *outcomes):
-        column, _, kind = name.rpartition(":")
-        # A column's name may have a colon of its own.
-        split = column and name not in text
-        told[name] = (column, kind) if split else (name, "")
-    named = [column for column, _ in told.values()]
-    _need(text, [*named, arm], where)
-    if len(told) < len(features) + len(outcomes) or len({*named, arm}) <= len(named):
+    if not features or not outcomes:
+        raise ValueError(f"{where}: expected one feature and one outcome at least")
+    told = [_told(name, text) for name in (*features, *outcomes)]
+    names = [column for column, _ in told]
+    _need(text, [*names, arm], where)
+    if len({*names, arm}) <= len(names):
         raise ValueError(
             f"{where}: got features {list(features)}, outcomes {list(outcomes)} and arm"
             f" {arm!r}, expected each column once"
         )
-    if not features or not outcomes:
-        raise ValueError(f"{where}: expected one feature and one outcome at least")
     kinds: dict[str, Kind] = {}
-    for name, (column, kind) in told.items():
-        allowed = OUTCOME_KINDS if name in outcomes else KINDS
-        kinds[column] = kind = kind or _kind_of(text[column])
+    for i, (name, kind) in enumerate(told):
+        here = f"{where}, column {name}"
+        kinds[name] = kind = kind or _kind_of(text[name], here)
+        allowed = KINDS if i < len(features) else OUTCOME_KINDS
         if kind not in allowed:
-            raise ValueError(
-                f"{where}, column {column}: got {kind!r}, expected one of {allowed}"
-            )
-        count = len(set(text[column])) if kind == "category" else 0
-        if count > MOST_CATEGORIES:
-            raise ValueError(
-                f"{where}, column {column}: got {count} different values, expected at"
-                f" most {MOST_CATEGORIES} of a category; leave out names and"
-                " identifiers, or group them"
-            )
-    given = sorted({*_words(text[arm]).tolist()} - {""})  # an arm may be called none
-    if control not in given or len(given) < 2:
+            raise ValueError(f"{here}: got {kind!r}, expected one of {allowed}")
+        if kind == "category":
+            _check_few(set(text[name]), here)
+    arms = {w for w in _words(text[arm]).tolist() if w.lower() not in _MISSING}
+    arms |= {w for w in _words(text[arm]).tolist() if w == control}
+    _check_few(arms, f"{where}, column {arm}")
+    if control not in arms or len(arms) < 2:
         raise ValueError(
-            f"{where}, column {arm}: got {given[:10]}, expected the control"
+            f"{where}, column {arm}: got {sorted(arms)[:10]}, expected the control"
             f" {control!r} and another arm"
         )
-    arms = (control, *(a for a in given if a != control))
-    split_at = [told[name][0] for name in outcomes]
     return Schema(
-        {n: k for n, k in kinds.items() if n not in split_at},
+        {name: kinds[name] for name in names[: len(features)]},
         arm,
-        arms,
-        {n: kinds[n] for n in split_at},
+        (control, *sorted(arms - {control})),
+        {name: kinds[name] for name in names[len(features) :]},
     )
 
 
-def _kind_of(text: Sequence[str]) -> Kind:
-    there = {v.strip() for v in text if v.strip().lower() not in _MISSING}
-    numbers = [_number(v) for v in there]
-    if np.isnan(numbers).any():
+def _told(name: str, text: Text) -> tuple[str, str]:
+    """Column and kind: "age:log" -> ("age", "log"), "age" -> ("age", "")."""
+    column, _, kind = name.rpartition(":")
+    # A column's name may have a colon of its own.
+    return (column, kind) if column and name not in text else (name, "")
+
+
+def _kind_of(text: Sequence[str], here: str) -> Kind:
+    there = [v for v in dict.fromkeys(text) if v.strip().lower() not in _NO_NUMBER]
+    numbers = np.array([_number(v) for v in there])
+    words = np.isnan(numbers)
+    if 0 < words.sum() < len(there) / 2:
+        first = there[int(words.argmax())]
+        raise ValueError(
+            f"{here}: got {first!r} among numbers; correct it or leave it empty, or"
+            " name the kind: COLUMN:category"
+        )
+    if words.any():
         return "category"
-    return "flag" if set(numbers) <= {0.0, 1.0} else "number"
+    return "flag" if set(numbers.tolist()) <= {0.0, 1.0} else "number"
+
+
+def _check_few(values: Collection[str], here: str) -> None:
+    if len(values) > MOST_CATEGORIES:
+        raise ValueError(
+            f"{here}: got {len(values)} different values, expected at most"
+            f" {MOST_CATEGORIES}; leave out names and identifiers, or group them"
+        )
 
 
 def features_of(
-    kinds: Mapping[str, Kind], text: Text, where: str = "the table", before: int = 0
+    kinds: Mapping[str, Kind], text: Text, where: str = "the table", *, before: int = 0
 ) -> dict[str, np.ndarray]:
     """The columns that `encode` takes, checked.
 
@@ -273,7 +287,7 @@ def _numbers(
         there = ~np.isnan(x)
     except ValueError:
         x = np.array([_number(value) for value in text])
-        there = np.array([v.strip().lower() not in _MISSING for v in text])
+        there = np.array([v.strip().lower() not in _NO_NUMBER for v in text])
     if kind == "flag":
         good, expected = np.isin(x, (0, 1)), "0 or 1"
     elif kind == "number":

@@ -103,7 +103,8 @@ def table(
 ) -> str:
     """A Markdown table; `rule` aligns all columns but the first: "--:" to the right."""
     lines = [header, ["---", *[rule] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    cells = [[cell.replace("|", r"\|") for cell in line] for line in lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
 
 
 def _command(facts: Facts) -> str:

@@ -288,7 +288,10 @@ def read_shape(path: str | os.PathLike[str]) -> Shape:
     """
     file = Path(path) / "config.json"
     try:
-        return shape_from_config(json.loads(file.read_text()))
+        about = json.loads(file.read_text())
+        if not isinstance(about, dict):
+            raise ValueError(f"got {type(about).__name__}, expected settings by name")
+        return shape_from_config(about)
     except ValueError as e:
         raise ValueError(f"{file}: {e}") from None
 

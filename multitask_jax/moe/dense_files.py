@@ -146,12 +146,18 @@ def _with_shared(
         else:
             lacking.append(name)
     extra = [name for name in shared if name not in base.tensors]
-    if lacking or extra:
+    others = [
+        f"{name} {info.shape} for {base.tensors[name].shape}"
+        for name, (info, _) in parts.items()
+        if info.shape != base.tensors[name].shape
+    ]
+    if lacking or extra or others:
         raise CheckpointError(
             f"{moe.path}: got other tensors besides experts and gates than in"
             f" {base.path}: {len(lacking)} are missing"
             f" ({', '.join(lacking[:3]) or 'none'}), {len(extra)} are not there"
-            f" ({', '.join(extra[:3]) or 'none'}); give the base that the experts came"
+            f" ({', '.join(extra[:3]) or 'none'}), {len(others)} have another shape"
+            f" ({', '.join(others[:3]) or 'none'}); give the base that the experts came"
             " from"
         )
     return parts

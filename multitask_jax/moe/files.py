@@ -173,6 +173,8 @@ def check_alike(experts: Sequence[Reader], names: Sequence[str]) -> None:
         dtype than the first model.
     """
     first = experts[0]
+    if lacking := [name for name in names if name not in first.tensors]:
+        raise CheckpointError(f"{first.path}: got no tensor {lacking[0]}")
     for reader in experts[1:]:
         for name in names:
             info, there = first.tensors[name], reader.tensors.get(name)

@@ -3,7 +3,8 @@
     means = jnp.stack([mean of what reaches the layer, a specialist's data each])
     gates = {block: gate_from_means(means[block], variance[block]) for block in ...}
     params = upcycle([a, b, c], rest, pattern=..., gates=gates)
-    dense = to_dense(params, merge=functools.partial(merging.merge, merging.ties()))
+    ties = functools.partial(merging.merge, merging.ties())
+    dense = to_dense(params, merge=ties, base=base)
 
 Sparse upcycling (Komatsuzaki et al. 2023, arXiv 2212.05055) copies one model's
 feed-forward layers; experts of specialists are those of Branch-Train-MiX (Sukhbaatar et
@@ -210,8 +211,8 @@ def to_dense(
       params: as `upcycle` makes them.
       merge: (base, models) -> one model, all of feed-forward leaves alone, such as
         `functools.partial(merging.merge, merging.ties())`.
-      base: a dense tree whose feed-forward leaves are the base; that of `merge` is the
-        first expert if not given.
+      base: a dense tree whose feed-forward leaves are the base. Methods on parameters
+        alone (linear) go without: that of `merge` is then the first expert.
       rename, between: as for `split`.
 
     Raises:

@@ -8,14 +8,14 @@ import pytest
 from multitask_jax.data import trial_features, trial_table
 
 TEXT = {
-    "age": ["20", "NA", "40.5"],
-    "debt": ["-3", "7", "1e3"],
-    "member": ["0", "", "1"],
-    "plan": ["a", "b", "none"],
-    "wealth": ["0", "1", "99"],
-    "group": ["none", "mail", "call"],
-    "bought": ["0", "1", "1"],
-    "profit": ["-2.5", "0", "4"],
+    "age": ["20", "NA", "41", "23"],
+    "debt": ["-3", "7", "1e3", "0"],
+    "member": ["0", "None", "1", "1"],
+    "plan": ["a", "none", "", "a"],
+    "wealth": ["0", "1", "99", "1"],
+    "group": ["none", "mail", "call", "none"],
+    "bought": ["0", "1", "1", "0"],
+    "profit": ["-2.5", "0", "4", "0"],
 }
 NAMED = {
     "features": ["age", "debt", "member", "plan", "wealth:log"],
@@ -31,16 +31,38 @@ def test_kinds_follow_from_values() -> None:
     assert schema.features == dict(zip(TEXT, kinds, strict=False))
     assert schema.arms == ("none", "call", "mail")  # an arm may be called none
     assert schema.outcomes == {"bought": "flag", "profit": "number"}
-    trial = trial_features.trial_of(schema, trial_table.table_of(schema, TEXT))
-    names = ["age", "debt", "member", "plan=a", "plan=b", "log1p(wealth)"]
+    table = trial_table.table_of(schema, TEXT)
+    encoder = trial_features.fit_encoder(schema.features, table.columns)
+    trial = trial_features.trial_of(schema, table, encoder)
+    names = ["age", "debt", "member", "plan=a", "plan=none", "log1p(wealth)"]
     assert list(trial.features) == names
-    assert trial.arm.tolist() == [0, 2, 1]
+    assert trial.arm.tolist() == [0, 2, 1, 0]
     assert trial.binary == (True, False)
-    np.testing.assert_array_equal(trial.y, [[0, -2.5], [1, 0], [1, 4]])
-    # Missing: the median, and the most frequent value (the first of as frequent ones).
-    np.testing.assert_allclose(trial.x[:, 0].sum(), 0, atol=1e-6)
-    assert trial.x[:, 2:5].tolist() == [[0, 1, 0], [0, 0, 1], [1, 1, 0]]
-    assert trial.segments["plan"].tolist() == ["a", "b", "missing"]
+    np.testing.assert_array_equal(trial.y, [[0, -2.5], [1, 0], [1, 4], [0, 0]])
+    # Missing: the median (not the mean, 28), and the most frequent value.
+    age = np.array([20, 23, 41, 23])
+    np.testing.assert_allclose(trial.x[:, 0], (age - age.mean()) / age.std(), rtol=1e-6)
+    assert trial.x[:, 2:5].tolist() == [[0, 1, 0], [1, 0, 1], [1, 1, 0], [1, 1, 0]]
+    assert trial.segments["plan"].tolist() == ["a", "none", "missing", "a"]
+
+
+def test_names_may_have_a_colon_and_arms_be_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "trial.csv"
+    path.write_bytes(b"\xef\xbb\xbfa:b,arm,y\n1.5,1,2\n2.5,0,3\n,1,4\n")  # a BOM
+    text, where = trial_table.read_text(path)
+    options = {"arm": "arm", "control": "0", "outcomes": ["y"]}
+    for name, kind in (("a:b", "number"), ("a:b:log", "log")):
+        schema = trial_table.infer(text, where, features=[name], **options)
+        assert schema.features == {"a:b": kind}
+        assert schema.arms == ("0", "1")
+
+
+def test_people_of_no_known_arm_are_named() -> None:
+    text = TEXT | {"group": ["none", "mail", "call", "NA"]}
+    schema = trial_table.infer(text, **NAMED)
+    assert schema.arms == ("none", "call", "mail")
+    with pytest.raises(ValueError, match="row 4, column group: got 'NA'"):
+        trial_table.table_of(schema, text)
 
 
 @pytest.mark.parametrize(
@@ -55,10 +77,13 @@ def test_kinds_follow_from_values() -> None:
         ({"outcomes": ["plan"], "features": ["age"]}, "column plan: got 'category'"),
         ({"control": "fax"}, "expected the control 'fax' and another arm"),
         ({"features": ["id"]}, "got 101 different values, expected at most 100"),
+        ({"features": ["age"], "arm": "id", "control": "p1"}, "got 101 different"),
+        ({"features": ["typo"]}, "column typo: got '12,5' among numbers"),
     ],
 )
 def test_wrong_columns_are_named(changes: dict, message: str) -> None:
     text = TEXT | {"id": [f"p{i}" for i in range(101)]}
+    text |= {"typo": ["1", "2", "12,5", ""]}
     with pytest.raises(ValueError, match=message):
         trial_table.infer(text, **NAMED | changes)
 
@@ -74,7 +99,7 @@ def test_wrong_columns_are_named(changes: dict, message: str) -> None:
 )
 def test_wrong_values_are_named(column: str, value: str, message: str) -> None:
     schema = trial_table.infer(TEXT, **NAMED)
-    text = TEXT | {column: [*TEXT[column][:2], value]}
+    text = TEXT | {column: [*TEXT[column][:2], value, TEXT[column][3]]}
     with pytest.raises(ValueError, match=f"row 3, column {column}.*{message}"):
         trial_table.table_of(schema, text)
 

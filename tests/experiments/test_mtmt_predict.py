@@ -173,6 +173,7 @@ def test_errors_leave_the_output_alone(
     fails(r"expected \['channel'\]", save(other, [r[:-1] for r in PEOPLE], NAMES[:-1]))
     clash = save(other, [[*r, ""] for r in PEOPLE], (*NAMES, "best_arm"))
     fails("which scoring adds", clash)
+    fails("both are 'visit_1'", about=facts | {"arms": ["0", "1", "-1"]})
     with pytest.raises(ValueError, match="two files"):
         mtmt_predict.predict("model", given, given, model, facts)
     with pytest.raises(FileNotFoundError):

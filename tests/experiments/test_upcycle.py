@@ -11,7 +11,15 @@ from safetensors.numpy import save_file
 from experiments import upcycle
 from multitask_jax import checkpoints, merging, moe, tree
 from multitask_jax.layers.moe import MoE
-from tests.experiments.upcycle_common import D, H, llama, read, run, specialists
+from tests.experiments.upcycle_common import (
+    D,
+    H,
+    convert,
+    llama,
+    read,
+    run,
+    specialists,
+)
 
 
 @pytest.fixture
@@ -167,11 +175,6 @@ def test_gates_of_any_names_are_as_wide_as_the_inputs(tmp_path, name, shape, wid
     run(tmp_path / "moe", models=str(tmp_path / "a.safetensors"), experts=3)
     gates = [x for n, x in read(tmp_path / "moe").items() if "gate" in n]
     assert [g.shape for g in gates] == [(3, width)]
-
-
-def convert(folder, dtype):
-    tensors = {n: x.astype(dtype) for n, x in read(folder).items()}
-    save_file(tensors, folder / "model.safetensors")
 
 
 def test_a_mixture_has_its_models_dtype(tmp_path, three):

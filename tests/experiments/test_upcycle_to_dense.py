@@ -1,13 +1,22 @@
 """Mixtures to dense checkpoints: their experts merged."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 from experiments import upcycle
 from multitask_jax import checkpoints, merging
-from tests.experiments.upcycle_common import D, H, llama, read, run, specialists
+from tests.experiments.upcycle_common import (
+    D,
+    H,
+    convert,
+    llama,
+    read,
+    run,
+    specialists,
+)
 
 
 @pytest.fixture
@@ -105,12 +114,21 @@ def test_to_dense_merges_experts_by_any_method(tmp_path, three, name, options):
             np.testing.assert_array_equal(x, shared[n])
 
 
-def test_to_dense_refuses_a_base_of_other_tensors(tmp_path, three):
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("lm_head.weight", (20, D), r"1 are missing \(lm_head.weight"),
+        ("model.embed_tokens.weight", (22, D), r"1 have another shape \(model.embed"),
+    ],
+)
+def test_to_dense_refuses_a_base_of_other_tensors(
+    tmp_path, three, name, shape, message
+):
     run(tmp_path / "moe", models=str(tmp_path / "a"), experts=2)
     base = llama(tmp_path / "base", 9)
-    more = base | {"lm_head.weight": np.zeros((20, D), np.float32)}
+    more = base | {name: np.zeros(shape, np.float32)}
     save_file(more, tmp_path / "base" / "model.safetensors")
-    with pytest.raises(checkpoints.CheckpointError, match=r"missing \(lm_head.weight"):
+    with pytest.raises(checkpoints.CheckpointError, match=message):
         run(
             tmp_path / "dense",
             to_dense=True,
@@ -118,3 +136,17 @@ def test_to_dense_refuses_a_base_of_other_tensors(tmp_path, three):
             base=str(tmp_path / "base"),
         )
     assert not (tmp_path / "dense").exists()
+
+
+def test_a_dense_model_has_its_mixtures_dtype(tmp_path, three):
+    """Also where the base has another."""
+    llama(tmp_path / "base", 9)
+    convert(tmp_path / "a", jnp.bfloat16)
+    run(tmp_path / "moe", models=str(tmp_path / "a"), experts=2)
+    options = {"to_dense": True, "method": "task_arithmetic", "scale": 0.5}
+    models, base = str(tmp_path / "moe"), str(tmp_path / "base")
+    run(tmp_path / "dense", models=models, base=base, **options)
+    found = read(tmp_path / "dense")
+    assert {x.dtype for x in found.values()} == {jnp.dtype("bfloat16")}
+    name = "model.layers.1.mlp.up_proj.weight"  # of two copies half the sum of changes
+    np.testing.assert_array_equal(found[name], three["a"][name].astype(jnp.bfloat16))

@@ -41,3 +41,9 @@ def read(path):
 def specialists(folder):
     """Tensors of three models in a, b and c there."""
     return {n: llama(folder / n, s) for s, n in enumerate("abc")}
+
+
+def convert(folder, dtype):
+    """The model there, in another dtype."""
+    tensors = {n: x.astype(dtype) for n, x in read(folder).items()}
+    save_file(tensors, folder / "model.safetensors")
