@@ -44,7 +44,6 @@ from experiments import flags, merge, parsing, report_file
 from experiments.flags import flag
 from multitask_jax import merging
 from multitask_jax.data import digits
-from multitask_jax.host_memory import keep_freed_memory
 from multitask_jax.models import digits_transformer as vit
 
 SHAPE = vit.Shape()
@@ -479,5 +478,4 @@ def draw(test: Mapping[str, np.ndarray]) -> Figure:
 
 
 if __name__ == "__main__":
-    keep_freed_memory()
     flags.main(Config, run)

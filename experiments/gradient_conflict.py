@@ -41,7 +41,6 @@ from experiments.flags import flag
 from experiments.gradient_conflict_report import Result
 from experiments.parsing import at_least, numbers
 from multitask_jax import moe
-from multitask_jax.host_memory import keep_freed_memory
 from multitask_jax.training import gradients
 
 TASKS = 2
@@ -352,5 +351,4 @@ def run(config: Config) -> Result:
 
 
 if __name__ == "__main__":
-    keep_freed_memory()
     flags.main(Config, flags.plain_errors(run, "the same command goes on from there"))

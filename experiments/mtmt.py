@@ -52,7 +52,6 @@ from experiments.flags import flag
 from multitask_jax.data.trial_features import Encoder
 from multitask_jax.data.trial_table import KINDS
 from multitask_jax.data.uplift import Trial
-from multitask_jax.host_memory import keep_freed_memory
 from multitask_jax.models.uplift_baselines import (
     BOOSTED,
     FULL_SIZE,
@@ -407,7 +406,6 @@ def still_learning(
 
 
 if __name__ == "__main__":
-    keep_freed_memory()
     flags.main(
         Config,
         flags.plain_errors(

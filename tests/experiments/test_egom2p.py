@@ -253,8 +253,14 @@ def run(workdir=None, settings=SETTINGS, **options):
     )
 
 
-def test_training_goes_on_bit_for_bit_after_it_was_stopped(tmp_path, monkeypatch):
-    whole = run(tmp_path / "whole")
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("whole") / "run")
+
+
+def test_training_goes_on_bit_for_bit_after_it_was_stopped(
+    whole, tmp_path, monkeypatch
+):
     real = training.batches
 
     def stopping(*args, **options):
@@ -281,10 +287,10 @@ def test_training_goes_on_bit_for_bit_after_it_was_stopped(tmp_path, monkeypatch
     assert [json.loads(line)["step"] for line in lines] == [3, 6]
 
 
-def test_training_on_a_mesh_is_that_on_one_device():
+def test_training_on_a_mesh_is_that_on_one_device(whole):
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-    alone, cut = run(), run(mesh=mesh)
-    for a, b in zip(alone.history, cut.history, strict=True):
+    cut = run(mesh=mesh)
+    for a, b in zip(whole.history, cut.history, strict=True):
         for name, value in a.items():
             assert b[name] == pytest.approx(value, rel=1e-3), name
     with pytest.raises(ValueError, match="got axes model"):
