@@ -12,11 +12,13 @@ def keep_freed_memory() -> bool:
 
     A program on a CPU asks for all its temporary memory at once, and gives it back.
     glibc maps so large a piece anew each time, and the kernel clears it page by page:
-    a quarter of the time of training steps that need 1 GB (`experiments.
-    benchmark_egom2p --nokeep_memory` shows it). The price: the process stays as large
-    as it ever was, and that is more, for the gaps (3.1 GB, not 2.1, with EgoM2P
-    "small"). Call it before JAX's first operation, whose threads keep their own pools
-    otherwise. Accelerators have allocators of their own.
+    up to a quarter of the time of training steps that need 1 GB, by what the host makes
+    of page faults (`experiments.benchmark_egom2p --nokeep_memory` shows it). The price:
+    the process stays as large as it ever was, and that is more, for the gaps (3.1 GB,
+    not 2.1, with EgoM2P "small"); and threads wait for each other at the one pool:
+    steps of many small operations take up to twice as long, so it is not for these.
+    Call it before JAX's first operation, whose threads keep their own pools otherwise.
+    Accelerators have allocators of their own.
 
     Returns:
       Whether glibc took it: not on other systems, and no use beside another malloc.
