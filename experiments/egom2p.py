@@ -115,7 +115,7 @@ def run(config: Config) -> dict[str, Any]:
       FileNotFoundError: a stage finds nothing to start from.
       OSError: clips can't be recorded here.
     """
-    config = folders.expanded(config, "workdir", "input", "output")
+    config = parsing.expanded(config, "workdir", "input", "output")
     check(config)
     if config.stage == "generate":
         return generate(config)

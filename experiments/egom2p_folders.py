@@ -6,10 +6,9 @@ Clips of test are none of these: nothing is kept of them, `evaluate` reads them 
 """
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from experiments import egom2p_tokens as tokens_of
 from experiments import json_files, study_store
@@ -18,7 +17,6 @@ from multitask_jax.data import egocentric
 if TYPE_CHECKING:
     from experiments.egom2p import Config
 
-C = TypeVar("C")
 _RECORD = ("seed", "clips")
 _TOKENIZE = (
     *_RECORD, "video_steps", "trajectory_steps", "tokenizer_batch", "quantizer",
@@ -31,12 +29,6 @@ _PRETRAIN = (
 # Folder -> the flags that its contents depend on.
 _DEPENDS = {"tokenizers": _TOKENIZE, "tokens": _TOKENIZE, "model": _PRETRAIN}
 _FILE = "settings.json"
-
-
-def expanded(config: C, *names: str) -> C:
-    """A config, of a run or a study, with ~ written out in the fields of paths."""
-    paths = {name: os.path.expanduser(getattr(config, name)) for name in names}
-    return dataclasses.replace(config, **paths)  # type: ignore[type-var]
 
 
 def agree(config: "Config", *names: str) -> None:

@@ -34,7 +34,6 @@ import numpy as np
 
 from experiments import egom2p_checks, flags, json_files, merge, parsing, study_store
 from experiments import egom2p_evaluation as measures
-from experiments import egom2p_folders as folders
 from experiments import egom2p_regressor as regressor
 from experiments import egom2p_study_report as reports
 from experiments import egom2p_tokens as tokens_of
@@ -370,7 +369,7 @@ def run(config: Config) -> dict[str, Any]:
         task needs, or --workdir is of another study.
       FileNotFoundError: --base has no tokens.
     """
-    config = folders.expanded(config, "base", "workdir")
+    config = parsing.expanded(config, "base", "workdir")
     parts = check(config)
     study = Study(config)
     study_store.remember(config, study.workdir, FREE)

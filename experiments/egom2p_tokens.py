@@ -21,7 +21,6 @@ from multitask_jax.masked.modalities import Modalities, Modality
 from multitask_jax.masked.tokenizers import Tokenizer
 
 LEARNT = ("train", "validation")  # splits whose tokens are kept
-SPLITS = (*LEARNT, "test")
 VIDEO = ("rgb", "depth")
 
 

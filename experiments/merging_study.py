@@ -23,7 +23,6 @@ Legend: S seeds, T tasks.
 """
 
 import dataclasses
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -220,9 +219,7 @@ def run(config: Config) -> Result:
     Raises:
       ValueError: a flag, a task or the base is not as it should be; says which.
     """
-    # Once for all: not everything that is given a path knows what ~ is.
-    home = {name: os.path.expanduser(getattr(config, name)) for name in PATHS}
-    config = dataclasses.replace(config, **home)
+    config = parsing.expanded(config, *PATHS)
     seeds, tasks, parts, rows = check(config)
     first = seeds[0]
     # Tasks by name: a folder that comes later, or goes, makes another study.

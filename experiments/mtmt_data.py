@@ -20,11 +20,10 @@ from multitask_jax.data.uplift import Trial
 # People of an arm that are left to train on: boosting keeps a tenth to stop early by,
 # which must have room for both classes of an outcome.
 LEAST = 11
-OF_TABLES = ("arm_column", "control", "features", "outcomes")
 # Flags that each source reads; a flag of another one would go unused.
 _READ = {
     "hillstrom": ("data_path", "download"),
-    "table": ("data_path", *OF_TABLES),
+    "table": ("data_path", "arm_column", "control", "features", "outcomes"),
     "simulator": ("effect",),
 }
 
@@ -109,8 +108,7 @@ def _own(config: Any) -> tuple[Schema, Table]:
 def _as_read(schema: Schema, table: Table) -> Iterator[list[str]]:
     """Of each column the name, the kind and how many are missing."""
     for name, kind in schema.features.items():
-        column = table.columns[name]
-        gaps = column == "" if kind == "category" else np.isnan(column)
+        gaps = trial_table.missing(kind, table.columns[name])
         yield [name, f"({kind}{f', {gaps.sum():,} missing' if gaps.any() else ''})"]
     yield [schema.arm, f"(arms: {', '.join(schema.arms)})"]
     for name, kind in schema.outcomes.items():

@@ -1,8 +1,12 @@
 """Values of flags: lists of numbers and paths, sizes, choices."""
 
+import dataclasses
 import math
+import os
 import re
-from typing import Any
+from typing import Any, TypeVar
+
+C = TypeVar("C")
 
 
 def numbers(name: str, text: str | None) -> list[float] | None:
@@ -35,6 +39,15 @@ def paths(text: str | None) -> list[str] | None:
     if text is None:
         return None
     return [p.strip() for p in text.split(",") if p.strip()]
+
+
+def expanded(config: C, *names: str) -> C:
+    """A config with ~ written out in fields that are paths, if they are set.
+
+    Once for all: not everything that is given a path knows what ~ is.
+    """
+    paths = {n: os.path.expanduser(p) for n in names if (p := getattr(config, n))}
+    return dataclasses.replace(config, **paths)  # type: ignore[type-var]
 
 
 def one_of(name: str, value: str, options: tuple[str, ...]) -> Any:

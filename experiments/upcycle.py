@@ -109,8 +109,7 @@ def run(config: Config) -> Result:
     models = _expanded(config.models) or []
     if not models or not config.output:
         raise ValueError("--models and --output: got none; see --help")
-    if config.base:
-        config = dataclasses.replace(config, base=os.path.expanduser(config.base))
+    config = parsing.expanded(config, "base")
     parsing.one_of("method", config.method, tuple(merging.METHODS))
     method = _method(config)
     result = (to_dense if config.to_dense else to_experts)(config, models, method)

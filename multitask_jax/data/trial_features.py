@@ -17,7 +17,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from multitask_jax.data.trial_table import KINDS, Kind, Schema, Table, segments_of
+from multitask_jax.data.trial_table import (
+    KINDS,
+    Kind,
+    Schema,
+    Table,
+    missing,
+    segments_of,
+)
 from multitask_jax.data.uplift import Trial
 
 
@@ -104,7 +111,8 @@ def fit_encoder(
     scale, categories = {}, {}
     for name, kind in kinds.items():
         column = columns[name] if rows is None else columns[name][rows]
-        there = column[column != ""] if kind == "category" else column[column == column]
+        gaps = missing(kind, column)
+        there = column[~gaps]
         if not len(there):
             raise ValueError(
                 f"column {name}: got no value in {len(column)} rows, expected some to"
@@ -117,7 +125,7 @@ def fit_encoder(
                 categories[name] = tuple(map(str, values))
             continue
         fill[name] = float(np.median(there))
-        filled = _curve(kind, np.where(np.isnan(column), fill[name], column))
+        filled = _curve(kind, np.where(gaps, fill[name], column))
         # A constant column is all zeros, not a division by zero.
         scale[name] = float(filled.mean()), float(filled.std()) or 1.0
     return Encoder(dict(kinds), fill, scale, categories)
@@ -130,11 +138,11 @@ def encode(encoder: Encoder, columns: Mapping[str, np.ndarray]) -> Encoded:
       encoder: of `fit_encoder`.
       columns: of `trial_table.features_of` or a Table.
     """
-    parts, unknown, missing = [], {}, {}
+    parts, unknown, lacking = [], {}, {}
     for name, kind in encoder.kinds.items():
         column = columns[name]
-        gaps = column == "" if kind == "category" else np.isnan(column)
-        missing[name] = int(gaps.sum())
+        gaps = missing(kind, column)
+        lacking[name] = int(gaps.sum())
         filled = np.where(gaps, encoder.fill[name], column)
         if kind == "category":
             known = np.array(encoder.categories[name])
@@ -147,7 +155,7 @@ def encode(encoder: Encoder, columns: Mapping[str, np.ndarray]) -> Encoded:
             filled = (_curve(kind, filled) - mean) / deviation
         parts.append(filled[:, None])
     x = np.concatenate(parts, axis=1, dtype=np.float32)
-    return Encoded(x, unknown, missing)
+    return Encoded(x, unknown, lacking)
 
 
 def trial_of(

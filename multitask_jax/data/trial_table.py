@@ -149,8 +149,8 @@ def infer(
             raise ValueError(f"{here}: got {kind!r}, expected one of {allowed}")
         if kind == "category":
             _check_few(set(text[name]), here)
-    arms = {w for w in _words(text[arm]).tolist() if w.lower() not in _MISSING}
-    arms |= {w for w in _words(text[arm]).tolist() if w == control}
+    words = {*_words(text[arm]).tolist()}
+    arms = {w for w in words if w == control or w.lower() not in _MISSING}
     _check_few(arms, f"{where}, column {arm}")
     if control not in arms or len(arms) < 2:
         raise ValueError(
@@ -244,6 +244,11 @@ def table_of(schema: Schema, text: Text, where: str = "the table") -> Table:
     return Table(columns, arm, np.stack(outcomes, axis=1).astype(np.float32))
 
 
+def missing(kind: Kind, column: np.ndarray) -> np.ndarray:
+    """Which values [N] of a column of `features_of` were not there."""
+    return column == "" if kind == "category" else np.isnan(column)
+
+
 def segments_of(
     kinds: Mapping[str, Kind], columns: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
@@ -251,11 +256,10 @@ def segments_of(
     found = {}
     for name, kind in kinds.items():
         column = columns[name]
-        if kind == "category":
-            found[name] = np.where(column == "", "missing", column)
-        elif kind == "flag":
-            words = np.where(column == 1, "yes", "no")
-            found[name] = np.where(np.isnan(column), "missing", words)
+        if kind in ("category", "flag"):
+            flags = np.where(column == 1, "yes", "no")
+            words = column if kind == "category" else flags
+            found[name] = np.where(missing(kind, column), "missing", words)
     return found
 
 

@@ -15,7 +15,7 @@ from multitask_jax.masked.tokenizers import Tokenizer
 def base(tmp_path, monkeypatch):
     """(kinds with a tokenizer, kinds present by split) -> a study on such a base."""
     home = tmp_path / "base"
-    for split in egom2p_tokens.SPLITS:
+    for split in (*egom2p_tokens.LEARNT, "test"):
         (home / "clips" / split).mkdir(parents=True)
         (home / "clips" / split / "mine.npz").write_text("1")
     (home / "tokens").mkdir()

@@ -11,20 +11,7 @@ from safetensors.numpy import save_file
 from experiments import upcycle
 from multitask_jax import checkpoints, merging, moe, tree
 from multitask_jax.layers.moe import MoE
-from tests.experiments.upcycle_common import (
-    D,
-    H,
-    convert,
-    llama,
-    read,
-    run,
-    specialists,
-)
-
-
-@pytest.fixture
-def three(tmp_path):
-    return specialists(tmp_path)
+from tests.experiments.upcycle_common import D, H, convert, llama, read, run
 
 
 def test_specialists_become_mixtrals_experts(tmp_path, three):

@@ -8,20 +8,7 @@ from safetensors.numpy import save_file
 
 from experiments import upcycle
 from multitask_jax import checkpoints, merging
-from tests.experiments.upcycle_common import (
-    D,
-    H,
-    convert,
-    llama,
-    read,
-    run,
-    specialists,
-)
-
-
-@pytest.fixture
-def three(tmp_path):
-    return specialists(tmp_path)
+from tests.experiments.upcycle_common import D, H, convert, llama, read, run
 
 
 def test_to_dense_refuses_a_shared_expert(tmp_path):

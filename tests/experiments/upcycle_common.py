@@ -38,11 +38,6 @@ def read(path):
     return load_file(path / "model.safetensors")
 
 
-def specialists(folder):
-    """Tensors of three models in a, b and c there."""
-    return {n: llama(folder / n, s) for s, n in enumerate("abc")}
-
-
 def convert(folder, dtype):
     """The model there, in another dtype."""
     tensors = {n: x.astype(dtype) for n, x in read(folder).items()}
