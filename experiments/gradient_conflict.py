@@ -84,7 +84,7 @@ class Config:
     rate: float = flag("Learning rate.", 3e-3)
     inputs: int = flag("Width of an input.", 32)
     hidden: int = flag("Active hidden units of the trunk; a multiple of 4.", 16)
-    features: int = flag("What the trunk gives each task's linear head.", 8)
+    features: int = flag("What the trunk gives the linear head.", 8)
 
 
 class World(NamedTuple):
@@ -123,7 +123,12 @@ def init(key: jax.Array, variant: Variant, config: Config) -> dict[str, Any]:
             "up": _dense(up, count, i + TASKS, hidden),
             "down": _dense(down, count, hidden, f),
         },
-        "gate": {"kernel": 0.1 * jax.random.normal(b, (TASKS, i, variant.experts))},
+        "gate": {
+            "kernel": 0.1 * jax.random.normal(b, (TASKS, i, variant.experts)),
+            # Without it no expert could get more than half of a task's inputs: for
+            # each x there is a -x, whose favourite is the least of x.
+            "bias": jnp.zeros((TASKS, variant.experts)),
+        },
         "head": _dense(c, 1, f, 1),
     }
 
@@ -144,8 +149,10 @@ def routings(params: Any, x: jax.Array, variant: Variant) -> list[moe.Routing]:
     if variant.route.get("kind") == "hard":
         scores = [jnp.full(len(x), t) for t in range(TASKS)]
     else:
-        kernels = params["gate"]["kernel"]
-        scores = [moe.gate_logits({"kernel": k}, x) for k in kernels]
+        gates = [
+            jax.tree.map(lambda p, t=t: p[t], params["gate"]) for t in range(TASKS)
+        ]
+        scores = [moe.gate_logits(gate, x) for gate in gates]
     return [moe.route(s, **variant.route) for s in scores]
 
 

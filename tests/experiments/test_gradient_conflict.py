@@ -50,6 +50,20 @@ def test_use_of_experts_is_told(result):
     assert "## Specialisation of routed experts" in result[0].report
 
 
+def test_gates_can_choose_by_the_task_alone():
+    """A gate without a bias can't: half of x at most has the same favourite."""
+    variant = conflict.VARIANTS["MMoE"]
+    gate = {
+        "kernel": jnp.zeros((conflict.TASKS, 3, variant.experts)),
+        "bias": 50 * jnp.eye(conflict.TASKS, variant.experts),
+    }
+    made = conflict.init(jax.random.key(0), variant, conflict.Config(inputs=3))
+    assert jax.tree.map(jnp.shape, made["gate"]) == jax.tree.map(jnp.shape, gate)
+    x = jax.random.normal(jax.random.key(1), (64, 3))
+    told = conflict.use_of_experts({"gate": gate}, x, variant)
+    assert told["specialisation"] == pytest.approx(1, abs=1e-5)
+
+
 def test_what_is_there_is_not_done_again(tmp_path, monkeypatch):
     """Killed in the second structure; then with a seed more, and other settings."""
     done = []
