@@ -222,7 +222,7 @@ def _about(clips: int, seed: int, maps: Mapping[str, Sequence[str]]) -> dict[str
         "clips": clips,
         "maps": {folder: list(names) for folder, names in maps.items()},
         "coverage": {name: list(keys) for name, keys in COVERAGE.items()},
-        "versions": {"vizdoom": version("vizdoom"), "recorder": 2},
+        "versions": {"vizdoom": version("vizdoom"), "recorder": 3},
         "units": {
             "camera": "metres, camera-to-world, OpenCV axes, relative to the first",
             "depth": "metres along z; the farthest stands for all beyond it",

@@ -252,8 +252,13 @@ def project(angle: float, direction: np.ndarray) -> np.ndarray:
 
 
 def _prepare(game: Any) -> None:
-    """Nothing hurts the walker or takes notice of it, and no text is in the picture."""
-    for command in ("god", "notarget", "show_messages 0", "cl_showsecretmessage 0"):
+    """Nothing hurts the walker or takes notice of it, and no text is in the picture.
+
+    Who lacks a key is told so across the picture, and across its depths, whatever hides
+    messages: so the walker has them all.
+    """
+    quiet = "show_messages 0", "cl_showsecretmessage 0"
+    for command in (*quiet, "god", "notarget", "give keys"):
         game.send_game_command(command)
 
 
