@@ -16,10 +16,29 @@ common is then left out of them):
     # (with rows=, a function to the mask, where examples are padded)
     merging.save_moments("A/moments.safetensors", moments)
 
+and of a model in torch, such as a Llama of transformers, by what reaches the first
+weight of each feed-forward layer, under that weight's name:
+
+    seen = {}
+
+    def rows(batch):
+        model(**batch)
+        there = batch["attention_mask"].bool()
+        return {name: x[there].float().numpy() for name, x in seen.items()}
+
+    for name, module in model.named_modules():
+        if name.endswith("mlp.gate_proj"):
+            module.register_forward_pre_hook(
+                lambda _, args, key=f"{name}.weight": seen.update({key: args[0]})
+            )
+    with torch.inference_mode():
+        moments = merging.moments_of_rows(map(rows, batches))
+
 --layout=mixtral writes what transformers' Mixtral loads (of Llama and Mistral models),
-names any other Hugging Face names, stacked the parameters of `layers.moe.MoE` (kind
-"gelu", "mlp" or "swiglu" is yours to tell; normalize="after_topk"). The way back merges
-the experts by any method of `experiments.merge`; all else is the mixture's as it was,
+names any other Hugging Face names (which no class loads: config.json keeps the dense
+one's under "upcycled_from"), stacked the parameters of `layers.moe.MoE`; what is
+printed at the end says by which arguments. The way back merges the experts by any
+method of `experiments.merge` on parameters alone; all else is the mixture's as it was,
 but for gates, which are left out.
 Stacked experts get the names of our `layers.transformer.Block` (those with a gate:
 block/mlp/{gate,up,down}), or those that --base has, by --mlp_pattern if it is given.
@@ -30,29 +49,28 @@ Legend: E experts, D width.
 import contextlib
 import dataclasses
 import inspect
-import json
-import math
 import os
-import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 
-from experiments import flags, merge, parsing
+from experiments import (
+    flags,
+    merge,
+    parsing,
+    signals,
+    upcycle_files,
+    upcycle_gates,
+    upcycle_to_dense,
+)
 from experiments.flags import flag
 from multitask_jax import checkpoints, merging
 from multitask_jax.checkpoints import Reader
-from multitask_jax.checkpoints.json_file import read_json
-from multitask_jax.merging.fitted.moments import Moments
-from multitask_jax.moe import configs, dense_files, files, upcycling
-
-# What --to_dense makes nothing of.
-_OF_MIXTURES = ("experts", "k", "gate_data", "sharpness", "gate_stddev", "seed")
+from multitask_jax.merging.core import statistics_kind
+from multitask_jax.moe import configs, dense_files, files
+from multitask_jax.moe.upcycling import Found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +90,7 @@ class Config:
     scale: float | None = flag("Of the method, as for experiments.merge.")
     layout: Literal["auto", "mixtral", "names", "stacked"] = flag(
         "Names of the tensors; auto: stacked for names with slashes, mixtral for Llama"
-        " and Mistral, else names.",
+        " and Mistral (--to_dense: for Mixtral's own), else names.",
         "auto",
     )
     mlp_pattern: str | None = flag(
@@ -112,18 +130,21 @@ def run(config: Config) -> Result:
     config = parsing.expanded(config, "base")
     parsing.one_of("method", config.method, tuple(merging.METHODS))
     method = _method(config)
-    result = (to_dense if config.to_dense else to_experts)(config, models, method)
-    print(f"wrote {result.output}: {result.experts} experts")
-    for note in result.notes:
+    written = upcycle_to_dense.run if config.to_dense else to_experts
+    count, notes = written(config, models, method)
+    print(f"wrote {config.output}: {count} experts")
+    for note in notes:
         print(f"- {note}")
-    return result
+    return Result(Path(config.output), count, tuple(notes))
 
 
-def to_experts(config: Config, models: Sequence[str], method: merging.Method) -> Result:
-    """Dense checkpoints to a mixture."""
+def to_experts(
+    config: Config, models: Sequence[str], method: merging.Method
+) -> tuple[int, list[str]]:
+    """Dense checkpoints to a mixture: the number of experts, and what to know."""
     copies = _copies(config, models)
     count = copies or len(models)
-    about = _config_json(models[0])
+    about = upcycle_files.config_of(models[0])
     k = 2 if config.k is None else config.k
     if not 1 <= k <= count:
         raise ValueError(f"--k: got {k}, expected 1 to {count}, the experts")
@@ -132,106 +153,129 @@ def to_experts(config: Config, models: Sequence[str], method: merging.Method) ->
             f"--k: {models[0]} has no config.json to write it to; leave it out, and"
             " tell k the code that runs the mixture"
         )
-    _check_gate_flags(config)
+    upcycle_gates.check_flags(config)
     # What is refused is refused before anything is merged.
     inputs = [Path(m) for m in [*models, *([config.base] if config.base else [])]]
     checkpoints.check_output(config.output, overwrite=config.overwrite, inputs=inputs)
     size = parsing.size_in_bytes("max_shard_size", config.max_shard_size)
-    notes = []
     with contextlib.ExitStack() as stack:
-        readers = [stack.enter_context(_opened(m)) for m in models]
-        name, layout = _layout(config, readers[0], models[0])
+        readers = [stack.enter_context(upcycle_files.opened(m)) for m in models]
+        name, layout = upcycle_files.layout_of(config, readers[0], models[0])
         if about is not None:
-            about = configs.config_of_mixture(
-                about, name, count, k, Path(models[0]) / "config.json"
-            )
+            file = upcycle_files.home(models[0]) / "config.json"
+            about = configs.config_of_mixture(about, name, count, k, file)
         found = files.found_in(readers[0], layout)
         files.check_alike(readers, list(found))
-        first = files.gate_inputs(readers[0], found)
-        rest = readers[0]
-        gates, how = _gates(config, rest, first, layout, len(models), copies)
-        notes.append(how)
-        if len(models) > 1:
-            temporary = stack.enter_context(
-                tempfile.TemporaryDirectory(
-                    prefix=".upcycle-", dir=_parent(config.output)
-                )
-            )
-            merged = merging.merge_checkpoints(
-                method,
-                config.base,
-                models,
-                f"{temporary}/rest",
-                out_dtype=_dtype_of(readers[0]),
-                report_files=False,
-                progress=config.progress,
-            )
-            rest = stack.enter_context(_opened(str(merged.output)))
-            notes.append(f"everything but experts and gates is their {config.method}")
+        gates, how = upcycle_gates.made(
+            config,
+            _expanded(config.gate_data),
+            readers[0],
+            files.gate_inputs(readers[0], found),
+            layout,
+            count,
+        )
+        notes = [how]
         origins = readers if len(models) > 1 else readers * copies
+        rest = readers[0]
         outputs = files.plan(origins, rest, layout, gates)
-        if name == "stacked" and copies:
-            notes.append(
-                "run it by layers.moe.MoE(normalize='after_topk'): weights of a token's"
-                " experts then sum to 1, and copies give the dense model's output"
-            )
+        if len(models) > 1:
+            rest = _merged(config, method, readers, found, stack)
+            outputs = files.plan(origins, rest, layout, gates)
+            notes.append(f"everything but experts and gates is their {config.method}")
+        notes.append(_how_to_run(name, outputs, count, k))
         if not layout.bias and config.gate_data:
             notes.append(
                 "Mixtral's gate has no bias: what the means have in common is left out"
             )
         _write(config, outputs, inputs, rest, about, size)
-    return Result(Path(config.output), len(origins), tuple(notes))
+    return count, notes
 
 
-def to_dense(config: Config, models: Sequence[str], method: merging.Method) -> Result:
-    """A mixture's experts, merged."""
-    unused = [n for n in _OF_MIXTURES if getattr(config, n) is not None]
-    if len(models) != 1 or unused:
-        raise ValueError(
-            f"--to_dense: got {len(models)} --models"
-            f" {' '.join(f'--{n}' for n in unused)}, expected one mixture, without"
-            f" {', '.join(f'--{n}' for n in _OF_MIXTURES)}"
-        )
-    if config.mlp_pattern and not config.base:
-        raise ValueError(
-            "--mlp_pattern with --to_dense: needs --base, whose names the dense model"
-            " gets"
-        )
-    with contextlib.ExitStack() as stack:
-        moe = stack.enter_context(_opened(models[0]))
-        layout = _layout(config, moe, models[0], dense=False)[1]
-        base = stack.enter_context(_opened(config.base)) if config.base else None
-        dense = dense_files.dense_models(moe, layout, base)
-        about = _config_json(models[0])
-        if config.base is None and about is not None:
-            # The merge copies the mixture's companions, config.json with them.
-            method = _with_config(method, configs.config_of_dense(about))
-        merging.merge_checkpoints(
-            method,
-            dense.base,
-            dense.experts,
-            config.output,
-            # All else is the mixture's own, and no change that experts made.
-            include="|".join(f"^{re.escape(name)}$" for name in dense.own),
-            out_dtype=_dtype_of(moe),
-            recipe={
-                "method": config.method,
-                "density": config.density,
-                "scale": config.scale,
-                "experts of": models[0],
+def _merged(
+    config: Config,
+    method: merging.Method,
+    readers: Sequence[Reader],
+    found: Mapping[str, Found],
+    stack: contextlib.ExitStack,
+) -> Reader:
+    """The models' merge, of all but feed-forward layers; these are the first model's.
+
+    Experts take no part: what a method measures over a model is of what it merges.
+    """
+
+    def without(reader: Reader) -> dense_files.View:
+        return dense_files.View(
+            reader,
+            {
+                name: (info, files.Part(reader, name))
+                for name, info in reader.tensors.items()
+                if name not in found
             },
-            max_shard_size=parsing.size_in_bytes(
-                "max_shard_size", config.max_shard_size
-            ),
-            overwrite=config.overwrite,
-            progress=config.progress,
         )
-    gates = dense.gates
-    notes = (
-        f"experts merged by {config.method}; all else is the mixture's as it was",
-        f"left out {len(gates)} tensors of gates: {', '.join(gates[:3])}, ...",
+
+    first, *others = map(without, readers)
+    floats = [
+        t for t in first.tensors.values() if jnp.issubdtype(t.dtype, jnp.floating)
+    ]
+    if not floats:
+        return readers[0]
+    base = None
+    if config.base is not None:
+        base = without(stack.enter_context(upcycle_files.opened(config.base)))
+    folder = stack.enter_context(upcycle_files.temporary(config.output))
+    dtype = upcycle_files.dtype_of(readers[0].tensors.values())
+    result = merging.merge_checkpoints(
+        method,
+        base,
+        [first, *others],
+        folder / "rest",
+        out_dtype=None if dtype is None else dtype.name,
+        report_files=False,
+        progress=config.progress,
     )
-    return Result(Path(config.output), len(dense.experts), notes)
+    merged = stack.enter_context(upcycle_files.opened(str(result.output)))
+    # In the order of the model, whose layers lie together.
+    order = dict.fromkeys([*readers[0].tensors, *merged.tensors])
+    origin = {name: readers[0] if name in found else merged for name in order}
+    return dense_files.View(
+        merged,
+        {
+            name: (reader.tensors[name], files.Part(reader, name))
+            for name, reader in origin.items()
+            if name in reader.tensors
+        },
+    )
+
+
+def _how_to_run(
+    name: str, outputs: Sequence[files.Output], experts: int, k: int
+) -> str:
+    """Which code runs what is written."""
+    if name == "mixtral":
+        return "run it by transformers' MixtralForCausalLM"
+    if name == "names":
+        return (
+            "its names are of no class that is known (the dense one would get new"
+            " feed-forward layers): run it by code of your own, the sum of the"
+            f" {k} best experts weighted by the softmax of their logits, which are"
+            " x gate.weight^T (+ gate.bias)"
+        )
+    shapes = {o.info.name: o.info.shape for o in outputs}
+    up = next((s for n, s in shapes.items() if n.endswith("experts/up/kernel")), None)
+    if up is None:
+        return (
+            "run it by functions of multitask_jax.moe: `layers.moe.MoE` has no such"
+            " experts"
+        )
+    gated = any(n.endswith("experts/gate/kernel") for n in shapes)
+    bias = any(n.endswith("experts/up/bias") for n in shapes)
+    gate_bias = any(n.endswith("mlp/gate/bias") for n in shapes)
+    return (
+        f"run it by layers.moe.MoE(experts={experts}, hidden={up[-1]}, k={k},"
+        f" kind={'swiglu' if gated else 'gelu'!r}, normalize='after_topk',"
+        f" dispatch='dropless', bias={bias}, gate_bias={gate_bias})"
+        + ("" if gated else "; kind='mlp' or 'relu' if the dense layers' activation is")
+    )
 
 
 def _expanded(text: str | None) -> list[str] | None:
@@ -244,54 +288,24 @@ def _method(config: Config) -> merging.Method:
     """The method with its options.
 
     Raises:
-      ValueError: an option that it does not take.
+      ValueError: an option that it does not take; or it needs or makes more than
+        checkpoints.
     """
     taken = inspect.signature(merging.METHODS[config.method]).parameters
     for name in ("density", "scale"):
         if getattr(config, name) is not None and name not in taken:
             raise ValueError(f"--{name}: {config.method} does not take it")
     options = {k: getattr(config, k) for k in ("base", "method", "density", "scale")}
-    return merge.build_method(merge.Config(**options))
-
-
-def _dtype_of(reader: Reader) -> str | None:
-    """The one dtype of a model's floats, that what is merged beside gets it; or None.
-
-    A base may have been stored in another one.
-    """
-    infos = reader.tensors.values()
-    found = {i.dtype.name for i in infos if jnp.issubdtype(i.dtype, np.floating)}
-    return found.pop() if len(found) == 1 else None
-
-
-def _check_gate_flags(config: Config) -> None:
-    """Refuses flags of the other kind of gates, which would go unused."""
-    unused, kind = (
-        (("gate_stddev", "seed"), "random gates, not of --gate_data's")
-        if config.gate_data
-        else (("sharpness",), "gates of --gate_data")
-    )
-    for name in unused:
-        if getattr(config, name) is not None:
-            raise ValueError(f"--{name}: it is of {kind}; leave it out")
-    if config.sharpness is not None and not 0 < config.sharpness < math.inf:
-        raise ValueError(f"--sharpness: got {config.sharpness}, expected more than 0")
-    parsing.at_least(config, gate_stddev=0)
-
-
-def _with_config(method: merging.Method, about: Mapping[str, Any]) -> merging.Method:
-    """The method, whose merge writes this config.json before its output appears."""
-
-    def aside(directory: Path, *of: Any) -> list[str]:
-        _write_config(directory, about)
-        return method.aside(directory, *of) if method.aside else []
-
-    return method._replace(aside=aside)
-
-
-def _write_config(directory: Path, about: Mapping[str, Any]) -> None:
-    text = json.dumps(about, indent=2) + "\n"
-    (directory / "config.json").write_text(text)
+    method = merge.build_method(merge.Config(**options))
+    kind = statistics_kind(method)
+    if kind or method.aside:
+        why = f"needs {kind} statistics of data" if kind else "writes a file a model"
+        raise ValueError(
+            f"--method: got {config.method}, which {why}: there is no place for that"
+            " here; choose one of parameters alone, such as linear, task_arithmetic or"
+            " ties"
+        )
+    return method
 
 
 def _copies(config: Config, models: Sequence[str]) -> int:
@@ -318,74 +332,6 @@ def _copies(config: Config, models: Sequence[str]) -> int:
     return config.experts
 
 
-def _layout(
-    config: Config, reader: Reader, model: str, *, dense: bool = True
-) -> tuple[str, files.Layout]:
-    name = config.layout
-    if name == "auto":
-        about = _config_json(model) or {}
-        kinds = ("llama", "mistral") if dense else ("mixtral",)
-        slashes = any("/" in n for n in reader.tensors)
-        mixtral = about.get("model_type") in kinds
-        name = "stacked" if slashes else "mixtral" if mixtral else "names"
-    layout = files.LAYOUTS[name]
-    if config.mlp_pattern:
-        layout = layout._replace(pattern=config.mlp_pattern)
-    return name, layout
-
-
-def _gates(
-    config: Config,
-    rest: Reader,
-    first: Mapping[str, str],
-    layout: files.Layout,
-    count: int,
-    copies: int,
-) -> tuple[dict[str, dict[str, np.ndarray]], str]:
-    """{"kernel": [D, E]} (and "bias") by block, and where they come from."""
-    paths = _expanded(config.gate_data)
-    if not paths:
-        widths = {
-            block: files.width_of(rest.tensors[name], layout)
-            for block, name in first.items()
-        }
-        gates = upcycling.random_gates(
-            jax.random.key(config.seed or 0),
-            widths,
-            copies or count,
-            stddev=0.02 if config.gate_stddev is None else config.gate_stddev,
-        )
-        return jax.device_get(gates), "gates are random: train them (and the experts)"
-    if len(paths) != count:
-        raise ValueError(f"--gate_data: got {len(paths)} files for {count} models")
-    moments = [merging.load_moments(p) for p in paths]
-    gates = {}
-    for block, name in first.items():
-        rows = [_moments_of(m, name, p) for m, p in zip(moments, paths, strict=True)]
-        make = upcycling.gate_from_means if layout.bias else upcycling.gate_without_bias
-        try:
-            gate = make(
-                np.stack([m.mean for m in rows]),
-                float(np.mean([m.variance for m in rows])),
-                sharpness=1.0 if config.sharpness is None else config.sharpness,
-            )
-        except ValueError as e:
-            raise ValueError(
-                f"--gate_data, {name}: {e}: --layout=names, or no --gate_data"
-            ) from e
-        gates[block] = {k: np.asarray(x) for k, x in gate.items()}
-    return gates, "gates are the nearest of the means of --gate_data"
-
-
-def _moments_of(moments: Mapping[str, Moments], name: str, path: str) -> Moments:
-    if name not in moments:
-        raise ValueError(
-            f"{path}: no moments of {name}, got {list(moments)[:3]}, ...; compute them"
-            " on parameters by the checkpoint's names"
-        )
-    return moments[name]
-
-
 def _write(
     config: Config,
     outputs: Sequence[files.Output],
@@ -406,38 +352,12 @@ def _write(
     with writer:
         files.write(writer, outputs, progress=config.progress)
         writer.complete()
-        checkpoints.copy_companions(inputs[0], writer.directory)
+        home = upcycle_files.home(str(inputs[0]))
+        checkpoints.copy_companions(home, writer.directory)
         if about is not None:
-            _write_config(writer.directory, about)
-
-
-def _opened(path: str) -> contextlib.closing[Reader]:
-    """A whole checkpoint.
-
-    Raises:
-      CheckpointError: as `checkpoints.open`; of a change (an adapter, a delta) the
-        message says how to make a model of it.
-    """
-    if checkpoints.is_change(path):
-        raise checkpoints.CheckpointError(
-            f"{path}: got an adapter or a delta, expected whole models: experts are"
-            " made of their tensors. Make one first: python -m experiments.merge"
-            f" --method=task_arithmetic --base=BASE --models={path} --output=MODEL"
-        )
-    return contextlib.closing(checkpoints.open(path))
-
-
-def _config_json(path: str) -> dict[str, Any] | None:
-    file = Path(path) / "config.json"
-    return read_json(file) if file.is_file() else None
-
-
-def _parent(output: str) -> Path:
-    """Where the output goes, as one that is moved there needs the same disk."""
-    parent = Path(output).expanduser().absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    return parent
+            upcycle_files.write_config(writer.directory, about)
 
 
 if __name__ == "__main__":
+    signals.as_interruption()
     flags.main(Config, flags.plain_errors(run))

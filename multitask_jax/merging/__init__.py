@@ -25,6 +25,7 @@ from multitask_jax.merging.fitted.moments import (
     Moments,
     input_moments,
     load_moments,
+    moments_of_rows,
     save_moments,
 )
 from multitask_jax.merging.fitted.regmean import regmean, regress
@@ -177,6 +178,7 @@ __all__ = [
     "merge_mergekit",
     "minimise_interference",
     "model_stock",
+    "moments_of_rows",
     "multislerp",
     "nearswap",
     "norm_rule",

@@ -7,15 +7,21 @@ Legend: E experts.
 """
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence, Set
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from multitask_jax.checkpoints import CheckpointError, Reader, TensorInfo
-from multitask_jax.moe.files import Layout, Part, expert_name, filled, renamed
-from multitask_jax.moe.upcycling import Found, mlp_leaves
+from multitask_jax.moe.files import Layout, Part, expert_name, filled
+from multitask_jax.moe.upcycling import (
+    NO_ROOM,
+    Found,
+    mlp_leaves,
+    renamed,
+    shared_beside,
+)
 
 
 class View:
@@ -65,9 +71,9 @@ def dense_models(moe: Reader, layout: Layout, base: Reader | None = None) -> Den
 
     Raises:
       ValueError: the pattern matches nothing in the base.
-      CheckpointError: there are no experts by this layout, or some are missing; the
-        layer has a shared expert, which a dense one has no room for; or the base has
-        other tensors besides.
+      CheckpointError: there are no experts by this layout, or some are missing; a gate
+        is missing, or of another number of experts; the layer has a shared expert,
+        which a dense one has no room for; or the base has other tensors besides.
     """
     matches = {n: m for n in moe.tensors if (m := _expert(layout).fullmatch(n))}
     gated = any(re.search(r"/gate/\w+$", name) for name in matches)
@@ -79,11 +85,11 @@ def dense_models(moe: Reader, layout: Layout, base: Reader | None = None) -> Den
             raise ValueError(f"{base.path}: {e}") from None
         known = {expert_name(layout, f): name for name, f in dense_leaves.items()}
     own: dict[int, dict[str, tuple[TensorInfo, Part]]] = {}
-    around: dict[str, None] = {}  # names of gates but for their last word
+    around: set[str] = set()  # names of gates but for their last word
     for name, m in matches.items():
         info, parts = moe.tensors[name], m.groupdict()
         found = Found(m["block"], m["leaf"], parts.get("between") or "")
-        around[re.sub(r"\w+$", "", filled(layout.gate, found))] = None
+        around.add(_stem(filled(layout.gate, found)))
         if known is None:
             name_there = _usual_name(layout, found, gated=gated)
         elif (plain := filled(layout.expert, found)) in known:
@@ -111,12 +117,11 @@ def dense_models(moe: Reader, layout: Layout, base: Reader | None = None) -> Den
             f" {layout.expert!r}; expected 0, 1, ... of the same tensors each"
         )
     rest = [name for name in moe.tensors if name not in matches]
-    gates = [name for name in rest if re.sub(r"\w+$", "", name) in around]
-    if beside := [name for name in rest if re.search(r"[./]shared_\w+[./]", name)]:
-        raise CheckpointError(
-            f"{moe.path}: {beside[0]} is of an expert that all tokens share: a dense"
-            " layer has no room for it beside a merged one"
-        )
+    parents = {re.sub(r"\w+[./]$", "", stem) for stem in around}
+    if beside := shared_beside(rest, parents):
+        raise CheckpointError(f"{moe.path}: {beside[0]} {NO_ROOM}")
+    gates = [name for name in rest if _stem(name) in around]
+    _check_gates(moe, layout, gates, around, len(own))
     shared = {n: (moe.tensors[n], Part(moe, n)) for n in rest if n not in gates}
     whole = None
     if base is None:
@@ -125,6 +130,39 @@ def dense_models(moe: Reader, layout: Layout, base: Reader | None = None) -> Den
         whole = View(base, _with_shared(base, moe, shared, set(own[0])))
     experts = [View(moe, own[e], moe.path / f"expert_{e}") for e in sorted(own)]
     return Dense(experts, whole, sorted(names.pop()), gates)
+
+
+def _check_gates(
+    moe: Reader,
+    layout: Layout,
+    gates: Sequence[str],
+    around: Set[str],
+    count: int,
+) -> None:
+    """Refuses gates of another number of experts: some would then be of all tokens.
+
+    A mixture without any gate is taken for one whose experts are chosen by ids.
+    """
+    for name in gates:
+        shape = moe.tensors[name].shape
+        width = shape[0 if layout.transposed else -1] if shape else 0
+        if width != count:
+            raise CheckpointError(
+                f"{moe.path}: {name}: got a gate {list(shape)}, expected one of {count}"
+                " experts; those that it can't choose serve all tokens: a dense layer"
+                " has no room for them beside a merged one"
+            )
+    lacking = around - {_stem(name) for name in gates}
+    if gates and lacking:
+        raise CheckpointError(
+            f"{moe.path}: got no {sorted(lacking)[0]}..., but {gates[0]}; expected a"
+            " gate in each layer of experts, or none where ids choose them"
+        )
+
+
+def _stem(name: str) -> str:
+    """Before/after: "l.0.gate.weight" -> "l.0.gate."."""
+    return re.sub(r"\w+$", "", name)
 
 
 def _with_shared(

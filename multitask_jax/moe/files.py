@@ -17,13 +17,15 @@ from tqdm import tqdm
 
 from multitask_jax import checkpoints
 from multitask_jax.checkpoints import CheckpointError, Reader, TensorInfo
-from multitask_jax.moe.upcycling import Found, mlp_leaves
+from multitask_jax.moe.upcycling import Found, mlp_leaves, renamed
 
 # The first layer of a feed-forward block, whose inputs the gate sees as well.
 _FIRST = re.compile(
     r"(?:^|[./])(gate_proj|up_proj|w1|wi|wi_0|intermediate|fc1|fc_in|lin1|c_fc|up|"
     r"dense_h_to_4h|linear1|Dense_0)(?=[./])"
 )
+
+_EXPERTS = re.compile(r"(?:^|[./])(?:\w+_)?experts[./]")  # shared_experts as well
 
 
 class Layout(NamedTuple):
@@ -93,9 +95,14 @@ def found_in(reader: Reader, layout: Layout) -> dict[str, Found]:
 
     Raises:
       ValueError: there are none.
-      CheckpointError: one is of integers or of 8-bit floats, as quantised weights are:
-        what they mean is in tensors beside them.
+      CheckpointError: the model has experts already; or one is of integers or of 8-bit
+        floats, as quantised weights are: what they mean is in tensors beside them.
     """
+    if there := [n for n in reader.tensors if _EXPERTS.search(n)]:
+        raise CheckpointError(
+            f"{reader.path}: {there[0]} is of experts, expected a dense model; make one"
+            " of the mixture first, by --to_dense"
+        )
     found = mlp_leaves(list(reader.tensors), layout.pattern)
     for name in found:
         dtype = reader.tensors[name].dtype
@@ -142,7 +149,7 @@ def plan(
       gates: {"kernel": [D, E], "bias": [E]} by block.
 
     Raises:
-      CheckpointError: as `check_alike` and `found_in`.
+      CheckpointError: a gate of data overflows, or as `check_alike` and `found_in`.
     """
     found, done, out = found_in(rest, layout), set(), []
     check_alike(experts, list(found))
@@ -195,21 +202,26 @@ def _gate(
     arrays = {name: kernel}
     if "bias" in gate and layout.bias:
         arrays[re.sub(r"\w+$", "bias", name)] = gate["bias"]
-    return [
-        Output(TensorInfo(n, x.shape, dtype), (), np.ascontiguousarray(x, dtype))
-        for n, x in arrays.items()
-    ]
+        # The bias outweighs what experts differ by: 16 bits would round that away.
+        dtype = np.dtype(np.float32)
+    out = []
+    for n, x in arrays.items():
+        with np.errstate(over="ignore"):
+            stored = np.ascontiguousarray(x, dtype)
+        if not np.isfinite(stored).all():
+            raise CheckpointError(
+                f"{n}: got {x.reshape(-1)[~np.isfinite(stored.reshape(-1))][0]}, which"
+                f" is not finite in {dtype}; choose a lower --sharpness (or"
+                " --gate_stddev), or convert the models to bfloat16"
+            )
+        out.append(Output(TensorInfo(n, x.shape, dtype), (), stored))
+    return out
 
 
 def expert_name(layout: Layout, found: Found) -> str:
     """Before/after: ("l.0", "up_proj.weight") -> "l.0.experts.{expert}.w3.weight"."""
-    leaf = renamed(found.leaf, layout.rename)
-    return filled(layout.expert, found._replace(leaf=leaf))
-
-
-def renamed(leaf: str, names: Mapping[str, str]) -> str:
-    """Before/after, with {"up_proj": "w3"}: "up_proj.weight" -> "w3.weight"."""
-    return "".join(names.get(p, p) for p in re.split(r"([./])", leaf))
+    named = found._replace(leaf=renamed(found.leaf, layout.rename))
+    return filled(layout.expert, named)
 
 
 def filled(template: str, found: Found) -> str:
@@ -222,9 +234,14 @@ def filled(template: str, found: Found) -> str:
 def write(
     writer: checkpoints.Writer, outputs: Sequence[Output], *, progress: bool = True
 ) -> None:
-    """Copies tensor by tensor."""
+    """Copies tensor by tensor.
+
+    Raises:
+      CheckpointError: one holds NaN or infinity.
+    """
     total = sum(o.info.nbytes for o in outputs)
     off = None if progress else True  # None: unless it is a terminal
+    seen: set[Part] = set()
     with tqdm(total=total, unit="B", unit_scale=True, disable=off) as bar:
         for out in outputs:
             name = out.info.name
@@ -233,8 +250,22 @@ def write(
             size = out.info.size // max(1, len(out.parts))
             for i, part in enumerate(out.parts):
                 flat = part.reader.read(part.name, part.start, part.start + size)
+                if part not in seen:  # copies are of one part
+                    _check_finite(part, flat)
+                    seen.add(part)
                 writer.write(name, i * size, flat)
             bar.update(out.info.nbytes)
+
+
+def _check_finite(part: Part, flat: np.ndarray) -> None:
+    """Refuses what no merge has looked at."""
+    if jnp.issubdtype(flat.dtype, jnp.floating) and not np.isfinite(flat).all():
+        place = int(np.flatnonzero(~np.isfinite(flat))[0])
+        raise CheckpointError(
+            f"{part.reader.path}: tensor {part.name!r} has {flat[place]} at flat index"
+            f" {part.start + place} (and maybe more): the fine-tuning diverged, or the"
+            " file is damaged. Leave the model out"
+        )
 
 
 def width_of(info: TensorInfo, layout: Layout) -> int:

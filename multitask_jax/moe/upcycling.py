@@ -15,7 +15,7 @@ Legend: E experts, D width.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +26,10 @@ from multitask_jax import tree as trees
 from multitask_jax.moe import gates as gating
 
 Array = jax.Array
+NO_ROOM = (
+    "is of an expert that all tokens share: a dense layer has no room for it beside a"
+    " merged one"
+)
 
 
 class Found(NamedTuple):
@@ -73,6 +77,30 @@ def mlp_leaves(paths: Sequence[str], pattern: str) -> dict[str, Found]:
     return found
 
 
+def renamed(leaf: str, names: Mapping[str, str] | None) -> str:
+    """Before/after, with {"up_proj": "w3"}: "up_proj.weight" -> "w3.weight"."""
+    first = re.match(r"[^./]*", leaf)[0]  # type: ignore[index]
+    return (names or {}).get(first, first) + leaf[len(first) :]
+
+
+def shared_beside(paths: Iterable[str], parents: Collection[str]) -> list[str]:
+    """Those of experts that all tokens share, such as layer_0/mlp/shared_up/kernel.
+
+    Args:
+      paths: of all leaves.
+      parents: what stands before routed experts ("layer_0/mlp/"): what is called
+        shared elsewhere is no expert.
+    """
+    return [
+        path
+        for path in paths
+        if any(
+            path[: word.start()] in parents
+            for word in re.finditer(r"(?<![^./])shared_\w+[./]", path)
+        )
+    ]
+
+
 def upcycle(
     models: Sequence[Any],
     rest: Any,
@@ -95,13 +123,14 @@ def upcycle(
         upcycling.
       rest: a tree like theirs that everything else is taken from, such as their merge.
       pattern: as for `mlp_leaves`.
-      gates: a gate for each block, such as `gating.init_gate`'s or `gate_from_means`.
+      gates: a gate for each block and no other, such as `gating.init_gate`'s or
+        `gate_from_means`.
       rename: names of dense layers -> names of the experts'.
 
     Raises:
-      ValueError: trees of different paths, a gate that is missing, blocks that differ
-        in what stands before the leaf, names that `rename` has no way back for, or as
-        `mlp_leaves`.
+      ValueError: trees of different paths, a gate that is missing or of no block,
+        blocks that differ in what stands before the leaf, names that `rename` has no
+        way back for, or as `mlp_leaves`.
     """
     flat = [trees.flatten(m) for m in models]
     others = trees.flatten(rest)
@@ -111,8 +140,14 @@ def upcycle(
                 f"models differ from the rest in {sorted(f.keys() ^ others.keys())[:5]}"
             )
     found = mlp_leaves(list(others), pattern)
-    if missing := {f.block for f in found.values()} - set(gates):
+    blocks = {f.block for f in found.values()}
+    if missing := blocks - set(gates):
         raise ValueError(f"gates: none for {sorted(missing)[:5]}")
+    if extra := set(gates) - blocks:
+        raise ValueError(
+            f"gates: got some for {sorted(extra)[:5]}, expected them for the blocks"
+            f" that the pattern finds: {sorted(blocks)[:5]}"
+        )
     if len(between := {f.between for f in found.values()}) > 1:
         raise ValueError(
             f"mlp pattern {pattern!r}: got {sorted(between)} between block and leaf,"
@@ -120,15 +155,15 @@ def upcycle(
         )
     back = _inverse(rename)
     for path, (_, leaf, _) in found.items():
-        if _renamed(there := _renamed(leaf, rename), back) != leaf:
+        if renamed(there := renamed(leaf, rename), back) != leaf:
             raise ValueError(
                 f"rename: {path} becomes {there}, which would come back as"
-                f" {_renamed(there, back)}; expected a name for each of theirs"
+                f" {renamed(there, back)}; expected a name for each of theirs"
             )
     out = {path: x for path, x in others.items() if path not in found}
     for path, (block, leaf, _) in found.items():
         stacked = jnp.stack([f[path] for f in flat])
-        out[f"{block}/mlp/experts/{_renamed(leaf, rename)}"] = stacked
+        out[f"{block}/mlp/experts/{renamed(leaf, rename)}"] = stacked
     for block, gate in gates.items():
         for path, x in trees.flatten(gate).items():
             out[f"{block}/mlp/gate/{path}"] = x
@@ -165,13 +200,8 @@ def _parts(
     blocks = {m["block"] for m in found.values() if m["part"] == "experts"}
     # A gate without experts is a dense SwiGLU's.
     found = {p: m for p, m in found.items() if m["block"] in blocks}
-    for path in flat:
-        shared = re.match(r"(.*)/mlp/shared_\w+/", path)
-        if shared and shared[1] in blocks:
-            raise ValueError(
-                f"{path} is of an expert that all tokens share: a dense layer has no"
-                " room for it beside a merged one"
-            )
+    if shared := shared_beside(flat, {f"{block}/mlp/" for block in blocks}):
+        raise ValueError(f"{shared[0]} {NO_ROOM}")
     counts = {flat[p].shape[0] for p, m in found.items() if m["part"] == "experts"}
     if len(counts) != 1:
         raise ValueError(
@@ -193,7 +223,7 @@ def _parts(
             gates.setdefault(m["block"], {})[m["leaf"]] = flat[path]
             continue
         for own, x in zip(experts, flat[path], strict=True):
-            own[f"{m['block']}{between}{_renamed(m['leaf'], back)}"] = x
+            own[f"{m['block']}{between}{renamed(m['leaf'], back)}"] = x
     return rest, experts, gates
 
 
@@ -248,9 +278,10 @@ def gate_from_means(
 ) -> Any:
     """Tokens go to the specialist whose own data's mean is nearest.
 
-    logit_e = sharpness (x mu_e - |mu_e|^2 / 2) D / s^2, which is
-    -|x - mu_e|^2 / (2 s^2 / D) up to what experts share. With sharpness 1 the softmax
-    is the posterior of Gaussians of variance s^2 / D in each dimension.
+    logit_e = sharpness (x (mu_e - m) - (|mu_e|^2 - |m|^2) / 2) D / s^2, which is
+    -|x - mu_e|^2 / (2 s^2 / D) up to what experts share; m, the mean of means, leaves
+    small numbers where all are far from 0. With sharpness 1 the softmax is the
+    posterior of Gaussians of variance s^2 / D in each dimension.
 
     Args:
       means: [E, D], of what reaches the layer on each specialist's data.
@@ -262,9 +293,12 @@ def gate_from_means(
       {"kernel": [D, E], "bias": [E]}, for `gate_logits`.
     """
     scale = sharpness * means.shape[1] / jnp.maximum(variance, 1e-12)
+    m = jnp.mean(means, axis=0, keepdims=True)
+    d = means - m
+    # |mu|^2 - |m|^2 as a product: the difference of squares would lose its digits.
     return {
-        "kernel": scale * means.T,
-        "bias": -scale / 2 * jnp.sum(means**2, axis=1),
+        "kernel": scale * d.T,
+        "bias": -scale / 2 * jnp.sum(d * (means + m), axis=1),
     }
 
 
@@ -306,8 +340,3 @@ def gate_without_bias(
 
 def _inverse(rename: Mapping[str, str] | None) -> dict[str, str]:
     return {there: here for here, there in (rename or {}).items()}
-
-
-def _renamed(leaf: str, rename: Mapping[str, str] | None) -> str:
-    first, *others = leaf.split("/")
-    return "/".join([(rename or {}).get(first, first), *others])

@@ -1,6 +1,13 @@
 """Dense checkpoints to mixtures, on disk, and back by the same names."""
 
 import json
+import math
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +15,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from experiments import upcycle
-from multitask_jax import checkpoints, merging, moe, tree
+from experiments import flags, signals, upcycle
+from multitask_jax import checkpoints, merging, tree
 from multitask_jax.layers.moe import MoE
 from tests.experiments.upcycle_common import D, H, convert, llama, read, run
 
@@ -186,81 +193,6 @@ def test_adapters_are_to_be_made_models_first(tmp_path, three):
         run(tmp_path / "moe", models=models, base=str(tmp_path / "b"))
 
 
-def test_gates_from_data_send_tokens_to_their_specialist(tmp_path):
-    """Flax trees, stacked: what is written runs as `layers.moe.MoE`."""
-    rng = np.random.default_rng(0)
-    data = [rng.normal(size=(64, D)).astype(np.float32) + 3 * s for s in (1, -1)]
-
-    def apply(params, x):
-        layer = params["layer_0"]
-        h = jax.nn.gelu(x @ layer["intermediate"]["kernel"])
-        return h @ layer["output"]["kernel"]
-
-    for name, x in zip("ab", data, strict=True):
-        params = {
-            "layer_0": {
-                "intermediate": {"kernel": rng.normal(size=(D, H)).astype(np.float32)},
-                "output": {"kernel": rng.normal(size=(H, D)).astype(np.float32)},
-            },
-            "scale": np.ones(D, np.float32),
-        }
-        moments = merging.input_moments(apply, params, [x[:32], x[32:]])
-        mean = moments["layer_0/intermediate/kernel"].mean
-        np.testing.assert_allclose(mean, x.mean(axis=0), rtol=1e-4, atol=1e-4)
-        (tmp_path / name).mkdir()
-        merging.save_moments(tmp_path / name / "moments.safetensors", moments)
-        flat = {
-            "layer_0/intermediate/kernel": params["layer_0"]["intermediate"]["kernel"],
-            "layer_0/output/kernel": params["layer_0"]["output"]["kernel"],
-            "scale": params["scale"],
-        }
-        save_file(flat, tmp_path / f"{name}.safetensors")
-    files = [str(tmp_path / n / "moments.safetensors") for n in "ab"]
-    run(
-        tmp_path / "moe",
-        models=f"{tmp_path}/a.safetensors,{tmp_path}/b.safetensors",
-        gate_data=",".join(files),
-    )
-    params = tree.nest({k: jnp.asarray(x) for k, x in read(tmp_path / "moe").items()})
-    mlp = params["layer_0"]["mlp"]
-    for e, x in enumerate(data):
-        routing = moe.route(moe.gate_logits(mlp["gate"], x), k=1)
-        assert (np.asarray(routing.experts) == e).all()
-    layer = MoE(experts=2, hidden=H, bias=False, gate_bias=True, dispatch="dropless")
-    served = jax.jit(layer.apply)({"params": mlp}, data[0])
-    one = {k: x["kernel"][0] for k, x in mlp["experts"].items()}
-    expected = jax.nn.gelu(data[0] @ one["up"]) @ one["down"]
-    weight = moe.route(moe.gate_logits(mlp["gate"], data[0]), k=1).weights
-    np.testing.assert_allclose(served, weight * expected, rtol=1e-3, atol=1e-4)
-
-
-def test_gates_from_data_of_hugging_face_names(tmp_path, three, capsys):
-    """Mixtral's gates have no bias: what means have in common must not choose."""
-    names = [f"model.layers.{i}.mlp.gate_proj.weight" for i in range(2)]
-    rng = np.random.default_rng(1)
-    means = np.float32([(10, 10, 10, 11.5, 8.5, 10), (10, 10, 10, 8.5, 11.5, 11)])
-    data = [m + 0.3 * rng.normal(size=(64, D)).astype(np.float32) for m in means]
-
-    def apply(params, x):
-        return sum(x @ params[name].T for name in names)
-
-    for name, x in zip("ab", data, strict=True):
-        moments = merging.input_moments(apply, {n: three[name][n] for n in names}, [x])
-        merging.save_moments(tmp_path / f"{name}.moments.safetensors", moments)
-    run(
-        tmp_path / "moe",
-        models=f"{tmp_path}/a,{tmp_path}/b",
-        gate_data=",".join(f"{tmp_path}/{n}.moments.safetensors" for n in "ab"),
-        k=1,
-    )
-    assert "in common is left out" in capsys.readouterr().out
-    found = read(tmp_path / "moe")
-    for i in range(2):
-        gate = found[f"model.layers.{i}.block_sparse_moe.gate.weight"]
-        for e, x in enumerate(data):
-            assert (np.argmax(x @ gate.T, axis=1) == e).all()
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -270,6 +202,9 @@ def test_gates_from_data_of_hugging_face_names(tmp_path, three, capsys):
         ({"models": "a,b", "gate_data": "x"}, "got 1 files for 2 models"),
         ({"models": "a,b", "method": "tie"}, "expected one of"),
         ({"models": "a,b", "method": "ties"}, "needs a base"),
+        ({"models": "a,b", "base": "c", "method": "emr"}, "emr, which writes a file"),
+        ({"models": "a,b", "base": "c", "method": "fisher"}, "fisher statistics"),
+        ({"models": "a", "to_dense": True, "method": "regmean"}, "gram statistics"),
         ({"models": "a,b", "density": "0.5"}, "--density: linear does not take it"),
         ({"models": "a", "experts": 2, "method": "ties", "scale": 0.5}, "of one model"),
         ({"models": "a", "experts": 2, "mlp_pattern": "mlp"}, "expected groups"),
@@ -282,6 +217,8 @@ def test_gates_from_data_of_hugging_face_names(tmp_path, three, capsys):
         ({"models": "a,b", "gate_data": "x,y", "gate_stddev": 0.1}, "--gate_stddev"),
         ({"models": "a,b", "gate_data": "x,y", "sharpness": 0.0}, "more than 0"),
         ({"models": "a", "experts": 2, "gate_stddev": -1.0}, "expected at least 0"),
+        ({"models": "a", "experts": 2, "gate_stddev": math.nan}, "expected at least 0"),
+        ({"models": "a", "experts": 2, "gate_stddev": math.inf}, "and finite"),
         ({"models": "a", "to_dense": True, "seed": 3}, "got 1 --models --seed"),
         ({"models": "n.safetensors", "experts": 2, "k": 2}, "has no config.json"),
     ],
@@ -346,6 +283,159 @@ def test_models_of_other_shapes_are_named(tmp_path, three):
     with pytest.raises(checkpoints.CheckpointError, match=r"up_proj"):
         run(tmp_path / "moe", models=f"{tmp_path}/a,{tmp_path}/b")
     assert not (tmp_path / "moe").exists()
+
+
+def test_experts_take_no_part_in_what_is_measured_over_the_rest(tmp_path, three):
+    """TIES trims over the whole model: here, over all but feed-forward layers."""
+    base = llama(tmp_path / "base", 9)
+    for name in "ab":  # changes that would leave nothing else above the threshold
+        changed = {n: x * (1000 if ".mlp." in n else 1) for n, x in three[name].items()}
+        save_file(changed, tmp_path / name / "model.safetensors")
+    models = f"{tmp_path}/a,{tmp_path}/b"
+    options = {"method": "ties", "density": "0.5"}
+    run(tmp_path / "moe", models=models, base=str(tmp_path / "base"), **options)
+    rest = [
+        {n: x for n, x in m.items() if ".mlp." not in n}
+        for m in (base, three["a"], three["b"])
+    ]
+    method = merging.ties(density=0.5)
+    expected = jax.jit(lambda b, m: merging.merge(method, b, m))(rest[0], rest[1:])
+    found = read(tmp_path / "moe")
+    for name, x in expected.items():
+        np.testing.assert_allclose(found[name], x, rtol=1e-5, atol=1e-6)
+
+
+def test_models_of_nothing_but_experts(tmp_path):
+    for name in "ab":
+        tensors = {n: np.ones((D, H), np.float32) for n in STYLES["opt"].split()}
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    run(tmp_path / "moe", models=f"{tmp_path}/a.safetensors,{tmp_path}/b.safetensors")
+    assert len(read(tmp_path / "moe")) == 2 * 2 + 1
+
+
+@pytest.mark.parametrize("name", ["mlp.up_proj.weight", "input_layernorm.weight"])
+@pytest.mark.parametrize("copies", [True, False])
+def test_models_with_nan_are_refused(tmp_path, three, name, copies):
+    """Experts, which no merge sees, and all of one model, which nothing merges."""
+    name = f"model.layers.1.{name}"
+    three["b"][name].reshape(-1)[3] = np.nan
+    save_file(three["b"], tmp_path / "b" / "model.safetensors")
+    options = {"experts": 2} if copies else {}
+    models = str(tmp_path / "b") if copies else f"{tmp_path}/a,{tmp_path}/b"
+    with pytest.raises(checkpoints.CheckpointError, match=rf"/b.*{name}' has nan.* 3 "):
+        run(tmp_path / "moe", models=models, **options)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.mlp.experts.3.up_proj.weight",
+        "model.layers.0.mlp.experts.gate_up_proj",
+        "params/layer_0/mlp/experts/up/kernel",
+    ],
+)
+def test_models_that_have_experts_are_refused(tmp_path, name):
+    tensors = {n: np.ones((D, H), np.float32) for n in (*STYLES["opt"].split(), name)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(checkpoints.CheckpointError, match="expected a dense model"):
+        run(tmp_path / "moe", models=str(tmp_path / "a.safetensors"), experts=2)
+
+
+def test_names_of_no_class_are_not_taken_for_the_dense_one(tmp_path, three, capsys):
+    """transformers would load the dense class with new feed-forward layers."""
+    about = {"model_type": "gpt2", "architectures": ["GPT2Model"], "n_embd": D}
+    (tmp_path / "a" / "config.json").write_text(json.dumps(about))
+    run(tmp_path / "moe", models=str(tmp_path / "a"), experts=2)
+    assert "run it by code of your own" in capsys.readouterr().out
+    there = json.loads((tmp_path / "moe" / "config.json").read_text())
+    assert there["model_type"] == "upcycled_gpt2"
+    assert "architectures" not in there
+    assert (there["num_experts"], there["n_embd"]) == (2, D)
+    run(tmp_path / "dense", models=str(tmp_path / "moe"), to_dense=True)
+    back = json.loads((tmp_path / "dense" / "config.json").read_text())
+    assert back == about
+
+
+def test_a_file_has_what_lies_beside_it(tmp_path, three):
+    """There and back: config.json, which tells the layout, and the tokenizer."""
+    (tmp_path / "a" / "tokenizer.json").write_text("{}")
+    file = "model.safetensors"
+    run(tmp_path / "moe", models=f"{tmp_path}/a/{file}", experts=2, k=1)
+    about = json.loads((tmp_path / "moe" / "config.json").read_text())
+    assert (about["model_type"], about["num_experts_per_tok"]) == ("mixtral", 1)
+    run(tmp_path / "dense", models=f"{tmp_path}/moe/{file}", to_dense=True)
+    about = json.loads((tmp_path / "dense" / "config.json").read_text())
+    assert about["model_type"] == "mistral"
+    assert (tmp_path / "dense" / "tokenizer.json").exists()
+    assert read(tmp_path / "dense").keys() == three["a"].keys()
+    (tmp_path / "moe" / "config.json").unlink()  # names tell it as well
+    run(tmp_path / "lone", models=f"{tmp_path}/moe/{file}", to_dense=True)
+    assert read(tmp_path / "lone").keys() == three["a"].keys()
+
+
+@pytest.mark.parametrize("style", ["flax swiglu", "block"])
+def test_stacked_experts_run_as_it_is_printed(tmp_path, style, capsys):
+    rng = np.random.default_rng(0)
+    tensors = {}
+    for name in STYLES[style].split():
+        wide = re.search("/(up|gate|intermediate)/", name)
+        shape = (D, H) if wide else (H, D)
+        tensors[name] = rng.normal(size=shape).astype(np.float32)
+        if style == "block":
+            bias = name.replace("kernel", "bias")
+            tensors[bias] = rng.normal(size=shape[1]).astype(np.float32)
+    save_file(tensors, tmp_path / "a.safetensors")
+    run(tmp_path / "moe", models=str(tmp_path / "a.safetensors"), experts=3)
+    printed = re.search(r"layers\.moe\.(MoE\(.*?\))", capsys.readouterr().out)
+    layer = eval(printed[1], {"MoE": MoE})
+    params = tree.nest({k: jnp.asarray(x) for k, x in read(tmp_path / "moe").items()})
+    x = rng.normal(size=(7, D)).astype(np.float32)
+    found = jax.jit(layer.apply)({"params": params["layer_0"]["mlp"]}, x)
+    if style == "block":
+        name = "layer_0/{}/{}"
+        h = x @ tensors[name.format("intermediate", "kernel")]
+        h = h + tensors[name.format("intermediate", "bias")][None]
+        h = jax.nn.gelu(h, approximate=False) @ tensors[name.format("output", "kernel")]
+        expected = h + tensors[name.format("output", "bias")][None]
+    else:
+        gate, up, down = tensors.values()
+        expected = (jax.nn.silu(x @ gate) * (x @ up)) @ down
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_interrupted_or_killed_leaves_nothing(tmp_path, three, monkeypatch):
+    models = f"{tmp_path}/a,{tmp_path}/b"
+    before = sorted(tmp_path.iterdir())
+    merge, made = merging.merge_checkpoints, []
+
+    def interrupted(*args, **kwargs):
+        merge(*args, **kwargs)
+        made.extend(set(tmp_path.iterdir()) - set(before))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(merging, "merge_checkpoints", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "moe", models=models)
+    assert sorted(tmp_path.iterdir()) == before
+    # A kill cleans nothing up: the next run does.
+    script = "import os; print(os.getpid())"
+    gone = subprocess.run([sys.executable, "-c", script], capture_output=True)
+    (left,) = (
+        Path(str(d).replace(f"-{os.getpid()}", f"-{int(gone.stdout)}")) for d in made
+    )
+    left.mkdir()
+    run(tmp_path / "moe", models=models)
+    assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "moe"])
+
+
+def test_a_scheduler_ends_the_script_as_ctrl_c_does(monkeypatch):
+    called = []
+    monkeypatch.setattr(signals, "as_interruption", lambda: called.append("signals"))
+    monkeypatch.setattr(flags, "main", lambda *_: called.append("main"))
+    runpy.run_path(upcycle.__file__, run_name="__main__")
+    assert called == ["signals", "main"]
 
 
 @pytest.mark.filterwarnings("ignore:::torch", "ignore:::transformers")

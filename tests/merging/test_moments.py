@@ -66,7 +66,7 @@ def test_padding_does_not_count(params):
     found = merging.input_moments(apply, params, batches, rows=mask)["first"]
     for got, wanted in zip(found, expected(x[there]), strict=True):
         np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="weights of rows that are all 0"):
+    with pytest.raises(ValueError, match="no rows, or weights that are all 0"):
         merging.input_moments(apply, params, batches[2:], rows=mask)
     with pytest.raises(ValueError, match=r"rows: got weights \[2\] for"):
         merging.input_moments(apply, params, batches, rows=lambda x: x["mask"][:, 0])
@@ -97,3 +97,39 @@ def test_all_uses_of_a_weight_count(way):
     )
     np.testing.assert_allclose(found.mean, mean, rtol=1e-6)
     np.testing.assert_allclose(found.variance, variance, rtol=1e-4)
+
+
+def test_those_of_arrays_are_those_of_all_rows(tmp_path):
+    """Of a model that is not in JAX; whatever the batches, and if one has no row."""
+    rng = np.random.default_rng(3)
+    x = (100 + rng.normal(size=(9, 4, D))).astype(np.float32)
+    there = rng.random((9, 4)) < 0.7
+    there[6:] = False
+    batches = [{"up": x[i : i + 3][there[i : i + 3]]} for i in (0, 3, 6)]
+    found = merging.moments_of_rows(b for b in batches)
+    assert found.keys() == {"up"}
+    mean, variance = expected(np.float64(x[there]))
+    np.testing.assert_allclose(found["up"].mean, mean, rtol=1e-6)
+    np.testing.assert_allclose(found["up"].variance, variance, rtol=1e-5)
+    merging.save_moments(tmp_path / "moments.safetensors", found)
+    loaded = merging.load_moments(tmp_path / "moments.safetensors")["up"]
+    for got, wanted in zip(loaded, found["up"], strict=True):
+        assert got.shape == wanted.shape
+        np.testing.assert_array_equal(got, wanted)
+    whole = merging.moments_of_rows([{"up": x}])["up"]  # leading axes are rows
+    np.testing.assert_allclose(whole.mean, x.reshape(-1, D).mean(axis=0), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([], "got no batches"),
+        ({"up": np.ones((2, D))}, "got one batch"),
+        ([{"up": np.ones((0, D))}], "up: got no rows"),
+        ([{"up": np.full((2, D), np.nan)}], "expected finite inputs"),
+        ([{"up": np.ones((2, D))}, {"up": np.ones((2, 3))}], "3 wide after some 5"),
+    ],
+)
+def test_arrays_that_have_no_moments_are_refused(batches, message):
+    with pytest.raises(ValueError, match=message):
+        merging.moments_of_rows(batches)

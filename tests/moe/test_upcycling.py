@@ -112,6 +112,19 @@ def test_the_gate_from_means_sends_tokens_to_the_nearest_mean():
     np.testing.assert_allclose(routing.probabilities, p, rtol=1e-3, atol=1e-5)
 
 
+def test_means_far_from_zero_make_a_gate_of_small_numbers():
+    """The common part would make biases of thousands, and lose what means differ by."""
+    rng = np.random.default_rng(0)
+    means = np.float32(50 + 0.1 * rng.normal(size=(3, D)))
+    gate = jax.jit(upcycling.gate_from_means)(means, 0.01 * D)
+    x = means[:, None] + 0.1 * rng.normal(size=(3, 20, D)).astype(np.float32)
+    distance = np.sum((np.float64(x)[:, :, None] - means[None, None]) ** 2, axis=-1)
+    found = jax.nn.softmax(moe.gate_logits(gate, jnp.asarray(x)), axis=-1)
+    expected = jax.nn.softmax(jnp.asarray(-distance / 2 / 0.01), axis=-1)
+    np.testing.assert_allclose(found, expected, atol=2e-3)
+    assert np.abs(gate["kernel"]).max() < 50
+
+
 def tokens_of(means, spread, count=200):
     rng = np.random.default_rng(0)
     return [m + spread * rng.normal(size=(count, len(m))) for m in means]
@@ -204,6 +217,9 @@ def test_shared_experts_have_no_dense_model():
     with pytest.raises(ValueError, match=r"mlp/shared_\w+/.* that all tokens share"):
         upcycling.split({"layer_0": {"mlp": params}})
     beside = {name: params[name] for name in ("experts", "gate")}
+    elsewhere = {"shared_bottom": {"kernel": jnp.zeros(D)}}  # no expert
+    dense, _ = upcycling.split({"layer_0": {"mlp": beside}} | elsewhere)
+    assert "shared_bottom" in dense[0]
     beside["gate"] = {"kernel": jnp.zeros((D, 1))}  # the other expert: of all tokens
     with pytest.raises(ValueError, match="got a gate of 1 for 2 experts"):
         upcycling.split({"layer_0": {"mlp": beside}})
@@ -216,6 +232,7 @@ def test_shared_experts_have_no_dense_model():
         ({"pattern": r"(?P<block>x)(?P<leaf>y)"}, "matches none of"),
         ({"pattern": "("}, "not a regex"),
         ({"gates": {}}, "none for"),
+        ({"gates": gates(2) | {"layer_7": {}}}, r"got some for \['layer_7'\]"),
         ({"rename": {"intermediate": "x", "output": "x"}}, "would come back as"),
         ({"pattern": MIXED}, "between block and leaf"),
         ({"models": [{"layer_0": {"query": jnp.zeros(3)}}]}, "models differ"),

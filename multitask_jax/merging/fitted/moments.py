@@ -95,11 +95,60 @@ def input_moments(
         }
     if not total:
         raise ValueError("got no batches or no dense layer, expected some of both")
+    return _finished(total)
+
+
+def moments_of_rows(batches: Iterable[Mapping[str, Any]]) -> dict[str, Moments]:
+    """Moments of arrays, such as activations of a model that is not in JAX.
+
+        moments_of_rows([{"layers.0.mlp.up_proj.weight": x}, ...])  # x [B, L, n]
+
+    Args:
+      batches: of each the inputs [..., n] of dense layers, by the names of their
+        weights. Each row counts once, so leave padding out: x[mask].
+
+    Returns:
+      As `input_moments`, float32 NumPy arrays.
+
+    Raises:
+      ValueError: no batches, one that is not in a list, an array without rows in all
+        batches, of another width than before, or of values that are not finite.
+    """
+    check_list(batches)
+    total: dict[str, np.ndarray] = {}
+    for batch in batches:
+        for name, x in batch.items():
+            x = np.asarray(x, np.float64)
+            if x.ndim == 0 or not np.isfinite(x).all():
+                raise ValueError(
+                    f"{name}: got {x.shape}, expected finite inputs [..., n]"
+                )
+            x = x.reshape(-1, x.shape[-1])
+            new = np.zeros((3, x.shape[1]))
+            if len(x):
+                mean = x.mean(axis=0)
+                new = np.stack(
+                    [np.full(len(mean), len(x)), mean, ((x - mean[None]) ** 2).sum(0)]
+                )
+            old = total.get(name, np.zeros_like(new))
+            if old.shape != new.shape:
+                raise ValueError(
+                    f"{name}: got inputs {x.shape[1]} wide after some {old.shape[1]}"
+                    " wide, expected one width"
+                )
+            total[name] = _total(np.stack([old, new]))
+    if not total:
+        raise ValueError("got no batches or no arrays, expected some of both")
+    return _finished(total)
+
+
+def _finished(total: Mapping[str, np.ndarray]) -> dict[str, Moments]:
+    """Weight, mean and squares around it of all rows, [..., 3, n] by path."""
     out = {}
     for path, x in total.items():
         weight, mean, around = np.moveaxis(x, -2, 0)
         if not (weight > 0).all():
-            raise ValueError(f"{path}: got weights of rows that are all 0")
+            raise ValueError(f"{path}: got no rows, or weights that are all 0")
         spread = np.float32((around / weight).sum(axis=-1))
         out[path] = Moments(np.float32(mean), spread)
     return out
@@ -109,7 +158,7 @@ def save_moments(path: str | os.PathLike[str], moments: Mapping[str, Moments]) -
     """Writes a safetensors file, whole or not at all."""
     path = Path(path)
     flat = {
-        f"{name}:{field}": np.ascontiguousarray(x, np.float32)
+        f"{name}:{field}": np.asarray(x, np.float32, order="C")
         for name, m in moments.items()
         for field, x in m._asdict().items()
     }
