@@ -123,6 +123,7 @@ def run(config: Config) -> dict[str, float]:
                 dataclasses.asdict(config),
                 python=config.torch_python,
                 threads=config.threads,
+                needs="torch",
             )
             timers["PyTorch, dense"] = lambda: there("dense", 1)
             timers["PyTorch, loop over experts"] = lambda: there("mixture", 1)

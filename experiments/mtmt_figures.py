@@ -56,13 +56,7 @@ def qini(
         label: handle
         for handle, label in zip(*panels[0, 0].get_legend_handles_labels(), strict=True)
     }
-    figure.legend(
-        handles.values(),
-        handles.keys(),
-        loc="outside upper center",
-        ncols=len(handles),
-        frameon=False,
-    )
+    _legend(figure, list(handles.values()), list(handles))
     return figure
 
 
@@ -99,13 +93,19 @@ def deciles(trial: Trial, prediction: np.ndarray, name: str) -> Figure:
         axes.set_xticks(tenth)
         axes.set_xlabel("tenth of people, lowest prediction first")
         axes.set_ylabel(f"effect per {PER:,} people")
-    figure.legend(
-        *panels[0, 0].get_legend_handles_labels(),
-        loc="outside upper center",
-        ncols=2,
-        frameon=False,
-    )
+    _legend(figure, *panels[0, 0].get_legend_handles_labels())
     return figure
+
+
+def _legend(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
+    """Above the panels, in as few rows as fit into the figure's width."""
+    for columns in range(len(labels), 0, -1):
+        legend = figure.legend(
+            handles, labels, loc="outside upper center", ncols=columns, frameon=False
+        )
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            return
+        legend.remove()
 
 
 def _panels(trial: Trial) -> tuple[Figure, np.ndarray]:

@@ -1,9 +1,12 @@
 """Of the uplift study's report: effects, policies, cells of values with intervals.
 
+    outcome, sign = direction(trial.outcomes, "-cost")  # less of it is better
+    chosen = best_arms(prediction, outcome, sign)
+
 Legend: N people, A arms (arm 0 is the control), O outcomes, R replicates.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +17,37 @@ from multitask_jax.merging.report import table
 
 FEW = 30  # outcomes that a difference of policies should rest on at least
 PER = 1000  # people: a unit in which effects of e-mails are readable
+MOST = 5  # numbers that people are split by in the report
+_QUARTERS = ("1st quarter (lowest)", "2nd quarter", "3rd quarter", "4th quarter")
+
+
+def direction(outcomes: Sequence[str], name: str | None) -> tuple[int, int]:
+    """Which outcome arms are chosen for, and whether more or less of it is better.
+
+    Before/after, of ("visit", "cost"): "visit" -> (0, 1), "-cost" -> (1, -1).
+
+    Args:
+      outcomes: O names.
+      name: one of them; a "-" before it means that less is better. An outcome whose own
+        name begins with "-" is found by that first. The last outcome if not given.
+
+    Returns:
+      The index of the outcome, and 1 or -1: the best arm has the largest product.
+
+    Raises:
+      ValueError: there is no such outcome.
+    """
+    names = list(outcomes)
+    if name is None:
+        return len(names) - 1, 1
+    if name in names:
+        return names.index(name), 1
+    if name.startswith("-") and name[1:] in names:
+        return names.index(name[1:]), -1
+    raise ValueError(
+        f"got policy_outcome={name!r}, expected one of {names}, with a - before it if"
+        " less is better"
+    )
 
 
 def cell(point: float, draws: np.ndarray, digits: int | None = None) -> str:
@@ -47,12 +81,21 @@ def calibration_of(
     )
 
 
+def best_arms(prediction: np.ndarray, outcome: int, sign: int) -> np.ndarray:
+    """[N, A, O] -> [N], with the most of an outcome or the least (-1), as `direction`.
+
+    Of equal arms it is the first.
+    """
+    return (sign * prediction[:, :, outcome]).argmax(axis=1)
+
+
 def policies(
     trial: Trial,
     means: Mapping[str, np.ndarray],
     counts: np.ndarray,
     main: str,
     outcome: int,
+    sign: int = 1,
 ) -> str:
     """What choosing by each model brings against one arm for everyone.
 
@@ -62,11 +105,12 @@ def policies(
       counts: [R, N] of the bootstrap.
       main: the model to speak about.
       outcome: index of what arms are chosen for.
+      sign: 1, or -1 if less of it is better; a gain is then what is saved.
     """
     y = trial.y[:, outcome].astype(np.float64)
     shares = np.bincount(trial.arm, minlength=len(trial.arms)) / len(y)
-    single = [y[trial.arm == a].mean() for a in range(len(trial.arms))]
-    top = int(np.argmax(single))
+    single = np.array([y[trial.arm == a].mean() for a in range(len(trial.arms))])
+    top = int(np.argmax(sign * single))
 
     def values(chosen: np.ndarray) -> Any:
         args = chosen, trial.arm, y, shares
@@ -75,23 +119,23 @@ def policies(
     base, base_draws = values(np.full(len(y), top))
     rows, said = [], ""
     for name, prediction in means.items():
-        chosen = prediction[:, :, outcome].argmax(axis=1)
+        chosen = best_arms(prediction, outcome, sign)
         value, draws = values(chosen)
         cells = [f"{100 * (chosen == a).mean():.0f}%" for a in range(len(trial.arms))]
         cells.append(cell(PER * value.ips, PER * draws.ips))
         cells.append(cell(PER * value.normalised, PER * draws.normalised))
-        gain = PER * (draws.ips - base_draws.ips)
-        cells.append(cell(PER * (value.ips - base.ips), gain))
+        gain = sign * PER * (draws.ips - base_draws.ips)
+        cells.append(cell(sign * PER * (value.ips - base.ips), gain))
         cells.append(
             cell(
-                PER * (value.normalised - base.normalised),
-                PER * (draws.normalised - base_draws.normalised),
+                sign * PER * (value.normalised - base.normalised),
+                sign * PER * (draws.normalised - base_draws.normalised),
             )
         )
         if trial.effects is not None:
             true = trial.effects[:, :, outcome]
             won = true[np.arange(len(y)), chosen].mean() - true[:, top].mean()
-            cells.append(f"{PER * won:.1f}")
+            cells.append(f"{sign * PER * won:.1f}")
         rows.append([name, *cells])
         if name == main:
             said = _verdict(name, trial.arms[top], evaluation.interval(gain))
@@ -108,12 +152,15 @@ def policies(
     header += ["gain, SNIPS"] + ["true gain"] * (trial.effects is not None)
     return "\n".join(
         [
-            f"## Policy: each person's best arm for {trial.outcomes[outcome]}\n",
+            f"## Policy: each person's best arm for {_named(trial, outcome, sign)}\n",
             "Share of people by arm; mean outcome by inverse propensity (IPS), and with"
             f" weights normalised (SNIPS); gain over {trial.arms[top]} for everyone,"
             f" the best single arm here ({PER * single[top]:.1f}; chosen on these very"
             " data, which favours it a little). Arms have no cost. Predictions are"
-            " means over seeds.\n",
+            " means over seeds, which are held fixed: an interval tells what these"
+            " trained networks choose, not whether a method is better than another."
+            + " A gain is how much less there is." * (sign < 0)
+            + "\n",
             table(header, rows),
             "",
             said,
@@ -135,24 +182,66 @@ def _verdict(name: str, arm: str, gain: tuple[float, float]) -> str:
     )
 
 
-def segments(trial: Trial, prediction: np.ndarray, name: str, outcome: int) -> str:
+def segments(
+    trial: Trial, prediction: np.ndarray, name: str, outcome: int, sign: int = 1
+) -> str:
     """Shares of arms that a model chooses, by segment; `prediction` is [N, A, O]."""
-    if not trial.segments:
-        return ""
-    chosen = prediction[:, :, outcome].argmax(axis=1)
-    rows = []
-    for column, values in trial.segments.items():
-        for value in np.unique(values).tolist():
-            inside = chosen[values == value]
-            share = np.bincount(inside, minlength=len(trial.arms)) / len(inside)
-            cells = [f"{100 * s:.0f}%" for s in share]
-            rows.append([column, str(value), f"{len(inside):,}", *cells])
+    chosen = best_arms(prediction, outcome, sign)
+
+    def shares(words: np.ndarray) -> dict[str, np.ndarray]:
+        """People and shares of arms, [1 + A], by word."""
+        found = {}
+        for word in np.unique(words).tolist():
+            inside = chosen[words == word]
+            count = np.bincount(inside, minlength=len(trial.arms))
+            found[word] = np.append(len(inside), count / len(inside))
+        return found
+
+    def spread(number: str) -> float:
+        return float(np.ptp([s[1:] for s in numbers[number].values()], axis=0).max())
+
+    numbers = {column: shares(words) for column, words in _quarters(trial)}
+    most = sorted(numbers, key=spread, reverse=True)[:MOST]
+    found = [(column, shares(words)) for column, words in trial.segments.items()]
+    found += [(column, numbers[column]) for column in most]
+    rows = [
+        [column, word, f"{people:,.0f}", *(f"{100 * s:.0f}%" for s in of_arms)]
+        for column, by_word in found
+        for word, (people, *of_arms) in by_word.items()
+    ]
+    said = [
+        f"Shares of people by their best arm for {_named(trial, outcome, sign)}; read"
+        " with the interval of the gain above."
+    ]
+    if most:
+        said.append("Of numbers, quarters of people; equal values stay together.")
+    if len(most) < len(numbers):
+        said.append(
+            f"Of {len(numbers)} numbers these {MOST} have quarters that differ most."
+        )
+    if not rows:
+        said = ["No category, flag or number that varies is there to tell people by."]
     return "\n".join(
         [
             f"## Who should get what, by {name}\n",
-            f"Shares of people by their best arm for {trial.outcomes[outcome]}; read"
-            " with the interval of the gain above.\n",
-            table(["segment", "", "people", *trial.arms], rows),
+            " ".join(said) + "\n",
+            table(["segment", "", "people", *trial.arms], rows) if rows else "",
             "",
         ]
     )
+
+
+def _quarters(trial: Trial) -> Iterator[tuple[str, np.ndarray]]:
+    """Names of numbers among the features, and which quarter [N] of people each is in.
+
+    Numbers are standardised: neither quarters nor their order change by that.
+    """
+    for name, x in zip(trial.features, trial.x.T, strict=True):
+        if np.isin(x, (0, 1)).all():
+            continue  # a flag, one of a category, or a number that does not vary
+        cuts = np.quantile(x, (0.25, 0.5, 0.75))
+        yield name, np.array(_QUARTERS)[np.searchsorted(cuts, x)]
+
+
+def _named(trial: Trial, outcome: int, sign: int) -> str:
+    return trial.outcomes[outcome] + " (less is better)" * (sign < 0)

@@ -3,8 +3,9 @@
     text = write(workdir, trial, {"MTMT": p, "S-learner": q}, policy_outcome="spend",
                  bootstrap=1000, seed=0)
 
-Writes report.md, qini.png and deciles.png. Every interval is of a bootstrap over
-people, the same draws for all models, seeds averaged; intervals decide, not means.
+Writes report.md, qini.png and deciles.png. Intervals are of a bootstrap over people,
+the same draws for all models, seeds averaged; they decide, not means, and whether a
+method is better needs an interval over seeds as well (`mtmt_verdicts`).
 
 Legend: N people, A arms (arm 0 is the control), O outcomes, S seeds, R replicates.
 """
@@ -12,22 +13,23 @@ Legend: N people, A arms (arm 0 is the control), O outcomes, S seeds, R replicat
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from scipy.stats import rankdata
 from tqdm import tqdm
 
-from experiments import mtmt_figures, report_file
+from experiments import mtmt_figures, mtmt_verdicts
 from experiments.mtmt_policy import (
     PER,
     calibration_of,
     cell,
+    direction,
     policies,
     segments,
     span,
     uplift,
 )
+from experiments.mtmt_verdicts import Measured
 from multitask_jax import evaluation
 from multitask_jax.data.uplift import Trial
 from multitask_jax.merging.report import table
@@ -45,13 +47,6 @@ _BY_FOLD = (
 Predictions = Mapping[str, np.ndarray]  # [S, N, A, O] by model
 
 
-class Measured(NamedTuple):
-    """A model's measures, means over seeds."""
-
-    point: np.ndarray  # [A - 1, O, 3]
-    draws: np.ndarray  # [A - 1, O, 3, R]
-
-
 def write(
     workdir: str | os.PathLike[str],
     trial: Trial,
@@ -62,6 +57,7 @@ def write(
     seed: int,
     folds: np.ndarray | None = None,
     notes: Sequence[str] = (),
+    progress: bool = True,
 ) -> str:
     """Measures all models and writes the report and its figures.
 
@@ -71,11 +67,13 @@ def write(
       predictions: [S, N, A, O] by model, each person's by a model that has not seen
         them. The calibration, the policy's shares and the highlight are MTMT's, or the
         first model's if there is no MTMT.
-      policy_outcome: what each person's best arm is the best for.
+      policy_outcome: what each person's best arm is the best for; "-cost" if less of
+        it is better, as `mtmt_policy.direction` has it.
       bootstrap: R.
       seed: of the bootstrap.
       folds: [S, N], whose model predicted whom; one model's if not given.
       notes: paragraphs for the top of the report.
+      progress: whether to show a bar, on a terminal.
 
     Returns:
       The report.
@@ -83,7 +81,8 @@ def write(
     Raises:
       ValueError: shapes, names or numbers are wrong.
     """
-    _check(trial, predictions, policy_outcome)
+    outcome, sign = direction(trial.outcomes, policy_outcome)
+    _check(trial, predictions)
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     if bootstrap < ENOUGH:
@@ -99,17 +98,20 @@ def write(
     if folds is not None:
         ranked = {name: within_folds(p, folds) for name, p in predictions.items()}
         notes = (*notes, _BY_FOLD)
-    measured, best = measure(trial, ranked, counts)
+    measured, best = measure(trial, ranked, counts, progress=progress)
     orders = {name: p.mean(axis=0) for name, p in ranked.items()}
-    outcome = trial.outcomes.index(policy_outcome)
     parts = [
         _opening(trial, predictions, bootstrap, notes),
         _rankings(trial, measured, best),
-        *(_differences(trial, measured, r) for r in REFERENCES if r in measured),
+        *(
+            mtmt_verdicts.differences(trial, measured, r)
+            for r in REFERENCES
+            if r in measured
+        ),
         _calibration(trial, means, main),
-        _errors(trial, predictions, main),
-        policies(trial, means, counts, main, outcome),
-        segments(trial, means[main], main, outcome),
+        mtmt_verdicts.errors(trial, predictions, main),
+        policies(trial, means, counts, main, outcome, sign),
+        segments(trial, means[main], main, outcome, sign),
     ]
     text = "\n".join(part for part in parts if part)
     (workdir / "report.md").write_text(text, encoding="utf-8")
@@ -142,22 +144,37 @@ def within_folds(prediction: np.ndarray, folds: np.ndarray) -> np.ndarray:
 
 
 def measure(
-    trial: Trial, predictions: Predictions, counts: np.ndarray
+    trial: Trial,
+    predictions: Predictions,
+    counts: np.ndarray,
+    *,
+    progress: bool = True,
 ) -> tuple[dict[str, Measured], Measured]:
     """Each arm against the control, of all models and outcomes.
+
+    Args:
+      trial: what happened.
+      predictions: [S, N, A, O] by model.
+      counts: [R, N] of the bootstrap.
+      progress: whether to show a bar, on a terminal.
 
     Returns:
       By model, and of the best Qini (NaN for outcomes that are not binary).
     """
     a, o, r = len(trial.arms) - 1, len(trial.outcomes), len(counts)
 
-    def empty() -> Measured:
-        return Measured(np.full((a, o, 3), np.nan), np.full((a, o, 3, r), np.nan))
+    def empty(seeds: int) -> Measured:
+        shape = a, o, len(MEASURES)
+        return Measured(np.full((seeds, *shape), np.nan), np.full((*shape, r), np.nan))
 
-    found = {name: empty() for name in predictions}
-    best = empty()
-    total = a * o * sum(len(p) for p in predictions.values())
-    with tqdm(total=total, unit="ranking", desc="bootstrap", disable=None) as bar:
+    found = {name: empty(len(p)) for name, p in predictions.items()}
+    best = empty(1)
+    with tqdm(
+        total=a * o * sum(len(p) for p in predictions.values()),
+        unit="ranking",
+        desc="bootstrap",
+        disable=None if progress else True,
+    ) as bar:
         for arm in range(1, a + 1):
             rows = np.flatnonzero((trial.arm == 0) | (trial.arm == arm))
             treated, drawn = trial.arm[rows] == arm, counts[:, rows]
@@ -180,22 +197,17 @@ def measure(
                     for one in p:
                         each.append(both(uplift(one[rows], arm, outcome)))
                         bar.update()
-                    for whole, values in zip(
-                        found[name], zip(*each, strict=True), strict=True
-                    ):
-                        whole[place] = np.mean(values, axis=0)
+                    points, draws = zip(*each, strict=True)
+                    found[name].seeds[:, *place] = points
+                    found[name].draws[place] = np.mean(draws, axis=0)
                 if trial.binary[outcome]:
-                    best.point[place], best.draws[place] = both(
+                    best.seeds[0, *place], best.draws[place] = both(
                         evaluation.perfect(y, treated)[0]
                     )
     return found, best
 
 
-def _check(trial: Trial, predictions: Predictions, policy_outcome: str) -> None:
-    if policy_outcome not in trial.outcomes:
-        raise ValueError(
-            f"got policy_outcome={policy_outcome!r}, expected one of {trial.outcomes}"
-        )
+def _check(trial: Trial, predictions: Predictions) -> None:
     if not predictions:
         raise ValueError("got no predictions, expected those of a model or more")
     shape = (len(trial.y), len(trial.arms), len(trial.outcomes))
@@ -232,7 +244,8 @@ def _opening(
             f"{len(trial.y):,} people. Seeds that are averaged:"
             f" {' or '.join(map(str, seeds))}. 95% intervals of {bootstrap:,} bootstrap"
             f" replicates over people, seeds held fixed. Outcomes and effects are per"
-            f" {PER:,} people.",
+            f" {PER:,} people.\n",
+            mtmt_verdicts.NEEDS.format(" or ".join(map(str, seeds))),
             known,
             *(f"{note}\n" for note in notes),
             table(["arm", "people", *trial.outcomes], rates),
@@ -246,8 +259,9 @@ def _rankings(trial: Trial, measured: Mapping[str, Measured], best: Measured) ->
         "## Ranking people by predicted uplift\n",
         "Qini: area between the Qini curve and its chord, 0 for a random order;"
         " Qini / best: over that of the best order in hindsight, as scikit-uplift has"
-        " it (binary outcomes). AUUC: area under the uplift curve. The figure draws"
-        " each model's mean prediction of the seeds.\n",
+        " it (binary outcomes). AUUC: area under the uplift curve. The largest effects"
+        " come first, also of what had better be small. The figure draws each model's"
+        " mean prediction of the seeds.\n",
         "![Qini curves](qini.png)\n",
     ]
     rows = [
@@ -287,45 +301,6 @@ def _rankings(trial: Trial, measured: Mapping[str, Measured], best: Measured) ->
     return "\n".join(parts)
 
 
-def _differences(trial: Trial, measured: Mapping[str, Measured], reference: str) -> str:
-    """Of Qini, paired; and what they decide."""
-    other = measured[reference]
-    rows, better, worse = [], [], []
-    for name, m in measured.items():
-        if name == reference:
-            continue
-        cells = []
-        for o, outcome in enumerate(trial.outcomes):
-            for a, arm in enumerate(trial.arms[1:]):
-                draws = m.draws[a, o, 0] - other.draws[a, o, 0]
-                point = m.point[a, o, 0] - other.point[a, o, 0]
-                low, high = evaluation.interval(draws)
-                mark = "**" if low > 0 or high < 0 else ""
-                cells.append(f"{mark}{cell(PER * point, PER * draws)}{mark}")
-                if mark:
-                    kind = better if low > 0 else worse
-                    kind.append(f"{name} ({outcome}, {arm})")
-        rows.append([name, *cells])
-    if not rows:
-        return ""
-    count = sum(len(row) - 1 for row in rows)
-    header = [f"{o}: {a}" for o in trial.outcomes for a in trial.arms[1:]]
-    said = [f"Better than {reference}: {', '.join(better) or 'none'}."]
-    said += [f"Worse: {', '.join(worse) or 'none'}.", "The rest is undecided."]
-    return "\n".join(
-        [
-            f"## Qini less that of {reference}\n",
-            "Paired differences; intervals decide, not means. Bold: the interval"
-            f" excludes 0. Of {count} intervals, {0.05 * count:.1f} would by chance"
-            " alone if no model differed.\n",
-            table(["", *header], rows),
-            "",
-            " ".join(said),
-            "",
-        ]
-    )
-
-
 def _calibration(trial: Trial, means: Mapping[str, np.ndarray], name: str) -> str:
     rows = [
         [
@@ -343,7 +318,8 @@ def _calibration(trial: Trial, means: Mapping[str, np.ndarray], name: str) -> st
     parts = [
         f"## Is {name} calibrated?\n",
         "Tenths of people by predicted effect, mean prediction of the seeds; observed:"
-        " difference of means and its 95% interval.\n",
+        " difference of means and its 95% interval. Equal predictions are in one tenth,"
+        " so that others may be without people.\n",
         "![Effects by decile](deciles.png)\n",
         "### Mean distance of predicted and observed effects of tenths, all models\n",
         "Chance alone makes some of it.\n",
@@ -362,7 +338,10 @@ def _tenths(trial: Trial, prediction: np.ndarray, outcome: int) -> str:
         half = evaluation.uplift.NORMAL * c.error
         cells.append(
             [
-                (f"{PER * p:.1f}", _observed(PER * y, PER * h))
+                (
+                    f"{PER * p:.1f}" if np.isfinite(p) else "nobody",
+                    _observed(PER * y, PER * h),
+                )
                 for p, y, h in zip(c.predicted, c.observed, half, strict=True)
             ]
         )
@@ -385,56 +364,3 @@ def _observed(effect: float, half: float) -> str:
     if np.isfinite(half):
         return span(effect, effect - half, effect + half)
     return f"{effect:.1f} [unknown]" if np.isfinite(effect) else "unknown"
-
-
-def _errors(trial: Trial, predictions: Predictions, main: str) -> str:
-    """PEHE, and where the main model's squared errors are smaller or larger.
-
-    Decided is what holds for other people *and* for other seeds: with many people, an
-    interval over them alone tells two trained networks apart, not two methods.
-    """
-    if trial.effects is None:
-        return ""
-    rows = []
-    for name, p in predictions.items():
-        each = PER * np.stack([evaluation.pehe(x, trial.effects) for x in p])
-        cells = each.transpose(2, 1, 0).reshape(-1, len(p))  # [outcomes and arms, S]
-        rows.append([name, *map(report_file.over_seeds, cells)])
-    header = [f"{o}: {a}" for o in trial.outcomes for a in trial.arms[1:]]
-
-    paired = []
-    for name, p in predictions.items():
-        if name == main:
-            continue
-        # Above 0: the main model errs less. Pairs are of one seed, and of one person.
-        people, seeds = [], []
-        for own, other in zip(predictions[main], p, strict=False):
-            one, two = (
-                evaluation.squared_errors(x, trial.effects) for x in (own, other)
-            )
-            people.append(two - one)  # [N, A - 1, O]
-            seeds.append(people[-1].mean(axis=0))
-        gap = np.mean(people, axis=0)
-        half = evaluation.uplift.NORMAL * gap.std(axis=0, ddof=1) / np.sqrt(len(gap))
-        low, high = report_file.between_seeds(np.stack(seeds))
-        better = ((gap.mean(axis=0) > half) & (low > 0)).sum()
-        worse = ((gap.mean(axis=0) < -half) & (high < 0)).sum()
-        paired.append([name, *map(str, (better, worse, low.size - better - worse))])
-    parts = [
-        "## Error of individual effects (PEHE), *synthetic*\n",
-        "Root mean squared error of predicted uplifts; mean ± standard deviation over"
-        " seeds.\n",
-        table(["", *header], rows),
-        "",
-    ]
-    if paired:
-        parts += [
-            f"In how many of these {len(header)} columns {main} is better: both 95%"
-            " intervals of the difference of squared errors exclude 0, that over"
-            " people, paired by person (seeds averaged and held fixed), and Student's"
-            f" over seeds, paired by seed ({len(predictions[main])} of them; one alone"
-            " decides nothing). No interval is corrected for their number.\n",
-            table([f"{main} against", "better", "worse", "undecided"], paired),
-            "",
-        ]
-    return "\n".join(parts)

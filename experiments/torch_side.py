@@ -58,12 +58,17 @@ def medians(
 
 
 def start(
-    script: str, settings: Mapping[str, Any], *, python: str, threads: int
+    script: str,
+    settings: Mapping[str, Any],
+    *,
+    python: str,
+    threads: int,
+    needs: str = "torch and transformers",
 ) -> tuple[Timer, subprocess.Popen]:
     """Starts a script of this folder, which the caller ends by `communicate()`.
 
     For every line "KIND STEPS" on its standard input it takes so many steps and prints
-    their seconds.
+    their seconds. `needs`: the packages that it imports, named where it ends early.
 
     Raises:
       FileNotFoundError: no such interpreter.
@@ -85,7 +90,7 @@ def start(
         if not (line := process.stdout.readline()):
             raise ValueError(
                 f"--torch_python={python} ended early; its message is above; it needs"
-                " torch and transformers (pip install them there)"
+                f" {needs} (pip install there)"
             )
         return float(line)
 

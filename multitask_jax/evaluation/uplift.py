@@ -45,7 +45,7 @@ class Curve(NamedTuple):
 class Calibration(NamedTuple):
     """Groups of people by predicted uplift, the lowest first."""
 
-    predicted: np.ndarray  # [K] mean of predictions
+    predicted: np.ndarray  # [K] mean of predictions; NaN of nobody
     observed: np.ndarray  # [K] difference of means
     error: np.ndarray  # [K] its standard error; see `calibration`
     people: np.ndarray  # [K]
@@ -232,7 +232,10 @@ def qini_curve(uplift: np.ndarray, outcome: np.ndarray, treated: np.ndarray) -> 
 def calibration(
     uplift: np.ndarray, outcome: np.ndarray, treated: np.ndarray, groups: int = 10
 ) -> Calibration:
-    """Predicted and observed effects of equal groups of people.
+    """Predicted and observed effects of groups of people, equal but for ties.
+
+    People with equal predictions are in one group, that of the middle one of them, so
+    that the order of rows does not count. Large ties leave other groups empty.
 
     Args:
       uplift, outcome, treated: as `ranking` takes them.
@@ -259,8 +262,12 @@ def calibration(
 
     if not 0 < groups <= len(uplift):
         raise ValueError(f"got {groups} groups of {len(uplift)} people, expected fewer")
+    _, place, count = np.unique(uplift, return_inverse=True, return_counts=True)
+    middle = np.cumsum(count) - count / 2  # of equal predictions, from 0 to N
+    group = (middle * groups // len(uplift))[place]
     found = []
-    for rows in np.array_split(np.argsort(uplift, kind="stable"), groups):
+    for k in range(groups):
+        rows = group == k
         t = treated[rows]
         observed = error = np.nan
         if min(t.sum(), (~t).sum()) > 1:
@@ -268,7 +275,8 @@ def calibration(
             observed = a.mean() - b.mean()
             both = variance(a, outcome[treated]), variance(b, outcome[~treated])
             error = np.sqrt(both[0] / len(a) + both[1] / len(b))
-        found.append((uplift[rows].mean(), observed, error, len(rows)))
+        predicted = uplift[rows].mean() if len(t) else np.nan
+        found.append((predicted, observed, error, len(t)))
     return Calibration(*np.array(found).T)
 
 

@@ -23,6 +23,10 @@ from multitask_jax.moe.gates import Kind, Normalize
 
 Array = jax.Array
 Dispatch = Literal["everyone", "capacity", "dropless", "grouped", "expert_parallel"]
+# Up to so many experts get a product each on a CPU. It is a tenth faster, but programs
+# grow with the number, and those of `dropless` by each of its rooms: 16 experts compile
+# in half a minute, 32 in more than one, and with one product for all in some seconds.
+ONE_BY_ONE = 16
 
 
 class MoE(nn.Module):
@@ -36,10 +40,10 @@ class MoE(nn.Module):
 
     experts: int
     hidden: int
-    k: int = 1
+    k: int | None = None  # this and normalize as in `moe.route`, where it has them
     route: Kind = "top_k"
     kind: str = "mlp"  # of the experts, one of moe.EXPERTS
-    normalize: Normalize = "before_topk"
+    normalize: Normalize | None = None
     shared_hidden: int = 0  # of an expert beside them that serves every token
     dispatch: Dispatch = "capacity"
     factor: float = 1.25  # of capacity and expert_parallel
@@ -74,25 +78,28 @@ class MoE(nn.Module):
         if self.route == "hard":
             if flat is None:
                 raise ValueError("route='hard' needs ids, the expert of each token")
-            routing = moe.route(flat, kind="hard", experts=self.experts)
+            scores = flat
         else:
             init_gate = functools.partial(moe.init_gate, bias=self.gate_bias)
             gate = self.param("gate", init_gate, width, self.experts)
-            noisy = self.noise > 0 and self.has_rng("gate")
-            routing = moe.route(
-                moe.gate_logits(gate, tokens),
-                kind=self.route,
-                k=self.k,
-                normalize=self.normalize,
-                noise=self.noise if noisy else None,
-                key=self.make_rng("gate") if noisy else None,
-            )
+            scores = moe.gate_logits(gate, tokens)
+        noisy = self.noise > 0 and self.has_rng("gate")
+        routing = moe.route(
+            scores,
+            kind=self.route,
+            k=self.k,
+            normalize=self.normalize,
+            noise=self.noise if noisy else None,
+            key=self.make_rng("gate") if noisy else None,
+            experts=self.experts,
+        )
         served = self._dispatched(moe.experts.named(self.kind), params, tokens, routing)
         self._sow(routing, served.kept, flat if self.tasks else None)
         y = served.y.reshape(x.shape)
         if self.shared_hidden:
-            up = nn.Dense(self.shared_hidden, self.bias, name="shared_up")(x)
-            y += nn.Dense(width, self.bias, name="shared_down")(nn.gelu(up))
+            dense = functools.partial(nn.Dense, use_bias=self.bias, dtype=x.dtype)
+            up = dense(self.shared_hidden, name="shared_up")(x)
+            y += dense(width, name="shared_down")(nn.gelu(up))
         return y
 
     def _dispatched(self, *args: Any) -> moe.Served:
@@ -110,18 +117,18 @@ class MoE(nn.Module):
             if self.mesh is not None:
                 room = tokens // self.mesh.size
         if self.route == "expert_choice":  # each expert takes as many
-            room = min(tokens, -(-self.k * tokens // self.experts))
+            room = min(tokens, -(-(self.k or 1) * tokens // self.experts))
             if self.dispatch in ("capacity", "dropless"):
                 return moe.capacity(*args, room=room)
             if self.mesh is not None:  # perhaps all of them from one device
                 room = min(room, tokens // self.mesh.size)
-        on_cpu = jax.default_backend() == "cpu"
+        few = self.experts <= ONE_BY_ONE and jax.default_backend() == "cpu"
         by_name = {
             "everyone": moe.everyone,
             "capacity": functools.partial(
-                moe.capacity, factor=self.factor, one_by_one=on_cpu
+                moe.capacity, factor=self.factor, one_by_one=few
             ),
-            "dropless": functools.partial(moe.dropless, one_by_one=on_cpu),
+            "dropless": functools.partial(moe.dropless, one_by_one=few),
             "grouped": moe.grouped,
             "expert_parallel": functools.partial(
                 moe.expert_parallel, mesh=self.mesh, factor=self.factor, room=room
@@ -143,11 +150,11 @@ class MoE(nn.Module):
                 weighted=self.route == "soft",
             )
         )
-        found["load_balance"] = moe.losses.load_balance(
-            routing, weighted=self.route == "soft"
-        )
-        found["importance"] = moe.losses.importance(routing)
-        if self.route != "hard":  # no gate, no logits
+        if self.route != "hard":  # no gate that a loss could teach
+            found["load_balance"] = moe.losses.load_balance(
+                routing, weighted=self.route == "soft"
+            )
+            found["importance"] = moe.losses.importance(routing)
             found["router_z"] = moe.losses.router_z(routing)
         _sow_all(self, found)
 
@@ -155,24 +162,39 @@ class MoE(nn.Module):
 class MMoE(nn.Module):
     """Tokens [..., D] -> [T, ..., D]: a soft gate a task on the same experts.
 
-    Ma et al. 2018. Sows load, entropy and specialisation by task into "moe".
+    Ma et al. 2018. Sows load, entropy, specialisation by task and, over all tasks, the
+    load balance into "moe".
     """
 
     tasks: int
     experts: int
     hidden: int
     kind: str = "mlp"  # of the experts, one of moe.EXPERTS
-    bias: bool = True
+    bias: bool = True  # of experts
+    gate_bias: bool = False  # of gates
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, gate_inputs: Array | None = None) -> Array:
+        """`gate_inputs` [..., G]: what gates read, such as raw features; else x."""
         tokens = x.reshape(-1, x.shape[-1])
         width = tokens.shape[1]
         params = self.param("experts", _init_experts(self), width)
-        init = nn.initializers.normal(0.02)
-        gates = self.param("gates", init, (self.tasks, width, self.experts))
+        read = tokens
+        if gate_inputs is not None:
+            if gate_inputs.shape[:-1] != x.shape[:-1]:
+                raise ValueError(
+                    f"gate_inputs: got {list(gate_inputs.shape)} for tokens"
+                    f" {list(x.shape)}; expected the same axes before the last"
+                )
+            read = gate_inputs.reshape(-1, gate_inputs.shape[-1])
+        init, shape = nn.initializers.normal(0.02), (self.tasks, self.experts)
+        gates = {
+            "kernel": self.param("gates", init, (shape[0], read.shape[1], shape[1]))
+        }
+        if self.gate_bias:
+            gates["bias"] = self.param("gates_bias", nn.initializers.zeros, shape)
         routing = jax.vmap(
-            lambda g: moe.route(moe.gate_logits({"kernel": g}, tokens), kind="soft")
+            lambda gate: moe.route(moe.gate_logits(gate, read), kind="soft")
         )(gates)
         # Experts see each token once, whatever the number of tasks.
         expert = moe.experts.named(self.kind)
@@ -183,7 +205,8 @@ class MMoE(nn.Module):
         found = moe.losses.statistics(
             both, tasks=tasks, task_count=self.tasks, weighted=True
         )
-        _sow_all(self, found)
+        balance = moe.losses.load_balance(both, weighted=True)
+        _sow_all(self, {**found, "load_balance": balance})
         y = jnp.einsum("tne,end->tnd", weights, served)
         return y.reshape(self.tasks, *x.shape)
 
@@ -215,12 +238,13 @@ def sum_of(sown: Any, name: str) -> Array:
     """The sum over layers of what they sowed: a loss, by its name.
 
     Raises:
-      ValueError: no layer sowed it, as without mutable="moe".
+      ValueError: no layer sowed it, as without mutable="moe", or where all routes are
+        hard and it is of gates.
     """
     values = [x for p, x in trees.flatten(sown).items() if f"/{name}/" in f"/{p}"]
     if not values:
         raise ValueError(
             f"no layer sowed {name!r}; apply the model with mutable='moe' and pass what"
-            " that returns"
+            " that returns (hard routes have no gate, and no losses of one)"
         )
     return jnp.sum(jnp.stack(values))

@@ -14,11 +14,12 @@ so that y0 is learned from the control arm alone, effects from the others. Outco
 standardised, binary ones as well: the squared error of 0 and 1 is a proper score, and
 differences of probabilities add up, which those of logits would not.
 
-Of the authors' code two things are not copied: tokens are normalised over their width,
-not over an axis of length 1 (which leaves only a sign), and each outcome has its own
-effect. Experts are small MLPs; "resnet" is the authors' ResNet-18 over the vector of
-features, with LayerNorm in place of batch statistics (*reconstruction*). Their dropout
-of attention is left out.
+Of the authors' code two things are not copied: treatments' tokens, which there are
+normalised over an axis of length 1 (which leaves only a sign), are not normalised at
+all, only the representations that they attend to, over their channels; and each outcome
+has its own effect. Experts are small MLPs; "resnet" is the authors' ResNet-18 over the
+vector of features, with LayerNorm in place of batch statistics (*reconstruction*).
+Their dropout of attention is left out.
 
 Legend: B people, F features, A arms, J effects, O outcomes, E experts, L tokens of an
 expert, C channels, M tokens of a treatment.
@@ -156,13 +157,18 @@ class Mtmt(nn.Module):
     def __call__(self, x: Array) -> tuple[Array, Array]:
         s = self.sizes
         experts = Experts(s, name="experts")(x)
-        gates = self.param(
-            "gates",
-            nn.initializers.lecun_normal(batch_axis=0),
-            (s.outcomes, x.shape[1], s.experts),
-        )
+        gates = {
+            "kernel": self.param(
+                "gates",
+                nn.initializers.lecun_normal(batch_axis=0),
+                (s.outcomes, x.shape[1], s.experts),
+            ),
+            "bias": self.param(
+                "gates_bias", nn.initializers.zeros, (s.outcomes, s.experts)
+            ),
+        }
         weights = jax.vmap(
-            lambda g: moe.route(moe.gate_logits({"kernel": g}, x), kind="soft").weights
+            lambda gate: moe.route(moe.gate_logits(gate, x), kind="soft").weights
         )(gates)
         u = jnp.einsum("kbe,eblc->kblc", weights, experts)
         natural = [

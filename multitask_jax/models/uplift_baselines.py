@@ -2,7 +2,9 @@
 
 All are `Learner`s: functions of parameters, for standardised outcomes. `MODELS` has
 them by name, MTMT and its ablations among them; gradient boosting, which is no function
-of parameters, is `boosting`.
+of parameters, is `boosting`. "shared bottom" is MTMT with one expert that has as many
+weights as MTMT's have together, so that it tells of sharing, not of size (all are used
+for each person by both, so that the compute is the same, too).
 
 Legend: B people, F features, A arms (0 is the control), O outcomes, D width.
 """
@@ -184,12 +186,15 @@ def _mtmt(arms: int, outcomes: int, *, flat: bool = False, **options: Any) -> Le
 # The authors' sizes: experts are ResNets, attention is 256 wide. Many times as slow.
 FULL_SIZE = "MTMT-ResNet"
 _FULL = {"expert": "resnet", "channels": 128, "queries": 16, "width": 256}
+_MTMT = mtmt.Sizes._field_defaults
+# As many weights as MTMT's experts have; but for biases and gates, equal in size.
+_SHARED = {"experts": 1, "hidden": _MTMT["experts"] * _MTMT["hidden"]}
 # Name -> (arms, outcomes) -> Learner.
 MODELS: dict[str, Callable[[int, int], Learner]] = {
     "MTMT": _mtmt,
     "flat effects": functools.partial(_mtmt, flat=True),
     "MMoE without attention": functools.partial(_mtmt, attention=False),
-    "shared bottom": functools.partial(_mtmt, experts=1),
+    "shared bottom": functools.partial(_mtmt, **_SHARED),
     "S-learner": lambda a, o: _plain(SingleNet(a, o)),
     "T-learner": lambda a, o: _plain(NetPerArm(a, o)),
     "TARNet": lambda a, o: _plain(TarNet(a, o)),

@@ -12,6 +12,7 @@ Legend: N tokens, D width, E experts (shared ones included), K slots of a token,
 slots in all, C tokens an expert has room for, R rows of a buffer.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -73,8 +74,8 @@ def capacity(
         earlier tokens before later ones (GShard: Lepikhin et al. 2020, arXiv
         2006.16668); "weight": the heaviest (Riquelme et al. 2021, arXiv 2106.05974),
         which looks at the whole batch.
-      one_by_one: a product for each expert, not one for all. Faster on a CPU; not for
-        experts on several devices.
+      one_by_one: a product for each expert, not one for all. Faster on a CPU, but
+        programs grow with E; not for experts on several devices.
     """
     count, shared = count_of(params, routing)
     if shared:
@@ -88,9 +89,8 @@ def capacity(
     plan = plan_buffers(routing, count, room, priority=priority)
     rows = to_buffers(x, plan)
     if one_by_one:
-        each = [jax.tree.map(lambda p, e=e: p[e], params) for e in range(count)]
-        ys = [expert(p, r, _plain) for p, r in zip(each, rows, strict=True)]
-        y = jnp.concatenate(ys)
+        each = _unstacked((params, rows))
+        y = jnp.concatenate([expert(p, r, _plain) for p, r in each])
     else:
         y = expert(params, rows, batched)
     return Served(from_buffers(y, plan, routing.weights), plan.kept)
@@ -100,26 +100,17 @@ def count_of(params: Any, routing: Routing) -> tuple[int, int]:
     """E, and how many of them are shared: what the gate has no logit for.
 
     Raises:
-      ValueError: fewer experts than the gate has, or shared ones without their slots.
+      ValueError: fewer experts than the gate and the routing's shared ones, or more.
     """
     count, e = networks.count(params), routing.probabilities.shape[1]
-    slots = routing.experts.shape[1]
     if count < e:
         raise ValueError(f"got {count} experts for a gate of {e}")
-    shared = count - e
-    if shared > slots:
+    if count - e != routing.shared:
         raise ValueError(
-            f"got {count} experts for a gate of {e} and {slots} slots a token; route"
-            f" with shared={shared}"
+            f"got {count} experts for a gate of {e} and {routing.shared} shared ones:"
+            f" route with shared={count - e}"
         )
-    if shared and not isinstance(routing.experts, jax.core.Tracer):
-        last = routing.experts[:, -shared:] - jnp.arange(e, count)[None]
-        if jnp.any(last != 0):
-            raise ValueError(
-                f"got {count} experts for a gate of {e}, and slots that do not end with"
-                f" the shared ones: route with shared={shared}"
-            )
-    return count, shared
+    return count, routing.shared
 
 
 def beside_shared(
@@ -144,7 +135,9 @@ def beside_shared(
     )
     weights, always = routing.weights[:, :-shared], routing.weights[:, -shared:]
     nobody_is_last = jnp.minimum(routing.experts[:, :-shared], e)
-    own = routing._replace(experts=nobody_is_last, weights=weights)
+    own = dataclasses.replace(
+        routing, experts=nobody_is_last, weights=weights, shared=0
+    )
     served = serve(first, x, own)
     ys = expert(last, x[None], batched)  # [S, N, D]
     y = served.y + jnp.einsum("ns,snd->nd", always.astype(ys.dtype), ys)
@@ -337,6 +330,16 @@ def batched(x: Array, layer: Any) -> Array:
     if "bias" not in layer:
         return y
     return y + layer["bias"][:, None].astype(y.dtype)
+
+
+def _unstacked(experts: Any) -> list[Any]:
+    """Trees of one expert each.
+
+    The transpose is one stack; that of p[e] is a sum of E gradients, each padded.
+    """
+    leaves, structure = jax.tree.flatten(experts)
+    each = zip(*map(jnp.unstack, leaves), strict=True)
+    return [structure.unflatten(own) for own in each]
 
 
 def _plain(x: Array, layer: Any) -> Array:

@@ -4,23 +4,36 @@ Legend: N tokens, D width, E routed experts, S shared ones, K slots of a token, 
 of an expert. A slot that nobody serves holds the expert E + S, one past the last.
 """
 
-from typing import Any, Literal, NamedTuple
+import dataclasses
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Array = jax.Array
 Kind = Literal["top_k", "expert_choice", "soft", "hard"]
 Normalize = Literal["before_topk", "after_topk"]
 
+_OPTIONS: dict[str, tuple[str, ...]] = {  # of `route`, by kind
+    "top_k": ("k", "normalize", "noise", "key"),
+    "expert_choice": ("k", "noise", "key"),
+    "soft": ("noise", "key"),
+    "hard": (),
+}
 
-class Routing(NamedTuple):
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Routing:
     """Who serves each token; a pytree."""
 
     experts: Array  # [N, K] int32
     weights: Array  # [N, K] float32, 0 in slots that nobody serves
     logits: Array  # [N, E], with the noise if there is any
     probabilities: Array  # [N, E]: the gate's softmax, whatever was selected
+    # S, whose slots are the last: no array, so that dispatchers see it under `jit`.
+    shared: int = dataclasses.field(default=0, metadata={"static": True})
 
 
 def init_gate(
@@ -55,8 +68,8 @@ def route(
     scores: Array,
     *,
     kind: Kind = "top_k",
-    k: int = 1,
-    normalize: Normalize = "before_topk",
+    k: int | None = None,
+    normalize: Normalize | None = None,
     noise: Array | float | None = None,
     key: Array | None = None,
     shared: int = 0,
@@ -75,40 +88,73 @@ def route(
     Args:
       scores: the gate's logits [N, E]; for `hard`, ids [N] of experts.
       kind: see above.
-      k: experts a token (on average, with `expert_choice`).
-      normalize: of `top_k`. "before_topk": weights are the softmax over all experts, so
-        that the gate learns also at k = 1; "after_topk": over the chosen ones (they sum
-        to 1; with k = 1 the weight is always 1 and the gate has no gradient).
-      noise: standard deviation of normal noise on the logits, a number or [N, E].
+      k: experts a token, 1 by default (on average, with `expert_choice`); not of `soft`
+        and `hard`.
+      normalize: of `top_k`. "before_topk", the default: weights are the softmax over
+        all experts, so that the gate learns also at k = 1; "after_topk": over the
+        chosen ones (they sum to 1; with k = 1 the weight is always 1 and the gate has
+        no gradient).
+      noise: standard deviation of normal noise on the logits, a number or [N, E]; not
+        of `hard`, which has none.
       key: of the noise.
       shared: experts after the routed ones that serve every token with weight 1.
       experts: E; needed by `hard`, otherwise read off the logits.
 
     Returns:
       Routing; K is k, E or 1 (kinds `top_k`; `expert_choice` and `soft`; `hard`), plus
-      `shared`. An id of `hard` out of range is served by nobody.
+      `shared`. Under `jit` an id of `hard` out of range is served by nobody, and
+      `losses.statistics` tell how many are.
 
     Raises:
-      ValueError: a shape, k or an option that does not fit.
+      ValueError: a shape, k or an option that does not fit, or ids out of range where
+        they are known.
     """
+    _refuse_idle(kind, k=k, normalize=normalize, noise=noise, key=key)
+    k = 1 if k is None else k
     if kind == "hard":
         routing = _hard(scores, experts)
     else:
         logits = _noisy(_checked(scores, k, experts), noise, key)
         p = jax.nn.softmax(logits, axis=-1)
         if kind == "top_k":
-            chosen, weights = _top_k(logits, p, k, normalize)
+            chosen, weights = _top_k(logits, p, k, normalize or "before_topk")
         elif kind == "expert_choice":
             chosen, weights = _expert_choice(p, k)
-        elif kind == "soft":
-            chosen, weights = jnp.arange(p.shape[1])[None], p
         else:
-            raise ValueError(
-                f"kind: got {kind!r}, expected top_k, expert_choice, soft or hard"
-            )
+            chosen, weights = jnp.arange(p.shape[1])[None], p
         # Nobody is E here; with shared experts it moves up, one past the last of them.
         routing = Routing(jnp.broadcast_to(chosen, weights.shape), weights, logits, p)
     return _with_shared(routing, shared)
+
+
+def refuse_unknown(what: str, ids: Array, count: int) -> None:
+    """Ids are 0 to count - 1, as far as can be seen: under `jit` there are no values.
+
+    Raises:
+      ValueError: others.
+    """
+    if isinstance(ids, jax.core.Tracer):
+        return
+    # By NumPy: within `jit` an operation of JAX on constants has no value either.
+    known = np.asarray(ids)
+    if known.size and (known.min() < 0 or known.max() >= count):
+        raise ValueError(
+            f"{what}: got ids from {known.min()} to {known.max()}, expected 0 to"
+            f" {count - 1}; number them from 0"
+        )
+
+
+def _refuse_idle(kind: str, **options: Any) -> None:
+    if kind not in _OPTIONS:
+        raise ValueError(
+            f"kind: got {kind!r}, expected top_k, expert_choice, soft or hard"
+        )
+    given = [name for name, value in options.items() if value is not None]
+    if idle := [name for name in given if name not in _OPTIONS[kind]]:
+        raise ValueError(
+            f"kind={kind!r}: got {', '.join(idle)}, expected"
+            f" {', '.join(_OPTIONS[kind]) or 'none of them'}; leave the rest out"
+        )
 
 
 def _checked(logits: Array, k: int, experts: int | None) -> Array:
@@ -174,6 +220,7 @@ def _hard(ids: Array, experts: int | None) -> Routing:
             f"kind='hard': got {ids.dtype}{list(ids.shape)}, experts={experts};"
             " expected integer ids [N] and the number of experts"
         )
+    refuse_unknown("kind='hard'", ids, experts)
     here = (ids >= 0) & (ids < experts)
     chosen = jnp.where(here, ids, experts).astype(jnp.int32)[:, None]
     one_hot = jax.nn.one_hot(chosen[:, 0], experts)
@@ -187,9 +234,11 @@ def _with_shared(routing: Routing, shared: int) -> Routing:
     n, e = routing.probabilities.shape
     always = jnp.broadcast_to(jnp.arange(e, e + shared)[None], (n, shared))
     nobody = routing.experts == e
-    return routing._replace(
+    return dataclasses.replace(
+        routing,
         experts=jnp.concatenate(
             [jnp.where(nobody, e + shared, routing.experts), always], axis=1
         ),
         weights=jnp.concatenate([routing.weights, jnp.ones((n, shared))], axis=1),
+        shared=shared,
     )

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from multitask_jax.moe.gates import Routing
+from multitask_jax.moe.gates import Routing, refuse_unknown
 
 Array = jax.Array
 
@@ -85,10 +85,14 @@ def mutual_information(
 
     Args:
       routing: of N tokens.
-      tasks: [N] ids.
+      tasks: [N] ids; under `jit` tokens whose id is out of range do not count.
       count: T.
       weighted: as for `load`.
+
+    Raises:
+      ValueError: ids out of range where they are known.
     """
+    refuse_unknown("tasks", tasks, count)
     p = _shares(jax.nn.one_hot(tasks, count).T @ _slots(routing, weighted))
     apart = jnp.sum(p, axis=1, keepdims=True) * jnp.sum(p, axis=0, keepdims=True)
     return jnp.sum(jax.scipy.special.xlogy(p, p / jnp.where(apart > 0, apart, 1)))
@@ -113,12 +117,14 @@ def statistics(
 
     Returns:
       load/0, ..., load/E-1 and load/max (times E: 1 is balanced), dropped (share of
-      routed experts' filled slots), entropy/token and entropy/mean (of the gate, over
-      log E: how undecided it is for a token, and how evenly it uses experts),
-      specialisation (I(task; expert) / log T).
+      routed experts' filled slots), unserved (share of tokens that no routed expert
+      serves: all their slots dropped or empty, as those of a hard id out of range),
+      entropy/token and entropy/mean (of the gate, over log E: how undecided it is for a
+      token, and how evenly it uses experts), specialisation (I(task; expert) / log T)
+      and tasks/unknown (share of tokens of an id out of range, which it leaves out).
 
     Raises:
-      ValueError: tasks without their number.
+      ValueError: tasks without their number, or ids out of range where they are known.
     """
     e = routing.probabilities.shape[1]
     f, p = load(routing, weighted=weighted), routing.probabilities
@@ -129,15 +135,18 @@ def statistics(
         "entropy/token": jnp.mean(entropy(p)) / top,
         "entropy/mean": entropy(jnp.mean(p, axis=0)) / top,
     }
+    filled = (routing.weights > 0) & (routing.experts < e)
     if kept is not None:
         # A slot that nobody serves has weight 0 and is not dropped; shared experts
         # drop nobody.
-        filled = (routing.weights > 0) & (routing.experts < e)
         lost = jnp.sum(filled & ~kept)
         out["dropped"] = lost / jnp.maximum(jnp.sum(filled), 1)
+        filled &= kept
+    out["unserved"] = 1 - jnp.mean(jnp.any(filled, axis=1))
     if tasks is not None:
         if task_count is None:
             raise ValueError("tasks: needs task_count, the number of tasks")
         found = mutual_information(routing, tasks, count=task_count, weighted=weighted)
         out["specialisation"] = found / jnp.log(max(task_count, 2))
+        out["tasks/unknown"] = jnp.mean((tasks < 0) | (tasks >= task_count))
     return out

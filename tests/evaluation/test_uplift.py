@@ -10,11 +10,33 @@ TREATED = np.array([True, False, True, False])
 PERFECT = np.array([2.0, 2.0, 1.0, 1.0])
 
 
-def example(people: int, seed: int = 0) -> tuple[np.ndarray, ...]:
-    """Scores with ties, binary outcomes, treated."""
+# What scikit-uplift finds of `example`: people, seed and ties of it, then
+# qini_auc_score, uplift_auc_score and uplift_at_k (scikit-learn 1.9.1, NumPy 2.4.6).
+# In a clone of this project, where it is installed:
+#
+#   pip install scikit-uplift==0.5.1 pandas
+#   python -W ignore -c "
+#   from sklift.metrics import qini_auc_score, uplift_at_k, uplift_auc_score
+#   from tests.evaluation.test_uplift import SCIKIT_UPLIFT, example
+#   for case in SCIKIT_UPLIFT:
+#       score, y, treated = example(*case)
+#       args = y, score, treated.astype(int)
+#       print(case, float(qini_auc_score(*args)), float(uplift_auc_score(*args)),
+#             float(uplift_at_k(*args, strategy='overall', k=0.3)))"
+SCIKIT_UPLIFT = {
+    (400, 0, True): (0.1889221068855634, 0.14030788061515292, 0.265993265993266),
+    (300, 1, True): (0.14940156055788728, 0.1274930946553162, 0.2172191984166254),
+    (300, 2, False): (0.14427948694281792, 0.10199507109160781, 0.26669965363681347),
+    (1000, 3, False): (0.07484751306963278, 0.05724653688472867, 0.13414905450500558),
+}
+
+
+def example(people: int, seed: int = 0, ties: bool = True) -> tuple[np.ndarray, ...]:
+    """Scores, binary outcomes, treated."""
     rng = np.random.default_rng(seed)
     treated = rng.random(people) < 0.5
-    score = np.round(rng.normal(size=people), 1)
+    score = rng.normal(size=people)
+    score = np.round(score, 1) if ties else score
     y = (rng.random(people) < 0.2 + 0.15 * treated * (score > 0)).astype(int)
     return score, y, treated
 
@@ -38,24 +60,22 @@ def test_perfect_order_of_four_by_hand() -> None:
     assert none == pytest.approx((0, 1 / 4, 1 / 2))  # the mean effect is 1/2
 
 
-def test_equals_scikit_uplift() -> None:
-    """Numbers of scikit-uplift 0.5.1: qini_auc_score, uplift_auc_score, uplift_at_k."""
-    score, y, treated = example(400)
+@pytest.mark.parametrize(("case", "numbers"), SCIKIT_UPLIFT.items())
+def test_equals_scikit_uplift(
+    case: tuple[int, int, bool], numbers: tuple[float, ...]
+) -> None:
+    qini, auuc, top = numbers
+    score, y, treated = example(*case)
     best_qini, best_uplift = evaluation.perfect(y, treated)
     found = evaluation.ranking(score, y, treated)
-    qini = found.qini / evaluation.ranking(best_qini, y, treated).qini
-    assert qini == pytest.approx(0.1889221068855634, rel=1e-12)
+    whole = evaluation.ranking(best_qini, y, treated).qini
+    assert found.qini / whole == pytest.approx(qini, rel=1e-12)
     chord = (y[treated].mean() - y[~treated].mean()) / 2
     best = evaluation.ranking(best_uplift, y, treated).auuc - chord
-    assert (found.auuc - chord) / best == pytest.approx(0.14030788061515292, rel=1e-12)
-    # The cut is within equal scores, of which scikit-uplift takes some.
-    assert found.top == pytest.approx(0.265993265993266, abs=2e-3)
-    rng = np.random.default_rng(1)
-    untied = rng.permutation(400).astype(float)
-    first = np.argsort(-untied)[:120]
-    t = treated[first]
-    expected = y[first][t].mean() - y[first][~t].mean()
-    assert evaluation.ranking(untied, y, treated).top == pytest.approx(expected)
+    assert (found.auuc - chord) / best == pytest.approx(auuc, rel=1e-12)
+    # A cut within equal scores takes a part of each here, some of them there.
+    ties = case[2]
+    assert found.top == pytest.approx(top, **{"abs": 2e-2} if ties else {"rel": 1e-12})
 
 
 def test_curve_has_the_area_of_qini() -> None:
@@ -139,6 +159,30 @@ def test_calibration_by_hand() -> None:
     assert found.error**2 == pytest.approx([(2 / 3 + 1 / 3) / 2, (2 + 1 / 3) / 2])
     assert found.people.tolist() == [4, 4]
     assert found.distance == pytest.approx((0.9 + 1.8) / 2)
+
+
+def test_calibration_does_not_depend_on_the_order_of_rows() -> None:
+    """Equal predictions, which most tenths' ends lie within, are in one tenth."""
+    score, y, treated = example(500, seed=2)
+    score = np.round(score)
+    order = np.random.default_rng(0).permutation(500)
+    found = evaluation.calibration(score, y, treated)
+    again = evaluation.calibration(score[order], y[order], treated[order])
+    np.testing.assert_allclose(again, found, rtol=1e-12)
+    there = found.people > 0
+    assert {-1, 0, 1} <= set(found.predicted[there])  # whole, and by themselves
+    assert np.isnan(found.predicted[~there]).all()
+    assert found.people.sum() == 500
+    assert np.isfinite(found.distance)
+
+
+def test_tenths_are_equal_without_ties() -> None:
+    score, y, treated = example(503, seed=2, ties=False)
+    found = evaluation.calibration(score, y, treated)
+    assert set(found.people) == {50, 51}
+    assert (np.diff(found.predicted) > 0).all()
+    constant = evaluation.calibration(np.zeros(503), y, treated)
+    assert np.flatnonzero(constant.people).tolist() == [5]
 
 
 def test_a_rare_outcome_that_nobody_has_is_not_known_for_certain() -> None:

@@ -62,6 +62,8 @@ def test_gates_can_choose_by_the_task_alone():
     x = jax.random.normal(jax.random.key(1), (64, 3))
     told = conflict.use_of_experts({"gate": gate}, x, variant)
     assert told["specialisation"] == pytest.approx(1, abs=1e-5)
+    assert told["entropy"] == pytest.approx(0, abs=1e-5)
+    assert told["busiest"] == pytest.approx(2, abs=1e-5)  # two of four serve all
 
 
 def test_what_is_there_is_not_done_again(tmp_path, monkeypatch):

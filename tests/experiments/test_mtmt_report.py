@@ -3,6 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tqdm import tqdm
 
 from experiments import mtmt_figures, mtmt_policy, mtmt_report
 from multitask_jax import evaluation
@@ -111,6 +112,26 @@ def test_one_seed_decides_no_difference_of_errors(
     assert rows(text, "In how many of these")["wrong"][:2] == ["0", "0"]
 
 
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_a_verdict_on_qini_needs_other_seeds_too(tmp_path: Path, seeds: int) -> None:
+    """People are enough to tell networks apart: one of two seeds knows all effects."""
+    trial = make(1000)
+    noise = np.random.default_rng(1).normal(size=(2, *trial.effects.shape))
+    once = np.stack([trial.effects, noise[1]])
+    text = write(
+        tmp_path, trial, {"S-learner": noise[:seeds], "once right": once[:seeds]}
+    )
+    part = text[text.index("## Qini less that of S-learner") :]
+    assert "Better than S-learner: none. Worse: none." in part
+    apart = re.search(
+        r"tells of these trained networks and of no method: (.*?)\.", part
+    )
+    assert apart
+    assert all(f"once right (spend, {arm})" in apart[1] for arm in ONE_TWO)
+    assert f"seeds, paired by seed ({seeds} of them; one alone decides nothing)" in text
+    assert "**" not in part.split("\n## ")[0]
+
+
 def test_numbers_are_those_of_the_measures(
     tmp_path: Path, trial: Trial, predictions: dict[str, np.ndarray]
 ) -> None:
@@ -150,6 +171,88 @@ def test_undecided_policy_is_said_plainly(tmp_path: Path, trial: Trial) -> None:
     assert "## Who should get what, by other" in text
 
 
+def test_direction_of_an_outcome() -> None:
+    names = ("cost", "-cost", "visit")
+    assert mtmt_policy.direction(names, None) == (2, 1)
+    assert mtmt_policy.direction(names, "cost") == (0, 1)
+    assert mtmt_policy.direction(names, "-cost") == (1, 1)  # of that very name
+    assert mtmt_policy.direction(names, "--cost") == (1, -1)
+    assert mtmt_policy.direction(names, "-visit") == (2, -1)
+    for unknown in ("profit", "-profit", "", "-"):
+        with pytest.raises(ValueError, match=f"'{unknown}', expected one of .*'visit'"):
+            mtmt_policy.direction(names, unknown)
+
+
+def test_less_is_better(tmp_path: Path) -> None:
+    """As of the outcome with the other sign, but for the outcome's own values."""
+    trial = make(1000)
+    turn = np.float32([-1, 1])
+    other = trial._replace(y=trial.y * turn, effects=trial.effects * turn)
+    p = trial.effects[None] + np.float32([0.0, 0.3])[:, None, None, None]
+    more = write(tmp_path, trial, {"MTMT": p}, bootstrap=20)
+    less = write(
+        tmp_path, other, {"MTMT": p * turn}, policy_outcome="-spend", bootstrap=20
+    )
+    assert "## Policy: each person's best arm for spend (less is better)" in less
+    assert "Shares of people by their best arm for spend (less is better)" in less
+    assert "less is better" not in more
+    assert "A gain is how much less there is." in less
+    verdict = r"Choosing by MTMT gains over (\w+) for everyone: .*"
+    assert re.search(verdict, less)[0] == re.search(verdict, more)[0]
+    a, b = (rows(text, "## Policy")["MTMT"] for text in (more, less))
+    assert a[:3] == b[:3]  # shares of arms
+    assert a[5:] == b[5:]  # gains
+    assert float(a[3].split()[0]) == -float(b[3].split()[0])
+    of_segments = [text[text.index("| segment") :] for text in (more, less)]
+    assert of_segments[0] == of_segments[1]
+
+
+def test_people_are_told_apart_by_numbers_where_there_is_nothing_else() -> None:
+    trial = make(1000)
+    only = trial._replace(segments={})
+    table = rows("## \n" + mtmt_policy.segments(only, trial.effects, "MTMT", 0), "##")
+    assert table["x"] == ["4th quarter", "250", "0%", "100%", "0%"]  # its last row
+    noise = np.random.default_rng(0).normal(size=(1000, 9))
+    many = only._replace(
+        x=np.concatenate([noise, trial.x, trial.x > 0], axis=1),
+        features=(*map(str, range(9)), "x", "flag"),
+    )
+    text = mtmt_policy.segments(many, trial.effects, "MTMT", 0)
+    assert "Of 10 numbers these 5 have quarters that differ most" in text
+    assert text.index("| x | 1st quarter (lowest) | 250 | 0% | 0% | 100% |")
+    assert text.count("quarter |") == 5 * 3  # the lowest's name is longer
+    assert "| flag |" not in text
+    nothing = only._replace(x=np.zeros((1000, 1), np.float32))
+    text = mtmt_policy.segments(nothing, trial.effects, "MTMT", 0)
+    assert "No category, flag or number that varies" in text
+    assert "|" not in text
+
+
+def test_equal_predictions_leave_tenths_without_people(tmp_path: Path) -> None:
+    trial = make(600)
+    flat = np.zeros((1, *trial.effects.shape))
+    text = write(tmp_path, trial, {"MTMT": flat}, bootstrap=5)
+    assert rows(text, "### Tenths by effect on spend")["1"] == ["nobody", "unknown"] * 2
+    assert "nan" not in text
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_the_bar_of_the_bootstrap_can_be_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, progress: bool
+) -> None:
+    bars = []
+
+    def bar(**kwargs: object) -> tqdm:
+        bars.append(kwargs["disable"])
+        return tqdm(**(kwargs | {"disable": True}))
+
+    monkeypatch.setattr(mtmt_report, "tqdm", bar)
+    trial = make(200)
+    p = {"MTMT": trial.effects[None]}
+    write(tmp_path, trial, p, bootstrap=2, progress=progress)
+    assert bars == [None if progress else True]  # None: only on a terminal
+
+
 def test_same_seed_same_report(
     tmp_path: Path, trial: Trial, predictions: dict[str, np.ndarray]
 ) -> None:
@@ -170,6 +273,28 @@ def test_figure_highlights_few(
     bars = mtmt_figures.deciles(trial, means["MTMT"], "MTMT").axes[0].patches
     c = mtmt_policy.calibration_of(trial, means["MTMT"], 1, 0)
     np.testing.assert_allclose([b.get_height() for b in bars], 1000 * c.observed)
+
+
+@pytest.mark.parametrize("outcomes", [1, 2])
+def test_legends_are_within_the_figure(outcomes: int) -> None:
+    trial = make(300)
+    few = trial._replace(
+        arm=np.minimum(trial.arm, 1),
+        y=trial.y[:, :outcomes],
+        arms=("none", "mail"),
+        outcomes=trial.outcomes[:outcomes],
+    )
+    p = trial.effects[:, :2, :outcomes]
+    names = ("MTMT", "GBM S-learner", "S-learner", "T-learner")
+    for figure in (
+        mtmt_figures.qini(few, dict.fromkeys(names, p), names[:3]),
+        mtmt_figures.deciles(few, p, "interaction (EFIN-like)"),
+    ):
+        figure.draw_without_rendering()
+        box, whole = figure.legends[0].get_window_extent(), figure.bbox
+        assert whole.x0 <= box.x0 <= box.x1 <= whole.x1
+        assert whole.y0 <= box.y0 <= box.y1 <= whole.y1
+        assert box.y0 >= figure.axes[0].get_window_extent().y1
 
 
 def test_errors(tmp_path: Path, trial: Trial) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from multitask_jax import moe, sharding, tree
-from multitask_jax.layers.moe import MMoE, MoE, sum_of
+from multitask_jax.layers.moe import ONE_BY_ONE, MMoE, MoE, sum_of
 from multitask_jax.layers.transformer import Block
 
 D = 8
@@ -53,6 +53,7 @@ def test_scalezeros_layer_adds_a_shared_expert(x):
     expected = up @ params["shared_down"]["kernel"]
     found = apply(layer, none, x)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    assert apply(layer, params, x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
 
 def test_hard_routing_is_a_network_of_its_own_for_each_task(x):
@@ -78,10 +79,36 @@ def test_hard_routing_drops_nobody_when_all_are_of_one_task(x, task):
     params = init(layer, x, ids)
     y, sown = apply(layer, params, x, ids, mutable="moe")
     assert sum_of(sown, "dropped") == 0
+    for name in ("load_balance", "importance", "router_z"):  # there is no gate
+        with pytest.raises(ValueError, match="hard routes have no gate"):
+            sum_of(sown, name)
+    _, sown = apply(layer, params, x, ids.at[0].set(2), mutable="moe")
+    assert sum_of(sown, "unserved") == 0.5  # one of two sequences
     one = jax.tree.map(lambda p: p[task], params["experts"])
     up = jax.nn.gelu(x @ one["up"]["kernel"] + one["up"]["bias"][None, None])
     expected = up @ one["down"]["kernel"] + one["down"]["bias"][None, None]
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"k": 2}, {"normalize": "after_topk"}])
+def test_a_hard_route_takes_no_options_of_gates(x, options):
+    layer = MoE(experts=2, hidden=6, route="hard", **options)
+    with pytest.raises(ValueError, match="kind='hard': got"):
+        layer.init(jax.random.key(0), x, jnp.zeros((2, 1), int))
+
+
+def test_many_experts_are_one_product(x):
+    """However many, there is one program of each room."""
+    products = {}
+    for e in (ONE_BY_ONE, ONE_BY_ONE + 1):
+        layer = MoE(experts=e, hidden=6)
+        params = init(layer, x)
+        run = jax.jit(lambda p, layer=layer: layer.apply({"params": p}, x))
+        products[e] = run.lower(params).as_text().count("stablehlo.dot_general")
+    few, many = products.values()
+    assert many == 3  # of the gate, up and down
+    if jax.default_backend() == "cpu":
+        assert few == 1 + 2 * ONE_BY_ONE
 
 
 def test_ids_have_the_axes_of_tokens(x):
@@ -203,7 +230,31 @@ def test_a_gate_a_task_mixes_the_same_experts(x):
     same = params | {"gates": jnp.broadcast_to(params["gates"][:1], (3, D, 4))}
     y, sown = apply(layer, same, x, mutable="moe")
     np.testing.assert_array_equal(y[0], y[2])
+    both = moe.route(moe.gate_logits({"kernel": same["gates"][0]}, tokens), kind="soft")
+    balance = moe.losses.load_balance(both, weighted=True)
+    np.testing.assert_allclose(sum_of(sown, "load_balance"), balance, rtol=1e-6)
     np.testing.assert_allclose(sum_of(sown, "specialisation"), 0, atol=1e-6)
+
+
+def test_gates_of_tasks_have_a_bias_and_inputs_of_their_own(x):
+    """softmax(raw W + b), while experts read x."""
+    layer = MMoE(tasks=2, experts=4, hidden=6, gate_bias=True)
+    raw = jax.random.normal(jax.random.key(2), (*x.shape[:-1], 3))
+    params = init(layer, x, raw)
+    assert params["gates"].shape == (2, 3, 4)
+    assert not params["gates_bias"].any()
+    params["gates_bias"] = jnp.arange(8.0).reshape(2, 4)
+    y = apply(layer, params, x, raw)
+    tokens = x.reshape(-1, D)
+    for t in range(2):
+        gate = {"kernel": params["gates"][t], "bias": params["gates_bias"][t]}
+        routing = moe.route(moe.gate_logits(gate, raw.reshape(-1, 3)), kind="soft")
+        expected = moe.everyone(moe.EXPERTS["mlp"], params["experts"], tokens, routing)
+        np.testing.assert_allclose(
+            y[t].reshape(-1, D), expected.y, rtol=1e-4, atol=1e-5
+        )
+    with pytest.raises(ValueError, match=r"gate_inputs: got \[1, 5, 3\] for tokens"):
+        layer.apply({"params": params}, x, raw[:1])
 
 
 def test_tasks_of_tokens_tell_the_specialisation(x):

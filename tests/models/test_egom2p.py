@@ -201,6 +201,25 @@ def test_generation_is_one_call_that_its_key_repeats():
     assert any((guided[name] != a[name]).any() for name in a)
 
 
+def test_other_numbers_of_sampling_compile_nothing_anew():
+    """Only whether there is a temperature, a p and a guidance makes another program."""
+    tokens = random_tokens(np.random.default_rng(0), 3)
+
+    def programs(**sampling):
+        egom2p_generation.generate(
+            params(), {"rgb": tokens["rgb"]}, {"camera": 2}, modalities=MODALITIES,
+            shape=SHAPE, key=jax.random.key(0), **sampling,
+        )  # fmt: skip
+        return egom2p_generation._generate._cache_size()
+
+    first = programs(temperature=1.0, p=0.9)
+    assert programs(temperature=0.5, p=0.9) == first
+    assert programs(temperature=2, p=0.1) == first
+    assert programs(temperature=1.0, p=1.0) == first + 1
+    assert programs(temperature=1.0, p=1.0, guidance=2.0) == first + 2
+    assert programs(temperature=0.1, p=1.0, guidance=0.5) == first + 2
+
+
 def test_training_learns_what_there_is_to_learn():
     """Depth is a function of RGB at its place; other clips are made right, too."""
     train, new = (random_tokens(np.random.default_rng(i), 32) for i in range(2))

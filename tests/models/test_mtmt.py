@@ -100,11 +100,20 @@ def test_people_are_independent(params, people, predict):
     )
 
 
-def test_representations_keep_more_than_a_sign(params, people, predict):
-    """The authors' normalisation over an axis of length 1 leaves signs only."""
+def test_treatments_keep_more_than_a_sign(params, people, predict):
+    """The authors' normalisation over an axis of length 1 leaves signs only.
+
+    So a treatment of the same signs but of another size has other effects.
+    """
     x = people[0]
-    effects = predict(params, x)[:, 1] - predict(params, x)[:, 0]
-    assert len(np.unique(np.round(effects, 5), axis=0)) > B // 2
+    effect = params["effect_0"]
+    scaled = params | {"effect_0": effect | {"treatment": 3 * effect["treatment"]}}
+    before, after = predict(params, x), predict(scaled, x)
+    np.testing.assert_array_equal(after[:, 0], before[:, 0])
+    sizes = np.abs(before[:, 1] - before[:, 0])
+    changes = np.abs(after[:, 1] - before[:, 1])
+    assert (changes.mean(axis=0) > 1e-3 * sizes.mean(axis=0)).all()
+    assert len(np.unique(np.round(changes, 7), axis=0)) > B // 2  # each their own
 
 
 def test_the_resnet_reads_as_many_features_as_there_are():

@@ -3,9 +3,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from multitask_jax import tree
 from multitask_jax.models import uplift_baselines as baselines
 
 F, A, O, B = 5, 3, 2, 30
+KEY = jax.random.key(0)
 
 
 # Ablations of MTMT have tests of their own.
@@ -37,6 +39,23 @@ def test_learners_keep_their_contract(name):
     assert all_of_them.shape == (B, A, O)
     np.testing.assert_allclose(all_of_them[:1], one, rtol=1e-3, atol=1e-5)
     assert after < before
+
+
+@pytest.mark.parametrize("features", [F, 40])
+def test_a_shared_bottom_is_as_large_as_the_experts_together(features):
+    sizes = {}
+    for name in ("MTMT", "shared bottom"):
+        learner = baselines.MODELS[name](A, O)
+        shapes = jax.eval_shape(lambda k, f=learner: f.init(k, features), KEY)
+        sizes[name] = {p: x.size for p, x in tree.flatten(shapes).items()}
+    mmoe, shared = sizes["MTMT"], sizes["shared bottom"]
+    kernels = [p for p in mmoe if p.startswith("experts") and p.endswith("kernel")]
+    assert len(kernels) == 2
+    for path in kernels:
+        assert shared[path] == mmoe[path], path
+    # Without the others' biases of outputs, and the gate's columns.
+    rest = sum(mmoe[p] for p in ("experts/down_bias", "gates", "gates_bias"))
+    assert sum(mmoe.values()) - sum(shared.values()) == rest * 3 // 4
 
 
 def test_observed_takes_each_persons_own_arm():

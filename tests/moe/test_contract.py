@@ -1,5 +1,6 @@
 """What every gate owes every dispatcher."""
 
+import dataclasses
 import functools
 import re
 from typing import Any
@@ -112,10 +113,9 @@ def test_eager_gates_are_jitted_ones(gate):
     np.testing.assert_allclose(y, REFERENCE(params, x, jitted), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("given", ["top_2", "expert_choice shared"])
-def test_eager_dispatchers_are_jitted_ones(given):
-    kernel, params, x = made(GATES[given])
-    routing = routed(GATES[given], kernel, x)
+def test_eager_dispatchers_are_jitted_ones(gate):
+    kernel, params, x = made(gate)
+    routing = routed(gate, kernel, x)
     jitted = jax.jit(every_way, compiler_options=BRIEFLY)(params, x, routing)
     for name, eager in every_way(params, x, routing).items():
         np.testing.assert_allclose(eager.y, jitted[name].y, rtol=1e-5, atol=1e-5)
@@ -172,7 +172,7 @@ def test_dropped_slots_are_counted_and_give_nothing(gate):
     got = np.bincount(experts[kept], minlength=count)
     np.testing.assert_array_equal(got[:E], np.minimum(wanted[:E], room))
     np.testing.assert_array_equal(got[E:], wanted[E:])  # shared ones serve all
-    only = routing._replace(weights=jnp.where(kept, routing.weights, 0))
+    only = dataclasses.replace(routing, weights=jnp.where(kept, routing.weights, 0))
     expected = REFERENCE(params, x, only)
     np.testing.assert_allclose(served.y, expected, rtol=1e-5, atol=1e-5)
     found = moe.losses.statistics(routing, served.kept)["dropped"]
@@ -194,7 +194,7 @@ def test_who_is_dropped_goes_by_priority(priority, dropped):
         lambda r: moe.capacity(
             moe.EXPERTS["swiglu"], params, x[:4], r, room=3, priority=priority
         )
-    )(routing._replace(experts=experts, weights=weights))
+    )(dataclasses.replace(routing, experts=experts, weights=weights))
     assert list(zip(*np.nonzero(~np.asarray(served.kept)), strict=True)) == dropped
 
 
@@ -318,19 +318,6 @@ def test_shared_experts_take_no_room_from_others(name):
     assert sizes[0] == sizes[1] != set()
 
 
-def test_fewer_experts_than_the_gate_has_are_refused():
-    _, params, x = made({})
-    few = jax.tree.map(lambda p: p[:2], params)
-    with pytest.raises(ValueError, match="got 2 experts for a gate of 4"):
-        moe.expert_parallel(
-            moe.EXPERTS["swiglu"],
-            few,
-            x,
-            routed(GATES["hard"], None, x),
-            mesh=sharding.make_mesh({"expert": 4}),
-        )
-
-
 @pytest.mark.parametrize("busiest", [12, 13, 20, 30, 48])
 def test_dropless_serves_all_however_uneven(busiest):
     """Rooms are 13, 15, 18, 24 and 48: an equal share is 12."""
@@ -346,16 +333,38 @@ def test_dropless_serves_all_however_uneven(busiest):
     )
 
 
-@pytest.mark.parametrize("name", list(DISPATCHERS))
-def test_other_numbers_of_experts_are_refused(name):
+@pytest.mark.parametrize("name", ["everyone", "expert_parallel", *DISPATCHERS])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_other_numbers_of_experts_are_refused(name, compiled):
     """Fewer than the gate has, and shared ones that the routing knows nothing of."""
-    gate = {"k": 2}
-    kernel, params, x = made(gate)
-    serve = DISPATCHERS[name]
-    routing = routed(gate, kernel, x)
+    mesh = sharding.make_mesh({"expert": 4})
+    others = {
+        "everyone": moe.everyone,
+        "expert_parallel": functools.partial(moe.expert_parallel, mesh=mesh),
+    }
+    serve = functools.partial((others | DISPATCHERS)[name], moe.EXPERTS["swiglu"])
+    serve = jax.jit(serve) if compiled else serve
+    kernel, params, x = made({})
     few = jax.tree.map(lambda p: p[:-1], params)
-    with pytest.raises(ValueError, match=f"got {E - 1} experts for a gate of {E}"):
-        serve(moe.EXPERTS["swiglu"], few, x, routing)
     more = jax.tree.map(lambda p: jnp.concatenate([p, p[:1]]), params)
-    with pytest.raises(ValueError, match="route with shared=1"):
-        serve(moe.EXPERTS["swiglu"], more, x, routing)
+    plain, shared = (routed({"k": 2, "shared": s}, kernel, x) for s in (0, 1))
+    with pytest.raises(ValueError, match=f"got {E - 1} experts for a gate of {E}"):
+        serve(few, x, plain)
+    with pytest.raises(ValueError, match="and 0 shared ones: route with shared=1"):
+        serve(more, x, plain)
+    with pytest.raises(ValueError, match="and 1 shared ones: route with shared=0"):
+        serve(params, x, shared)
+
+
+def test_one_by_one_stacks_gradients_once():
+    """Of experts and rows: no gradient is padded to all experts and added up."""
+    kernel, params, x = made({"k": 2})
+    routing = routed({"k": 2}, kernel, x)
+
+    def loss(params, x):
+        serve = functools.partial(moe.capacity, one_by_one=True)
+        return jnp.sum(serve(moe.EXPERTS["swiglu"], params, x, routing).y)
+
+    text = jax.jit(jax.grad(loss, (0, 1))).lower(params, x).as_text()
+    assert "stablehlo.dot_general" in text
+    assert "stablehlo.pad" not in text

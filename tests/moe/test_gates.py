@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,9 +43,26 @@ def test_shared_experts_come_after_the_routed_ones_and_serve_all():
 
 
 def test_hard_goes_by_id_and_an_unknown_id_is_served_by_nobody():
-    routing = moe.route(jnp.array([1, 0, 7]), kind="hard", experts=2, shared=1)
+    route = functools.partial(moe.route, kind="hard", experts=2, shared=1)
+    routing = jax.jit(route)(jnp.array([1, 0, 7]))
     np.testing.assert_array_equal(routing.experts, [[1, 2], [0, 2], [3, 2]])
     np.testing.assert_array_equal(routing.weights, [[1, 1], [1, 1], [0, 1]])
+
+
+@pytest.mark.parametrize("ids", [[0, 1, 2], [-1, 0, 1]])
+def test_unknown_ids_are_refused_where_they_are_known(ids):
+    def route(ids):
+        return moe.route(ids, kind="hard", experts=2).experts
+
+    ids = jnp.array(ids)
+    with pytest.raises(
+        ValueError, match=rf"from {ids[0]} to {ids[2]}, expected 0 to 1"
+    ):
+        route(ids)
+    with pytest.raises(ValueError, match="expected 0 to 1"):
+        jax.jit(lambda: route(ids))()  # a constant
+    assert (jax.jit(route)(ids) == 2).sum() == 1
+    assert route(ids[:0]).shape == (0, 1)
 
 
 def test_gates_of_several_tasks_are_one_vmap():
@@ -86,6 +105,22 @@ def test_noise_moves_the_choice_and_follows_the_key():
         (LOGITS[0], {}, r"expected logits \[N, E\]"),
         (jnp.arange(3), {"kind": "hard"}, "the number of experts"),
         (LOGITS, {"kind": "hard", "experts": 3}, "integer ids"),
+        (LOGITS, {"kind": "soft", "k": 2}, "got k, expected noise, key"),
+        (LOGITS, {"kind": "soft", "normalize": "after"}, "got normalize"),
+        (
+            LOGITS,
+            {"kind": "expert_choice", "normalize": "after_topk"},
+            "got normalize, expected k, noise, key",
+        ),
+        *(
+            (jnp.arange(3), {"kind": "hard", "experts": 3} | options, "none of them")
+            for options in (
+                {"k": 1},
+                {"normalize": "before_topk"},
+                {"noise": 0.1},
+                {"key": jax.random.key(0)},
+            )
+        ),
     ],
 )
 def test_wrong_options_are_named(scores, options, message):

@@ -1,5 +1,7 @@
 """Losses and statistics against numbers worked out by hand."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,7 +77,7 @@ def test_soft_gates_inform_by_their_weights():
     expected = 0.75 * np.log(1.5) + 0.25 * np.log(0.5)
     assert found == pytest.approx(expected, rel=1e-5)
     # Weights need not sum to 1: of half of them the information is the same.
-    half = routing._replace(weights=routing.weights * 0.1)
+    half = dataclasses.replace(routing, weights=routing.weights * 0.1)
     small = losses.mutual_information(half, tasks, count=2, weighted=True)
     assert small == pytest.approx(expected, rel=1e-5)
     one = moe.route(jnp.array([[9.0, -9.0], [9.0, -9.0]]), kind="soft")
@@ -94,11 +96,35 @@ def test_statistics_are_scalars_by_name():
     assert found["load/0"] == pytest.approx(0.75)
     assert found["load/max"] == pytest.approx(1.5)
     assert found["dropped"] == pytest.approx(0.25)
+    assert found["unserved"] == pytest.approx(0.25)
+    assert found["tasks/unknown"] == 0
     assert found["entropy/token"] == pytest.approx(0, abs=1e-6)
     p = np.array([0.75, 0.25])
     mean = -(p * np.log(p)).sum() / np.log(2)
     assert found["entropy/mean"] == pytest.approx(mean, rel=1e-5)
     assert found["specialisation"] == pytest.approx(mean, rel=1e-5)  # I = H(expert)
+
+
+def test_unknown_ids_are_counted_under_jit():
+    """1 to T in place of 0 to T - 1: half of the tokens have no expert, and no task."""
+
+    @jax.jit
+    def told(ids):
+        routing = moe.route(ids, kind="hard", experts=2, shared=1)
+        return losses.statistics(routing, tasks=ids, task_count=2)
+
+    found = told(jnp.array([1, 2, 1, 2]))
+    assert found["unserved"] == found["tasks/unknown"] == 0.5
+    assert found["specialisation"] == 0  # of one task
+    found = told(jnp.array([0, 1, 0, 1]))
+    assert found["unserved"] == found["tasks/unknown"] == 0
+    assert found["specialisation"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("unknown", [2, -1])
+def test_unknown_tasks_are_refused_where_they_are_known(unknown):
+    with pytest.raises(ValueError, match=r"tasks: got ids .*, expected 0 to 1"):
+        losses.statistics(certain([0, 1]), tasks=jnp.array([0, unknown]), task_count=2)
 
 
 def test_tasks_need_their_number():
