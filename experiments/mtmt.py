@@ -5,8 +5,9 @@
     python -m experiments.mtmt --predict --checkpoint=WORKDIR/model \
         --input=customers.csv --output=uplift.csv
 
-    python -m experiments.mtmt --data=table --data_path=trial.csv --arm_column=group \
-        --control=none --outcomes=visit,profit --features=age,history:log,channel
+    python -m experiments.mtmt --workdir=.cache/trial --data=table \
+        --data_path=trial.csv --arm_column=group --control=none \
+        --outcomes=visit,profit --features=age,history:log,channel
 
 Data: the MineThatData e-mail experiment (Hillstrom 2008: 64,000 customers, men's or
 women's merchandise or no e-mail; visit, conversion, spend), any randomised experiment
@@ -16,7 +17,8 @@ arm from folds that have not seen that person. Measures, intervals and the polic
 report.md.
 
 Writes to --workdir: config.json, metrics.jsonl, predictions/ (a run goes on from
-there), report.md, qini.png, deciles.png and model/, MTMT trained on everyone.
+there), report.md, qini.png, deciles.png and model/, MTMT trained on everyone but the
+share that chooses the epoch.
 
 Legend: N people, F features, A arms, O outcomes, S seeds, K folds.
 """
@@ -41,6 +43,7 @@ from experiments import (
     json_files,
     mtmt_data,
     mtmt_model,
+    mtmt_policy,
     mtmt_predict,
     mtmt_report,
     parsing,
@@ -49,7 +52,6 @@ from experiments import (
 )
 from experiments import mtmt_training as training
 from experiments.flags import flag
-from multitask_jax.data.trial_features import Encoder
 from multitask_jax.data.trial_table import KINDS
 from multitask_jax.data.uplift import Trial
 from multitask_jax.models.uplift_baselines import (
@@ -61,10 +63,11 @@ from multitask_jax.models.uplift_baselines import (
 from multitask_jax.training import writers
 
 ALL = (*MODELS, *BOOSTED)
+_SCORING = ("checkpoint", "input", "output")
 # What predictions do not depend on.
 _AROUND = ("workdir", "models", "seeds", "policy_outcome", "bootstrap", "progress")
-_AROUND += ("predict", "checkpoint", "input", "output")
-_AROUND += ("data_path", "download", "effect")  # the people tell
+_AROUND += ("predict", *_SCORING)
+_AROUND += ("data_path", "download", "effect", "population_seed")  # the people tell
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +84,12 @@ class Config:
     )
     arm_column: str | None = flag("Of a table: the column of what people were given.")
     control: str | None = flag("Of a table: that column's value for the untreated.")
+    arms: str | None = flag(
+        "Of a table: comma list of all values of --arm_column in the order of arms: the"
+        " control (not if --control tells it), the base arm, the others, whose effects"
+        " are learned as increments over the base arm's. By default the others are"
+        " sorted, and the first of them is the base arm."
+    )
     features: str | None = flag(
         "Of a table: comma list of columns to learn from, known before the treatment."
         " Their kinds follow from their values, or are told, as in history:log:"
@@ -106,8 +115,12 @@ class Config:
     rate: float = flag("Peak learning rate.", 1e-3)
     validation: float = flag("Share of training rows that choose the epoch.", 0.1)
     effect: float | None = flag("Size of the simulator's effects; 1 if not given.")
+    population_seed: int | None = flag(
+        "Of the simulator: which population and people; 0 if not given."
+    )
     policy_outcome: str | None = flag(
-        "What a best arm is best for; by default the last."
+        "What a best arm is best for; by default the last outcome. More is better,"
+        " unless it begins with a -: --policy_outcome=-churned."
     )
     bootstrap: int = flag("Replicates of the intervals.", 500)
     progress: bool = flag("Show a progress bar.", True)
@@ -133,12 +146,11 @@ def run(config: Config) -> Result | None:
       ValueError: a flag is out of range, or --workdir holds another run.
       FileNotFoundError: there is no such data.
     """
+    config = parsing.expanded(config, "workdir", "data_path", *_SCORING)
+    _check_mode(config)
     if config.predict:
         mtmt_predict.run(
-            _given(config, "checkpoint"),
-            _given(config, "input"),
-            _given(config, "output"),
-            config.policy_outcome,
+            config.checkpoint, config.input, config.output, config.policy_outcome
         )
         return None
     names = parsing.paths(config.models) or [n for n in ALL if n != FULL_SIZE]
@@ -146,19 +158,19 @@ def run(config: Config) -> Result | None:
         parsing.one_of("models", name, ALL)
         if names.count(name) > 1:
             raise ValueError(f"--models: got {name} twice, expected each once")
-    seeds = _seeds(config.seeds)
+    seeds = parsing.seeds(config.seeds)
     if config.folds < 2 or config.epochs < 1 or not 0 < config.validation < 1:
         raise ValueError(
             f"got --folds={config.folds}, --epochs={config.epochs},"
             f" --validation={config.validation}; expected two folds or more, an epoch"
             " or more, and a share between 0 and 1"
         )
-    parsing.at_least(config, batch_size=1, bootstrap=1, rows=1)
+    parsing.at_least(config, batch_size=1, bootstrap=1, rows=1, population_seed=0)
     if not 0 < config.rate < math.inf:
         raise ValueError(f"--rate: got {config.rate}, expected more than 0")
     trial, encoder = mtmt_data.load(config)
     outcome = config.policy_outcome or trial.outcomes[-1]
-    parsing.one_of("policy_outcome", outcome, trial.outcomes)
+    mtmt_policy.direction(trial.outcomes, outcome)
     mtmt_data.check_people(trial, config.folds)
     workdir = Path(config.workdir)
     _same_run(workdir, config, trial)
@@ -195,10 +207,16 @@ def run(config: Config) -> Result | None:
                 predictions[name].append(np.load(file, allow_pickle=False))
                 bar.update()
     arrays = {name: np.stack(p) for name, p in predictions.items()}
-    if kept := next((n for n in ("MTMT", FULL_SIZE) if n in names), None):
-        if not _has_final(workdir, kept, seeds[0]):
-            _save_final(config, kept, trial, encoder, outcome, seeds[0])
-        mtmt_model.amend(workdir / "model", policy_outcome=outcome)
+    kept = next((n for n in ("MTMT", FULL_SIZE) if n in names), None)
+    if kept and not _has_final(workdir, kept, seeds[0]):
+        _save_final(config, kept, trial, seeds[0])
+    if (workdir / "model").exists():
+        # Columns in another unit give the same features: the newest encoder counts.
+        mtmt_model.amend(
+            workdir / "model",
+            policy_outcome=outcome,
+            encoder=None if encoder is None else encoder.to_json(),
+        )
     report = mtmt_report.write(
         workdir,
         trial,
@@ -206,6 +224,7 @@ def run(config: Config) -> Result | None:
         policy_outcome=outcome,
         bootstrap=config.bootstrap,
         seed=0,
+        progress=config.progress,
         folds=np.stack(
             [training.fold_of(f, len(trial.arm)) for f in folds_of.values()]
         ),
@@ -217,11 +236,23 @@ def run(config: Config) -> Result | None:
     return Result(trial, arrays, traced, report)
 
 
-def _given(config: Config, name: str) -> str:
-    value = getattr(config, name)
-    if not value:
-        raise ValueError(f"--predict needs --{name}; see --help")
-    return value
+def _check_mode(config: Config) -> None:
+    """Refuses flags that would go unused: those of training or those of --predict."""
+    other = [
+        f"--{field.name}"
+        for field in dataclasses.fields(config)
+        if getattr(config, field.name) != field.default
+        and (field.name in _SCORING) != config.predict
+        and field.name not in ("predict", "policy_outcome", "progress")
+    ]
+    if other:
+        raise ValueError(
+            f"{', '.join(other)}: {'not' if config.predict else 'only'} read with"
+            " --predict; leave out one or the other"
+        )
+    missing = [f"--{name}" for name in _SCORING if not getattr(config, name)]
+    if config.predict and missing:
+        raise ValueError(f"--predict needs {', '.join(missing)}; see --help")
 
 
 def _trainer(
@@ -260,14 +291,7 @@ def _trained(
     return found, float(np.median(np.diff(stamps)))
 
 
-def _save_final(
-    config: Config,
-    name: str,
-    trial: Trial,
-    encoder: Encoder | None,
-    outcome: str,
-    seed: int,
-) -> None:
+def _save_final(config: Config, name: str, trial: Trial, seed: int) -> None:
     """MTMT, trained on everyone but the rows that choose the epoch."""
     folds = training.make_folds(trial.arm, 1, seed, config.validation)
     trainer = _trainer(config, name, trial, folds)
@@ -290,22 +314,9 @@ def _save_final(
             "model": name,
             "arms": list(trial.arms),
             "outcomes": list(trial.outcomes),
-            "policy_outcome": outcome,
             "seed": seed,
-            "encoder": None if encoder is None else encoder.to_json(),
         },
     )
-
-
-def _seeds(text: str) -> list[int]:
-    """Before/after: "0,1" -> [0, 1]."""
-    found = parsing.numbers("seeds", text) or []
-    whole = all(s == int(s) and s >= 0 for s in found)
-    if not whole or len(set(found)) < len(found):
-        raise ValueError(
-            f"--seeds: got {text!r}, expected whole numbers from 0 on, each once"
-        )
-    return [int(s) for s in found]
 
 
 def _has_final(workdir: Path, name: str, seed: int) -> bool:
@@ -317,19 +328,20 @@ def _has_final(workdir: Path, name: str, seed: int) -> bool:
 
 def _same_run(workdir: Path, config: Config, trial: Trial) -> None:
     """Writes config.json; refuses a folder of another run, or of other people."""
-    about = dataclasses.asdict(config)
     people = hashlib.sha256()  # in their order, for predictions are by row
     for a in (trial.x, trial.arm, trial.y):
         people.update(np.ascontiguousarray(a).tobytes())
-    about["people"] = [len(trial.arm), people.hexdigest()]
+    told: dict[str, object] = {"people": [len(trial.arm), people.hexdigest()]}
     # A table's names are the user's: a model kept of others would be told wrongly.
     known = (trial.arms, trial.outcomes, trial.features)
-    about["names"] = repr(known) if config.data == "table" else None
+    told["names"] = repr(known) if config.data == "table" else None
+    about = dataclasses.asdict(config) | told
     file = workdir / "config.json"
     changed = study_store.changed(file, about, _AROUND)
     if changed and (workdir / "predictions").exists():
         said = ", ".join(
-            f"{k}: {old!r}, now {new!r}" for k, (old, new) in changed.items()
+            f"other {k}" if k in told else f"{k}: {old!r}, now {new!r}"
+            for k, (old, new) in changed.items()
         )
         raise ValueError(
             f"--workdir={workdir} holds predictions of another run ({said}); choose"

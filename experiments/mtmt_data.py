@@ -23,8 +23,8 @@ LEAST = 11
 # Flags that each source reads; a flag of another one would go unused.
 _READ = {
     "hillstrom": ("data_path", "download"),
-    "table": ("data_path", "arm_column", "control", "features", "outcomes"),
-    "simulator": ("effect",),
+    "table": ("data_path", "arm_column", "control", "arms", "features", "outcomes"),
+    "simulator": ("effect", "population_seed"),
 }
 
 
@@ -40,14 +40,17 @@ def load(config: Any) -> tuple[Trial, Encoder | None]:
     if config.data == "simulator":
         rows = config.rows or 20_000
         effect = 1.0 if config.effect is None else config.effect
-        return uplift_simulator.simulate(rows, seed=0, effect=effect), None
+        seed = config.population_seed or 0
+        return uplift_simulator.simulate(rows, seed=seed, effect=effect), None
     schema, table = _hillstrom(config) if config.data == "hillstrom" else _own(config)
-    encoder = trial_features.fit_encoder(schema.features, table.columns)
-    trial = trial_features.trial_of(schema, table, encoder)
-    if config.rows is not None and config.rows < len(trial.arm):
+    if config.rows is not None and config.rows < len(table.arm):
         rng = np.random.default_rng(0)
-        trial = trial.at(np.sort(rng.permutation(len(trial.arm))[: config.rows]))
-    return trial, encoder
+        kept = np.sort(rng.permutation(len(table.arm))[: config.rows])
+        columns = {name: column[kept] for name, column in table.columns.items()}
+        table = Table(columns, table.arm[kept], table.y[kept])
+    # Of those who are kept alone: what never varies among them can't be learned from.
+    encoder = trial_features.fit_encoder(schema.features, table.columns)
+    return trial_features.trial_of(schema, table, encoder), encoder
 
 
 def _check_flags(config: Any) -> None:
@@ -65,7 +68,8 @@ def _check_flags(config: Any) -> None:
         )
     if config.download and config.data_path:
         raise ValueError("--download and --data_path: expected one of the two")
-    missing = [n for n in _READ["table"] if getattr(config, n) is None]
+    free = "control" if config.arms else "arms"  # either tells the control
+    missing = [n for n in _READ["table"] if n != free and getattr(config, n) is None]
     if config.data == "table" and missing:
         raise ValueError(
             f"--data=table needs {', '.join(f'--{n}' for n in missing)} too; see --help"
@@ -91,13 +95,15 @@ def _hillstrom(config: Any) -> tuple[Schema, Table]:
 
 def _own(config: Any) -> tuple[Schema, Table]:
     text, where = trial_table.read_text(config.data_path)
+    control, treated = _arms(config)
     schema = trial_table.infer(
         text,
         where,
         features=parsing.paths(config.features) or [],
         arm=config.arm_column,
-        control=config.control,
+        control=control,
         outcomes=parsing.paths(config.outcomes) or [],
+        treated=treated,
     )
     check_names(schema.arms, tuple(schema.outcomes))
     table = trial_table.table_of(schema, text, where)
@@ -105,12 +111,23 @@ def _own(config: Any) -> tuple[Schema, Table]:
     return schema, table
 
 
+def _arms(config: Any) -> tuple[str, list[str] | None]:
+    """The control, and the order of the others if it is told."""
+    arms = parsing.paths(config.arms)
+    if not arms:
+        return config.control, None
+    control = arms[0] if config.control is None else config.control
+    return control, arms[1:] if arms[0] == control else arms
+
+
 def _as_read(schema: Schema, table: Table) -> Iterator[list[str]]:
     """Of each column the name, the kind and how many are missing."""
     for name, kind in schema.features.items():
         gaps = trial_table.missing(kind, table.columns[name])
         yield [name, f"({kind}{f', {gaps.sum():,} missing' if gaps.any() else ''})"]
-    yield [schema.arm, f"(arms: {', '.join(schema.arms)})"]
+    control, base, *others = schema.arms
+    roles = [f"{control} is the control", f"{base} the base", *others]
+    yield [schema.arm, f"(arms: {', '.join(roles)})"]
     for name, kind in schema.outcomes.items():
         yield [name, f"(outcome, {kind})"]
 

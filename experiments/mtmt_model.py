@@ -89,7 +89,8 @@ def load(
         kept = dict(about["sizes"])
         kept["tiers"] = tuple(map(tuple, kept["tiers"]))
         sizes = mtmt.Sizes(**kept)
-        mean, spread = (np.array(about[k], np.float32) for k in ("mean", "spread"))
+        # float64: effects are small differences of outcomes that may be large.
+        mean, spread = (np.array(about[k], np.float64) for k in ("mean", "spread"))
         features = int(about["features"])
         _check(about, sizes, features, mean, spread)
     except (ValueError, KeyError, TypeError) as e:

@@ -24,6 +24,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from experiments import mtmt_model, mtmt_policy
 from multitask_jax.data import trial_table
 from multitask_jax.data.trial_features import Encoder, encode
 
@@ -44,14 +45,13 @@ def run(
       checkpoint: a folder of `mtmt_model.save`.
       input_csv: people to score.
       output_csv: where to; it is there in full or not at all.
-      policy_outcome: what the best arm is the best for; as in training if not given.
+      policy_outcome: what the best arm is the best for, as `mtmt_policy.direction`
+        reads it; as in training if not given.
 
     Raises:
       FileNotFoundError: no such checkpoint or file.
       ValueError: the file's columns or values are wrong, or the model is of other data.
     """
-    from experiments import mtmt_model  # the only part that needs JAX
-
     model, about = mtmt_model.load(checkpoint)
     predict(checkpoint, input_csv, output_csv, model, about, policy_outcome)
 
@@ -72,9 +72,8 @@ def predict(
             " was trained on a file, not with --data=simulator"
         )
     arms, outcomes = about["arms"], about["outcomes"]
-    outcome = policy_outcome or about.get("policy_outcome") or outcomes[-1]
-    if outcome not in outcomes:
-        raise ValueError(f"got policy_outcome={outcome!r}, expected one of {outcomes}")
+    told = policy_outcome or about.get("policy_outcome")
+    outcome, sign = mtmt_policy.direction(outcomes, told)
     if os.path.exists(output_csv) and os.path.samefile(input_csv, output_csv):
         raise ValueError(f"got {output_csv} as input and output, expected two files")
     check_names(arms, outcomes)
@@ -84,6 +83,7 @@ def predict(
         trial_table.features_of(encoder.kinds, text, where, before=before)
     unknown: Counter[str] = Counter()
     missing: Counter[str] = Counter()
+    untrained: Counter[str] = Counter()
     best: Counter[str] = Counter()
     with _whole_file(output_csv) as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -97,7 +97,9 @@ def predict(
                     f"{checkpoint}: got predictions {expected.shape}, expected {shape},"
                     " all finite; train the model again"
                 )
-            added = columns(expected, arms, outcomes, outcome)
+            added = columns(expected, arms, outcomes)
+            chosen = mtmt_policy.best_arms(expected, outcome, sign)
+            added["best_arm"] = [arms[a] for a in chosen.tolist()]
             if clash := [name for name in added if name in text]:
                 raise ValueError(
                     f"{where}: got the columns {clash}, which scoring adds; rename or"
@@ -109,16 +111,19 @@ def predict(
             people += len(expected)
             unknown.update(encoded.unknown)
             missing.update(encoded.missing)
+            untrained.update(encoded.untrained)
             best.update(added["best_arm"])
     print(f"{people:,} people in {time.perf_counter() - started:.1f} s")
     for kind, counts in (
         ("unknown (no category)", unknown),
         ("missing (filled in)", missing),
+        ("values of columns that never varied in the trial (left out)", untrained),
     ):
         found = ", ".join(f"{name} {n:,}" for name, n in counts.items() if n)
         print(f"{kind}: {found or 'none'}")
+    aim = f"{'less ' if sign < 0 else ''}{outcomes[outcome]}"
     for arm in arms:
-        print(f"best for {outcome}: {arm}, {100 * best[arm] / people:.1f}%")
+        print(f"best for {aim}: {arm}, {100 * best[arm] / people:.1f}%")
     print(f"written: {output_csv}")
 
 
@@ -133,19 +138,19 @@ def in_one_shape(model: Predict, x: np.ndarray, size: int | None) -> np.ndarray:
 
 
 def columns(
-    expected: np.ndarray, arms: Sequence[str], outcomes: Sequence[str], outcome: str
+    expected: np.ndarray, arms: Sequence[str], outcomes: Sequence[str]
 ) -> dict[str, list[str]]:
-    """What is added to the file, as text.
+    """Numbers that are added to the file, as text.
 
     Args:
       expected: [N, A, O].
       arms: A names.
       outcomes: O names.
-      outcome: what the best arm is the best for; of equal arms, the first.
 
     Returns:
-      expected_OUTCOME_ARM, uplift_OUTCOME_ARM and best_arm.
+      expected_OUTCOME_ARM and uplift_OUTCOME_ARM.
     """
+    expected = expected.astype(np.float64)  # small differences of large numbers
     found = {}
     for o, name in enumerate(outcomes):
         for a, arm in enumerate(arms):
@@ -154,9 +159,7 @@ def columns(
         for a, arm in list(enumerate(arms))[1:]:
             key = f"uplift_{_plain(name)}_{_plain(arm)}"
             found[key] = expected[:, a, o] - expected[:, 0, o]
-    as_text = {n: [f"{v:.6g}" for v in x.tolist()] for n, x in found.items()}
-    best = expected[:, :, list(outcomes).index(outcome)].argmax(axis=1)
-    return as_text | {"best_arm": [arms[a] for a in best.tolist()]}
+    return {n: [f"{v:.9g}" for v in x.tolist()] for n, x in found.items()}
 
 
 def check_names(arms: Sequence[str], outcomes: Sequence[str]) -> None:

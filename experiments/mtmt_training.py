@@ -4,6 +4,7 @@ Legend: N people, F features, A arms, O outcomes, K folds, n rows of a fold's pa
 B people of a batch.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -16,6 +17,10 @@ import optax
 from multitask_jax.data.uplift import Trial
 from multitask_jax.models.uplift_baselines import Learner, boosting, observed
 from multitask_jax.training import adamw
+
+# People of a fold whose outcomes are predicted at a time: a training step of half as
+# many takes as much memory, which so does not grow with the table.
+BLOCK = 2048
 
 
 class Folds(NamedTuple):
@@ -105,6 +110,15 @@ class Data(NamedTuple):
     y: jax.Array  # [N, O]
 
 
+def in_blocks(predict: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """`predict` of features [n, F] -> [n, A, O], at most `BLOCK` people at a time."""
+    count = -(-len(x) // BLOCK)
+    size = -(-len(x) // count)
+    filled = jnp.pad(x, ((0, count * size - len(x)), (0, 0)))
+    found = jax.lax.map(predict, filled.reshape(count, size, x.shape[1]))
+    return found.reshape(count * size, *found.shape[2:])[: len(x)]
+
+
 def make_trainer(
     learner: Learner, features: int, *, rate: float, epochs: int, rows: int, batch: int
 ) -> Trainer:
@@ -155,7 +169,8 @@ def make_trainer(
             step, (state.params, state.opt_state), order.reshape(steps, batch)
         )
         x, arm, y = batch_of(validation)
-        error = jnp.mean((observed(learner.predict(params, x), arm) - y) ** 2)
+        found = in_blocks(functools.partial(learner.predict, params), x)
+        error = jnp.mean((observed(found, arm) - y) ** 2)
         better = error < state.loss
         best = jax.tree.map(
             lambda new, old: jnp.where(better, new, old), params, state.best
@@ -166,9 +181,8 @@ def make_trainer(
 
     def predict(state: State, x: jax.Array, scale: Scale) -> jax.Array:
         traced.append("predict")
-        return scale.mean[None, None] + scale.spread[None, None] * learner.predict(
-            state.best, x
-        )
+        found = in_blocks(functools.partial(learner.predict, state.best), x)
+        return scale.mean[None, None] + scale.spread[None, None] * found
 
     return Trainer(
         jax.jit(jax.vmap(start)),

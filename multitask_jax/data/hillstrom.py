@@ -1,7 +1,8 @@
 """The MineThatData e-mail experiment (Hillstrom 2008).
 
-    t = trial("hillstrom.csv")                  # 64,000 people, 3 arms, 3 outcomes
-    encoder = encoder_of("hillstrom.csv")
+    table = read("hillstrom.csv")               # 64,000 people, 3 arms, 3 outcomes
+    encoder = trial_features.fit_encoder(SCHEMA.features, table.columns)
+    trial = trial_features.trial_of(SCHEMA, table, encoder)
 
 A third of the customers got an e-mail with men's merchandise, a third one with
 women's, a third none; in the two weeks after: did they visit, did they buy, for how
@@ -10,12 +11,8 @@ many dollars.
 
 import os
 
-import numpy as np
-
-from multitask_jax.data import trial_features, trial_table
-from multitask_jax.data.trial_features import Encoder
+from multitask_jax.data import trial_table
 from multitask_jax.data.trial_table import Schema, Table
-from multitask_jax.data.uplift import Trial
 
 SCHEMA = Schema(
     features={
@@ -51,29 +48,3 @@ def read(path: str | os.PathLike[str]) -> Table:
             " file? Remove them, for they may tell the outcome"
         )
     return table
-
-
-def encoder_of(path: str | os.PathLike[str]) -> Encoder:
-    """The encoder of `trial`, fitted on all rows of the file.
-
-    Raises:
-      FileNotFoundError, ValueError: as `read`.
-    """
-    return trial_features.fit_encoder(SCHEMA.features, read(path).columns)
-
-
-def trial(path: str | os.PathLike[str], rows: np.ndarray | None = None) -> Trial:
-    """The experiment, its features encoded.
-
-    The encoder sees the features of all rows, and no outcome and no arm of any.
-
-    Args:
-      path: of the CSV file.
-      rows: those to keep; all if not given.
-
-    Raises:
-      FileNotFoundError, ValueError: as `read`.
-    """
-    table = read(path)
-    encoder = trial_features.fit_encoder(SCHEMA.features, table.columns)
-    return trial_features.trial_of(SCHEMA, table, encoder, rows)

@@ -1,12 +1,13 @@
 """Features of people: columns of a `trial_table` as numbers that a model learns from.
 
     encoder = fit_encoder(schema.features, table.columns)
-    x, unknown, missing = encode(encoder, features_of(schema.features, text, where))
+    x, *counts = encode(encoder, features_of(schema.features, text, where))
     t = trial_of(schema, table, encoder)
 
 Numbers are standardised, categories one-hot. A category that the encoder has not seen
 is all zeros there; what is missing becomes the median, or the most frequent value, of
-the rows that the encoder was fitted on. Both are counted.
+the rows that the encoder was fitted on. A column that never varied there is 0, whatever
+it holds elsewhere: weights of it would be untrained. All three are counted.
 
 Legend: N people, F features.
 """
@@ -34,6 +35,7 @@ class Encoded(NamedTuple):
     x: np.ndarray  # [N, F] float32
     unknown: dict[str, int]  # values by column that the encoder has not seen
     missing: dict[str, int]  # values by column that were not there
+    untrained: dict[str, int]  # values by constant column that are not the known one
 
 
 class Encoder(NamedTuple):
@@ -43,6 +45,7 @@ class Encoder(NamedTuple):
     fill: Mapping[str, float | str]  # by column: what stands for a missing value
     scale: Mapping[str, tuple[float, float]]  # by column of numbers: mean, deviation
     categories: Mapping[str, tuple[str, ...]]  # by column of categories
+    constant: tuple[str, ...] = ()  # columns with one value, which `fill` holds
 
     @property
     def features(self) -> tuple[str, ...]:
@@ -84,6 +87,7 @@ class Encoder(NamedTuple):
                     for name, kind in kinds.items()
                     if kind == "category"
                 },
+                tuple(name for name in kinds if name in found["constant"]),
             )
         except (ValueError, KeyError, TypeError) as e:
             raise ValueError(
@@ -93,24 +97,21 @@ class Encoder(NamedTuple):
 
 
 def fit_encoder(
-    kinds: Mapping[str, Kind],
-    columns: Mapping[str, np.ndarray],
-    rows: np.ndarray | None = None,
+    kinds: Mapping[str, Kind], columns: Mapping[str, np.ndarray]
 ) -> Encoder:
     """What `encode` needs to know.
 
     Args:
       kinds: of features, by column.
       columns: of `trial_table.features_of` or a Table.
-      rows: those to learn from; all if not given.
 
     Raises:
       ValueError: a column has no value at all.
     """
     fill: dict[str, float | str] = {}
-    scale, categories = {}, {}
+    scale, categories, constant = {}, {}, []
     for name, kind in kinds.items():
-        column = columns[name] if rows is None else columns[name][rows]
+        column = columns[name]
         gaps = missing(kind, column)
         there = column[~gaps]
         if not len(there):
@@ -119,6 +120,8 @@ def fit_encoder(
                 " fit the encoder on"
             )
         values, counts = np.unique(there, return_counts=True)
+        if len(values) == 1:  # the deviation need not tell: 48,000 times 0.1 has one
+            constant.append(name)
         if kind in ("category", "flag"):
             fill[name] = values[counts.argmax()].item()
             if kind == "category":
@@ -126,9 +129,9 @@ def fit_encoder(
             continue
         fill[name] = float(np.median(there))
         filled = _curve(kind, np.where(gaps, fill[name], column))
-        # A constant column is all zeros, not a division by zero.
+        # Of values so close that their squares vanish, 0 is no divisor.
         scale[name] = float(filled.mean()), float(filled.std()) or 1.0
-    return Encoder(dict(kinds), fill, scale, categories)
+    return Encoder(dict(kinds), fill, scale, categories, tuple(constant))
 
 
 def encode(encoder: Encoder, columns: Mapping[str, np.ndarray]) -> Encoded:
@@ -138,12 +141,16 @@ def encode(encoder: Encoder, columns: Mapping[str, np.ndarray]) -> Encoded:
       encoder: of `fit_encoder`.
       columns: of `trial_table.features_of` or a Table.
     """
-    parts, unknown, lacking = [], {}, {}
+    parts, unknown, lacking, untrained = [], {}, {}, {}
     for name, kind in encoder.kinds.items():
         column = columns[name]
         gaps = missing(kind, column)
         lacking[name] = int(gaps.sum())
         filled = np.where(gaps, encoder.fill[name], column)
+        if name in encoder.constant:
+            untrained[name] = int((filled != encoder.fill[name]).sum())
+            parts.append(np.zeros((len(column), 1)))
+            continue
         if kind == "category":
             known = np.array(encoder.categories[name])
             hot = filled[:, None] == known[None]
@@ -155,22 +162,18 @@ def encode(encoder: Encoder, columns: Mapping[str, np.ndarray]) -> Encoded:
             filled = (_curve(kind, filled) - mean) / deviation
         parts.append(filled[:, None])
     x = np.concatenate(parts, axis=1, dtype=np.float32)
-    return Encoded(x, unknown, lacking)
+    return Encoded(x, unknown, lacking, untrained)
 
 
-def trial_of(
-    schema: Schema, table: Table, encoder: Encoder, rows: np.ndarray | None = None
-) -> Trial:
+def trial_of(schema: Schema, table: Table, encoder: Encoder) -> Trial:
     """The experiment, its features encoded.
 
     Args:
       schema: of the table.
       table: of `trial_table.table_of`.
-      encoder: of `fit_encoder`; one of all rows sees their features, no arm and no
-        outcome.
-      rows: those to keep; all if not given.
+      encoder: of `fit_encoder`, which sees features, no arm and no outcome.
     """
-    whole = Trial(
+    return Trial(
         encode(encoder, table.columns).x,
         table.arm,
         table.y,
@@ -180,7 +183,6 @@ def trial_of(
         tuple(kind == "flag" for kind in schema.outcomes.values()),
         segments_of(schema.features, table.columns),
     )
-    return whole if rows is None else whole.at(rows)
 
 
 def _curve(kind: Kind, x: np.ndarray) -> np.ndarray:

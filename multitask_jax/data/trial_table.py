@@ -39,7 +39,7 @@ class Schema(NamedTuple):
 
     features: Mapping[str, Kind]
     arm: str  # the column that tells what a person was given
-    arms: tuple[str, ...]  # its values, the control first
+    arms: tuple[str, ...]  # its values: the control, the base arm, the others
     outcomes: Mapping[str, Kind]  # numbers, amounts or flags
 
 
@@ -112,6 +112,7 @@ def infer(
     arm: str,
     control: str,
     outcomes: Sequence[str],
+    treated: Sequence[str] | None = None,
 ) -> Schema:
     """A schema of named columns, their kinds told from their values.
 
@@ -123,12 +124,14 @@ def infer(
       arm: the column that tells what a person was given.
       control: its value for the untreated.
       outcomes: as features; they are numbers, amounts or flags.
+      treated: the column's other values, in the order of arms: the first is the base
+        arm, those after it have increments over it. Sorted if not given.
 
     Raises:
       ValueError: no such column, or one that is named twice; no such control, or
-        nothing besides it; an outcome that is no number; a kind that there is not; a
-        word among numbers; or more than `MOST_CATEGORIES` arms, or values of a
-        category.
+        nothing besides it; other treated arms than told; an outcome that is no number;
+        a kind that there is not; a word among numbers; or more than `MOST_CATEGORIES`
+        arms, or values of a category.
     """
     if not features or not outcomes:
         raise ValueError(f"{where}: expected one feature and one outcome at least")
@@ -157,10 +160,16 @@ def infer(
             f"{where}, column {arm}: got {sorted(arms)[:10]}, expected the control"
             f" {control!r} and another arm"
         )
+    rest = sorted(arms - {control})
+    if treated is not None and sorted(treated) != rest:
+        raise ValueError(
+            f"{where}, column {arm}: got the treated arms {list(treated)}, expected"
+            f" each of {rest} once; name all of them, in the order of arms"
+        )
     return Schema(
         {name: kinds[name] for name in names[: len(features)]},
         arm,
-        (control, *sorted(arms - {control})),
+        (control, *(rest if treated is None else treated)),
         {name: kinds[name] for name in names[len(features) :]},
     )
 

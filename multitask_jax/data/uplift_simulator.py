@@ -27,11 +27,13 @@ def simulate(
     outcomes: int = 3,
     noise: float = 1.0,
     effect: float = 1.0,
+    others: bool = False,
 ) -> Trial:
     """N people, assigned to arms with equal chances; *synthetic*.
 
     All outcomes but the last are binary. Effects of different sizes come by `effect`,
-    0 for none at all.
+    0 for none at all. By `others`, other people of the same population, which `seed`
+    and all sizes (n too) decide.
 
     Raises:
       ValueError: fewer than two arms, or no outcome.
@@ -43,11 +45,15 @@ def simulate(
         )
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(n, features)).astype(np.float32)
-    z = np.tanh(x @ rng.normal(size=(features, LATENTS)) * features**-0.5 * 2)
-    natural = z @ rng.normal(size=(LATENTS, outcomes)) / LATENTS**0.5  # [N, O]
+    to_latents = rng.normal(size=(features, LATENTS))
+    to_outcomes = rng.normal(size=(LATENTS, outcomes))
     increments = max(1, arms - 1)
     offset = np.array([0.5] + [0.1] * (increments - 1))  # the base effect helps most
     slope = rng.normal(size=(LATENTS, increments, outcomes))
+    if others:  # after what the population is made of
+        x = rng.normal(size=(n, features)).astype(np.float32)
+    z = np.tanh(x @ to_latents * features**-0.5 * 2)
+    natural = z @ to_outcomes / LATENTS**0.5  # [N, O]
     raw = np.einsum("ns,sjo->njo", z, slope) + offset[None, :, None]
     size = effect * np.array([1.0] + [0.6] * (increments - 1))
     tau = size[None, :, None] * raw  # [N, J, O]

@@ -42,6 +42,20 @@ def test_seeds_repeat_and_rows_are_cut():
     np.testing.assert_array_equal(part.effects, a.effects[[4, 2]])
 
 
+def test_others_are_of_the_same_population():
+    """Noise-free: what is learned of the first people holds for the others."""
+    sizes = {"features": 2, "arms": 2, "outcomes": 1}
+    a, b = (simulate(4000, seed=3, others=o, **sizes) for o in (False, True))
+    other = simulate(4000, seed=4, **sizes)
+    errors = []
+    for trial in (b, other):
+        assert len(np.unique(np.concatenate([a.x, trial.x]), axis=0)) == 8000
+        apart = ((trial.x[:500, None] - a.x[None]) ** 2).sum(axis=2)
+        nearest = a.effects[apart.argmin(axis=1), 1, 0]
+        errors.append(np.abs(nearest - trial.effects[:500, 1, 0]).mean())
+    assert errors[0] < 0.05 < 0.2 < errors[1]
+
+
 def test_too_little_is_refused():
     with pytest.raises(ValueError, match="a control"):
         simulate(10, arms=1)

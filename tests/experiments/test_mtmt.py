@@ -15,11 +15,11 @@ from experiments import mtmt, mtmt_data, mtmt_model
 from experiments import mtmt_training as training
 from multitask_jax import tree
 from multitask_jax.data import hillstrom, trial_table
-from multitask_jax.data.trial_features import Encoder
-from multitask_jax.data.uplift_simulator import simulate
+from multitask_jax.data.trial_features import Encoder, fit_encoder
 from multitask_jax.models import mtmt as models
 from multitask_jax.models.uplift_baselines import MODELS
 from tests.experiments.common import from_flagfile
+from tests.experiments.mtmt_common import one_thread
 
 
 @pytest.fixture(scope="module")
@@ -28,13 +28,15 @@ def config(tmp_path_factory):
         mtmt.Config,
         "mtmt/smoke",
         workdir=str(tmp_path_factory.mktemp("mtmt")),
+        seeds="0,1",
         progress=False,
     )
 
 
 @pytest.fixture(scope="module")
 def result(config):
-    return mtmt.run(config)
+    with one_thread():
+        return mtmt.run(config)
 
 
 def test_full_is_the_default(monkeypatch):
@@ -48,11 +50,13 @@ def test_everything_is_written(result, config):
     assert (workdir / "report.md").read_text() == result.report
     assert "ynthetic" in result.report
     for p in result.predictions.values():
-        assert p.shape == (1, 1500, 3, 3)
+        assert p.shape == (2, 1500, 3, 3)
         assert np.isfinite(p).all()
 
 
-def test_epochs_folds_and_seeds_share_one_program(result):
+def test_epochs_folds_and_seeds_share_one_program(result, config):
+    assert (config.epochs, config.folds, config.seeds) == (2, 2, "0,1")
+    assert set(result.traced) == {"MTMT", "S-learner"}
     for traced in result.traced.values():
         assert sorted(traced) == ["epoch", "predict", "start"]
 
@@ -74,7 +78,7 @@ def test_another_policy_outcome_changes_what_is_told_alone(result, config):
     weights = workdir / "model" / "model.safetensors"
     before = weights.stat().st_ino, weights.stat().st_mtime_ns
     told = result.trial.outcomes[0]
-    for outcome in (told, None):
+    for outcome in (told, f"-{told}", None):
         mtmt.run(dataclasses.replace(config, policy_outcome=outcome))
         about = mtmt_model.load(workdir / "model")[1]
         assert about["policy_outcome"] == (outcome or result.trial.outcomes[-1])
@@ -169,48 +173,11 @@ def test_the_saved_model_is_a_function_of_features(result, config):
     assert (np.abs(found.mean(axis=(0, 1)) - seen) < 2 * spread).all()
 
 
-def test_folds_hold_everyone_once_and_keep_parts_apart():
-    arm = np.random.default_rng(0).integers(0, 3, 101)
-    folds = training.make_folds(arm, 4, seed=1, validation=0.2)
-    counts = np.zeros(101, int)
-    for train, validation, test in zip(*folds, strict=True):
-        parts = [set(p) for p in (train, validation, test)]
-        assert not (parts[0] & parts[1] | parts[0] & parts[2] | parts[1] & parts[2])
-        counts[list(parts[2])] += 1
-        shares = np.bincount(arm[test], minlength=3) / len(test)
-        assert np.abs(shares - np.bincount(arm) / 101).max() < 0.05
-    assert (counts == 1).all()
-
-
-def test_outcomes_are_scaled_by_training_rows_alone():
-    y = np.array([[0.0], [2.0], [100.0]])
-    scale = training.scale_of(y, np.array([[0, 1]]))
-    assert (scale.mean, scale.spread) == (1.0, 1.0)
-
-
-def test_mtmt_finds_individual_effects_where_they_are_identified():
-    """Better than the average effect for everyone, by far; coins tell less."""
-    trial = simulate(12_000, seed=5, features=4, arms=3, outcomes=2, noise=0.3)
-    folds = training.make_folds(trial.arm, 2, 0, 0.1)
-    options = {"rate": 5e-3, "epochs": 12, "rows": folds.train.shape[1], "batch": 256}
-    trainer = training.make_trainer(MODELS["MTMT"](3, 2), 4, **options)
-    state, scale = training.fit(
-        trainer, trial, folds, epochs=12, seed=0, each=lambda i, losses: None
-    )
-    found = training.out_of_fold(trainer, state, scale, trial, folds)
-    uplift = found - found[:, :1]
-    error = np.sqrt(np.mean((uplift - trial.effects)[:, 1:] ** 2, axis=(0, 1)))
-    constant = np.sqrt(np.mean(trial.effects[:, 1:].var(axis=0), axis=0))
-    assert trial.binary == (True, False)
-    binary, continuous = error / constant
-    assert continuous < 0.6
-    assert binary < 0.8
-
-
 def test_customers_are_scored(shared, tmp_path):
     """Of the real experiment, by a model that has learned nothing yet."""
     file = shared / "data" / "uplift" / "hillstrom.csv"
-    encoder = hillstrom.encoder_of(file)
+    columns = hillstrom.read(file).columns
+    encoder = fit_encoder(hillstrom.SCHEMA.features, columns)
     features = len(encoder.features)
     sizes = models.Sizes(3, 3, models.tiered(3))
     init = jax.jit(functools.partial(models.init, features=features, sizes=sizes))
@@ -244,55 +211,14 @@ def test_customers_are_scored(shared, tmp_path):
     assert set(table["best_arm"]) <= set(hillstrom.SCHEMA.arms)
 
 
-def test_an_experiment_of_ones_own_is_learned_and_scored(tmp_path):
-    """Two arms and one outcome; columns that are not named are not looked at."""
-    rng = np.random.default_rng(0)
-    head = "id,age,plan,group,profit"
-    rows = [
-        f"p{i},{rng.integers(20, 80)},{'ab'[i % 2]},{('none', 'call')[i % 3 == 0]},"
-        f"{rng.normal():.3f}"
-        for i in range(150)
-    ]
-    file = tmp_path / "trial.csv"
-    file.write_text("\n".join([head, *rows]) + "\n")
-    result = mtmt.run(
-        mtmt.Config(
-            workdir=str(tmp_path / "run"),
-            data="table",
-            data_path=str(file),
-            arm_column="group",
-            control="none",
-            features="age,plan",
-            outcomes="profit",
-            models="MTMT,GBM T-learner",
-            folds=2,
-            seeds="0",
-            epochs=1,
-            batch_size=32,
-            bootstrap=20,
-            progress=False,
-        )
+def test_the_simulator_has_other_populations():
+    config = mtmt.Config(data="simulator", rows=50)
+    first, same, other = (
+        mtmt_data.load(dataclasses.replace(config, population_seed=seed))[0]
+        for seed in (None, 0, 1)
     )
-    assert result.trial.arms == ("none", "call")
-    assert result.trial.features == ("age", "plan=a", "plan=b")
-    assert result.predictions["MTMT"].shape == (1, 150, 2, 1)
-    assert "trial.csv: 150 people, 3 features" in result.report
-    assert "Only 20 bootstrap replicates" in result.report
-    people = tmp_path / "people.csv"
-    people.write_text("age,plan,name\n40,a,x\n,c,y\n")
-    mtmt.run(
-        mtmt.Config(
-            predict=True,
-            checkpoint=str(tmp_path / "run" / "model"),
-            input=str(people),
-            output=str(tmp_path / "scored.csv"),
-        )
-    )
-    table, _ = trial_table.read_text(tmp_path / "scored.csv")
-    assert list(table) == [
-        *("age", "plan", "name", "expected_profit_none", "expected_profit_call"),
-        *("uplift_profit_call", "best_arm"),
-    ]
+    np.testing.assert_array_equal(first.effects, same.effects)
+    assert (first.effects != other.effects)[:, 1:].all()
 
 
 @pytest.mark.parametrize(
@@ -301,10 +227,16 @@ def test_an_experiment_of_ones_own_is_learned_and_scored(tmp_path):
         ({"models": "MTTM"}, "expected one of"),
         ({"models": "MTMT,MTMT"}, "got MTMT twice"),
         ({"folds": 1}, "two folds or more"),
-        ({"seeds": "0,0"}, "each once"),
-        ({"seeds": "0,-1"}, "whole numbers from 0 on"),
+        ({"seeds": "0,0"}, "expected different numbers"),
+        ({"seeds": "0,-1"}, "expected different numbers"),
         ({"policy_outcome": "clicks"}, "expected one of"),
-        ({"predict": True}, "needs --checkpoint"),
+        ({"policy_outcome": "-clicks"}, "got policy_outcome='-clicks'"),
+        ({"population_seed": -1}, "--population_seed: got -1"),
+        ({"data": "hillstrom", "population_seed": 1}, "--data=hillstrom does not"),
+        ({"data": "hillstrom", "arms": "a,b"}, "--arms: --data=hillstrom does not"),
+        ({"predict": True}, "--workdir, --data, --rows: not read with --predict"),
+        ({"input": "a.csv"}, "--input: only read with --predict"),
+        ({"output": "a.csv", "checkpoint": "b"}, "--checkpoint, --output: only read"),
         ({"rate": 0.0}, "--rate: got 0.0, expected more than 0"),
         ({"download": True}, "--download: --data=simulator does not read"),
         ({"data_path": "a.csv"}, "--data_path: --data=simulator does not read"),
@@ -322,6 +254,18 @@ def test_wrong_flags_are_named(tmp_path, options, message):
     config = mtmt.Config(workdir=str(tmp_path), data="simulator", rows=60)
     with pytest.raises(ValueError, match=message):
         mtmt.run(dataclasses.replace(config, **options))
+
+
+def test_scoring_needs_its_files_and_reads_no_more():
+    with pytest.raises(ValueError, match="--predict needs --checkpoint, --output; see"):
+        mtmt.run(mtmt.Config(predict=True, input="a.csv"))
+    files = {"checkpoint": "a", "input": "b", "output": "c"}
+    config = mtmt.Config(predict=True, progress=False, policy_outcome="d", **files)
+    for name, value in (("models", "MTMT"), ("folds", 3), ("data_path", "a.csv")):
+        with pytest.raises(ValueError, match=f"--{name}: not read with --predict"):
+            mtmt.run(dataclasses.replace(config, **{name: value}))
+    with pytest.raises(FileNotFoundError, match="expected the folder model/"):
+        mtmt.run(config)
 
 
 def test_networks_that_still_learn_are_named(tmp_path):

@@ -81,6 +81,23 @@ def test_scores_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert {row["best_arm"] for row in load(out)} == {"Mens E-Mail"}
 
 
+def test_less_may_be_better(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given, out = save(tmp_path / "in.csv", PEOPLE), tmp_path / "out.csv"
+    facts = about(given)
+    best = ["Mens E-Mail", "Mens E-Mail", "Womens E-Mail"]
+    for changes, told in (
+        (facts | {"policy_outcome": "-spend"}, None),
+        (facts, "-spend"),
+    ):
+        mtmt_predict.predict("model", given, out, model, changes, told)
+        assert [row["best_arm"] for row in load(out)] == best
+        assert "best for less spend: Mens E-Mail, 66.7%" in capsys.readouterr().out
+    # An outcome's own name comes first.
+    named = facts | {"outcomes": ["visit", "-spend"], "policy_outcome": "-spend"}
+    mtmt_predict.predict("model", given, out, model, named)
+    assert [row["best_arm"] for row in load(out)] == [*best[2:] * 2, best[0]]
+
+
 def test_unknown_and_missing_are_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -93,6 +110,26 @@ def test_unknown_and_missing_are_said(
     said = capsys.readouterr().out
     assert "unknown (no category): channel 1" in said
     assert "missing (filled in): recency 1, history 1" in said
+    assert "never varied in the trial (left out): none" in said
+
+
+def test_what_never_varied_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A first feature of 0 for all: it decides nothing, whatever a new file has."""
+    same = [[*row] for row in PEOPLE]
+    for row in same:
+        row[1], row[3], row[-1] = "0.1", "1", "Web"
+    facts = about(save(tmp_path / "trial.csv", same))
+    same[0][1], same[1][3], same[2][-1] = "0.2", "0", "Phone"
+    given, out = save(tmp_path / "in.csv", same), tmp_path / "out.csv"
+    mtmt_predict.predict("model", given, out, model, facts)
+    for row in load(out):
+        assert float(row["uplift_spend_mens_e_mail"]) == 0
+    said = capsys.readouterr().out
+    assert "unknown (no category): none" in said
+    never = "values of columns that never varied in the trial (left out):"
+    assert f"{never} recency 1, mens 1, channel 1\n" in said
 
 
 @pytest.mark.parametrize("people", [1, 7, 8, 9, 20])
@@ -150,6 +187,35 @@ def test_64000_people_by_a_saved_model(tmp_path: Path) -> None:
         for name in numbers:
             here, alone = float(found[i][name]), float(few[i % 3][name])
             assert here == pytest.approx(alone, rel=1e-4, abs=1e-4), (i, name)
+
+
+def test_small_effects_on_large_outcomes_keep_their_digits(tmp_path: Path) -> None:
+    """Of a saved model; in float32, 12,345,678 has no tenths."""
+    given, out = save(tmp_path / "in.csv", PEOPLE), tmp_path / "out.csv"
+    facts = about(given)
+    features = len(Encoder.from_json(facts["encoder"]).features)
+    sizes = mtmt.Sizes(3, 2, mtmt.tiered(3))
+    params = jax.jit(lambda key: mtmt.init(key, features, sizes))(jax.random.key(0))
+    plain, large = [], []
+    for found, mean, spread in ((plain, 0, 1), (large, 12_345_678, 2)):
+        mtmt_model.save(
+            tmp_path / "model",
+            params,
+            sizes=sizes,
+            features=features,
+            mean=np.full(2, mean),
+            spread=np.full(2, spread),
+            about=facts,
+        )
+        mtmt_predict.run(tmp_path / "model", given, out)
+        found += load(out)
+    for a, b in zip(plain, large, strict=True):
+        for name in (n for n in a if n.startswith("uplift")):
+            assert float(b[name]) == pytest.approx(2 * float(a[name]), rel=1e-6)
+        for name in (n for n in a if n.startswith("expected")):
+            assert float(b[name]) == pytest.approx(
+                12_345_678 + 2 * float(a[name]), abs=0.06
+            )
 
 
 def test_errors_leave_the_output_alone(
