@@ -145,6 +145,7 @@ def theirs(config: Config, masks_of: dict[str, Any], folder: Path) -> Any:
         {"file": str(file)},
         python=config.torch_python,
         threads=config.threads,
+        needs="torch",
     )
 
 

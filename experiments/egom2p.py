@@ -37,7 +37,7 @@ from experiments import egom2p_report as reports
 from experiments import egom2p_tokens as tokens_of
 from experiments import egom2p_training as training
 from experiments import flags, json_files, parsing
-from experiments.egom2p_checks import check, mesh_of
+from experiments.egom2p_checks import check, measurable, mesh_of
 from experiments.egom2p_evaluation import TASKS, Model
 from experiments.flags import flag
 from multitask_jax import checkpoints, evaluation
@@ -146,8 +146,8 @@ def record(config: Config, workdir: Path) -> None:
       OSError: ViZDoom is missing or does not work.
     """
     folder = workdir / "clips"
-    if folder.exists() and not (folder / "dataset.json").exists():
-        return  # not ours
+    if folders.own_clips(workdir):
+        return
     from multitask_jax.data import vizdoom_clips
 
     try:
@@ -166,7 +166,8 @@ def tokenize(config: Config, workdir: Path) -> None:
 
     Raises:
       FileNotFoundError: no clips, or a recording that was cut off.
-      ValueError: tokenizers or tokens are there, of other clips or flags.
+      ValueError: tokenizers or tokens are there, of other clips or flags; or test has
+        too few clips to evaluate.
     """
     folders.agree(config, "tokenizers")
     paths = {s: workdir / "tokens" / f"{s}.npz" for s in tokens_of.LEARNT}
@@ -175,8 +176,9 @@ def tokenize(config: Config, workdir: Path) -> None:
         return
     home = workdir / "clips"
     folders.recorded(home)
-    tokens_of.read_clips(home / "test", 1)  # evaluate would miss them hours later
+    test = tokens_of.read_clips(home / "test", config.test_clips)
     clips = {split: tokens_of.read_clips(home / split) for split in tokens_of.LEARNT}
+    measurable(clips["train"], test, config.stage)
     if config.mirror:
         clips["train"] = tokens_of.with_mirrored(clips["train"])
     folders.remember(config, "tokenizers")
@@ -211,7 +213,8 @@ def pretrain(config: Config, workdir: Path) -> None:
     folders.agree(config, "tokenizers", "tokens", "model")
     if (folder / "params").exists():
         return
-    frozen = _tokenizers(workdir)
+    folders.tokenized(workdir)
+    frozen = tokens_of.load(workdir / "tokenizers")
     train, validation = (
         tokens_of.read(folders.there(workdir / "tokens" / f"{split}.npz", "tokenize"))
         for split in ("train", "validation")
@@ -228,6 +231,8 @@ def pretrain(config: Config, workdir: Path) -> None:
         mesh=mesh_of(config),
         progress=config.progress,
     )
+    if config.progress:
+        print(f"waited for batches: at most {found.waiting:.2%} of the steps' time")
     json_files.write(folder / "history.json", found.history)
     save_params(folder / "params", found.params)
 
@@ -241,7 +246,8 @@ def save_params(path: Path, params: Any) -> None:
 
 def load_params(path: Path) -> Any:
     """What `save_params` or a merge wrote."""
-    return trees.nest(checkpoints.read_tensors(path))
+    # To the device once, not at every call.
+    return jax.device_put(trees.nest(checkpoints.read_tensors(path)))
 
 
 def settings_of(config: Config) -> training.Settings:
@@ -260,17 +266,16 @@ def settings_of(config: Config) -> training.Settings:
 
 
 def load_model(workdir: Path, shape: Shape) -> Model:
-    """The model that `pretrain` saved.
+    """The model that `pretrain` saved: of model/ and tokenizers/, no clips or tokens.
 
     Raises:
       ValueError: it was trained on tokens of other tokenizers than are there now.
       FileNotFoundError: no model or no tokenizers.
     """
-    frozen = _tokenizers(workdir)
+    frozen = tokens_of.load(workdir / "tokenizers")
     path = folders.there(workdir / "model" / "params", "pretrain")
     folders.fit_together(workdir, "model")
-    params = jax.device_put(load_params(path))  # once, not at every call
-    return Model(params, tokens_of.modalities_of(frozen), shape, frozen)
+    return Model(load_params(path), tokens_of.modalities_of(frozen), shape, frozen)
 
 
 def evaluate(config: Config, workdir: Path) -> dict[str, Any]:
@@ -283,7 +288,8 @@ def evaluate(config: Config, workdir: Path) -> dict[str, Any]:
       Each clip's measures [N] by task, by method, by measure.
 
     Raises:
-      ValueError: the clips are not those that the tokenizers saw.
+      ValueError: the clips are not those that the tokenizers saw, or no task has two
+        test clips.
     """
     folders.tokenized(workdir)
     seed, config = config.seed, folders.as_trained(config)
@@ -300,7 +306,7 @@ def evaluate(config: Config, workdir: Path) -> dict[str, Any]:
         if unknown := {task.given, task.wanted} - set(model.tokenizers):
             print(f"{task.name}: left out, the model has no {' or '.join(unknown)}")
             continue
-        rows = test.present[task.given] & test.present[task.wanted]
+        rows = measures.has_both(test, task)
         if rows.sum() < 2:  # one is shown another's
             print(f"{task.name}: left out, {rows.sum()} test clips have both")
             continue
@@ -324,6 +330,11 @@ def evaluate(config: Config, workdir: Path) -> dict[str, Any]:
                 frechet[name] = evaluation.frechet_distance(
                     measures.features(model, again), real
                 )
+    if not found:
+        raise ValueError(
+            f"{workdir}: no task can be measured, for what was told above; expected two"
+            " test clips at least that have both modalities of a task"
+        )
     curves = {
         kind: json_files.read(workdir / "tokenizers" / f"{kind}.json")
         for kind in model.tokenizers
@@ -354,7 +365,8 @@ def generate(config: Config) -> dict[str, Any]:
     """Makes --targets of the clip --input, and writes them to --output.
 
     Raises:
-      ValueError: no --input or --targets, or modalities that do not fit.
+      ValueError: no --input or --targets, modalities that do not fit, or --output
+        would overwrite --input.
       FileNotFoundError: no model in --workdir.
     """
     targets = parsing.paths(config.targets) or []
@@ -363,8 +375,16 @@ def generate(config: Config) -> dict[str, Any]:
             "--stage=generate needs --input=clip.npz and --targets=depth,camera (some"
             f" of {', '.join(MODALITIES)})"
         )
-    workdir = Path(config.workdir)
-    clips = egocentric.load(config.input)
+    workdir, source = Path(config.workdir), Path(config.input)
+    folder = Path(config.output or workdir / "generated")
+    made_file = folder / pictures.MADE_FILE
+    read = [source] if source.is_file() else egocentric.files_below(source)
+    if made_file.exists() and any(path.samefile(made_file) for path in read):
+        raise ValueError(
+            f"--input: got {source}, which would be overwritten; pass another --output"
+            f" than {folder}"
+        )
+    clips = egocentric.load(source)
     if not 0 <= config.clip < len(clips.names):
         raise ValueError(
             f"--clip={config.clip}: {config.input} has clips 0 to"
@@ -414,7 +434,6 @@ def generate(config: Config) -> dict[str, Any]:
             **_sampling(config),
         )
         made = {k: x[0] for k, x in measures.decoded(model.tokenizers, codes).items()}
-    folder = Path(config.output or workdir / "generated")
     alone = {k: x[0] for k, x in arrays.items()}
     for path in pictures.write_made(folder, made, alone):
         print(path)
@@ -428,11 +447,6 @@ def _sampling(config: Config) -> dict[str, Any]:
         "guidance": config.guidance,
         "schedule": config.schedule,
     }
-
-
-def _tokenizers(workdir: Path) -> dict[str, tokenizers.Tokenizer]:
-    folders.tokenized(workdir)
-    return tokens_of.load(workdir / "tokenizers")
 
 
 def _about(config: Config, seed: int, train: Clips, history: list[Any]) -> list[str]:
@@ -452,8 +466,13 @@ def _about(config: Config, seed: int, train: Clips, history: list[Any]) -> list[
     ]
 
 
+def interrupted(config: Config) -> str:
+    """What the script says after ctrl-c."""
+    if config.stage in ("evaluate", "generate"):
+        return "the same command begins anew"
+    return "the same command goes on from where it was"
+
+
 if __name__ == "__main__":
     keep_freed_memory()
-    flags.main(
-        Config, flags.plain_errors(run, "the same command goes on from where it was")
-    )
+    flags.main(Config, flags.plain_errors(run, interrupted))

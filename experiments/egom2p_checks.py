@@ -1,16 +1,21 @@
 """What flags of `experiments.egom2p` must hold before hours of work begin."""
 
 import functools
+import math
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax
 from jax.sharding import Mesh
 
+from experiments import egom2p_folders as folders
 from experiments import egom2p_tokens as tokens_of
 from experiments import egom2p_training as training
 from experiments import parsing
+from experiments.egom2p_evaluation import TASKS, has_both
 from multitask_jax import sharding
-from multitask_jax.data.egocentric import MODALITIES
+from multitask_jax.data import vizdoom_clips
+from multitask_jax.data.egocentric import MODALITIES, Clips
 from multitask_jax.masked.tokenizers import Tokenizer
 from multitask_jax.models import egom2p
 from multitask_jax.models.egom2p import SHAPES
@@ -23,20 +28,64 @@ def check(config: "Config") -> None:
     """Raises ValueError for what would fail, or count for nothing, hours later."""
     least = {"batch": 1, "inputs": 1, "targets_budget": 1, "test_clips": 2}
     least |= {"tokenizer_batch": 1, "video_steps": 1, "trajectory_steps": 1}
-    least |= {"steps": 1, "evaluate_every": 1, "clip": 0, "temperature": 0, "rate": 0}
-    least |= {"seed": 0}
+    least |= {"steps": 1, "evaluate_every": 1, "clip": 0, "temperature": 0, "seed": 0}
     parsing.at_least(config, **least)
+    for name in ("temperature", "guidance"):
+        if not math.isfinite(got := getattr(config, name)):
+            raise ValueError(f"--{name}: got {got}, expected a finite number")
+    rate_of_learning(config.rate)
     share_of_focus(config.focus)
     if not 0 < config.top_p <= 1:
         raise ValueError(
             f"--top_p: got {config.top_p}, expected a share above 0, at most 1"
             " (--temperature=0 takes the likeliest)"
         )
+    if config.stage in ("all", "record"):
+        _check_recording(config)
     if config.stage in ("all", "pretrain"):
         _check_training(config)
     if config.stage == "generate" and config.mean:
         sampling = ("temperature", "top_p", "guidance", "schedule")
         _unused(config, sampling, "--mean, which is no sample")
+
+
+def _check_recording(config: "Config") -> None:
+    if folders.own_clips(Path(config.workdir)):
+        return
+    planned = vizdoom_clips.plan(config.clips)
+    tests = sum(n for path, n in planned.items() if path.startswith("test/"))
+    if tests < 2:
+        raise ValueError(
+            f"--clips: got {config.clips}, {tests} of them of maps of test, expected"
+            " two of these, for evaluate: 12 clips at least"
+        )
+
+
+def measurable(train: Clips, test: Clips, stage: str) -> None:
+    """Refuses clips of which `evaluate` would measure nothing, hours later.
+
+    Of training clips that have both modalities of no task a model can be made all the
+    same, to generate: if no evaluation follows, that is told and no error.
+
+    Args:
+      train: clips, which decide what the model knows.
+      test: clips that would be measured.
+      stage: --stage.
+
+    Raises:
+      ValueError: no task has two test clips.
+    """
+    known = {name for name, x in train.present.items() if x.any()}
+    tasks = [task for task in TASKS if {task.given, task.wanted} <= known]
+    if not tasks and stage != "all":
+        print(f"evaluate measures nothing of {' and '.join(sorted(known))} alone")
+    elif not any(has_both(test, task).sum() > 1 for task in tasks):
+        count = {task.name: int(has_both(test, task).sum()) for task in TASKS}
+        raise ValueError(
+            f"test clips that have both of a task: got {count}, and training clips have"
+            f" {', '.join(sorted(known))}; expected two clips at least of a task that"
+            " training clips have, too: add some, or evaluate has nothing to measure"
+        )
 
 
 def _check_training(config: "Config") -> None:
@@ -79,6 +128,12 @@ def _unused(config: "Config", names: tuple[str, ...], beside: str) -> None:
     for name in names:
         if (got := getattr(config, name)) != getattr(type(config), name):
             raise ValueError(f"--{name}: got {got} beside {beside}; leave it out")
+
+
+def rate_of_learning(rate: float) -> None:
+    """Raises ValueError for a --rate that would teach nothing."""
+    if not 0 < rate < math.inf:
+        raise ValueError(f"--rate: got {rate}, expected a number above 0")
 
 
 def share_of_focus(focus: float) -> None:

@@ -42,6 +42,13 @@ TASKS = (
     Task("rgb", "depth", 3),
     Task("depth", "rgb", 6),
 )
+
+
+def has_both(clips: Clips, task: Task) -> np.ndarray:
+    """[N] bool: the clip has both modalities of a task."""
+    return clips.present[task.given] & clips.present[task.wanted]
+
+
 # Clips that a mean is of (see `tokenizers.decode_mean`), chosen on validation clips:
 # few leave a path's turns to chance, and of RGB the mean of vectors is as good.
 DRAWS = {"gaze": 256, "camera": 256, "depth": 64, "rgb": 0}

@@ -94,6 +94,12 @@ def clips_there(workdir: Path) -> None:
             )
 
 
+def own_clips(workdir: Path) -> bool:
+    """Whether WORKDIR/clips are the user's own: a recording has a dataset.json."""
+    clips = workdir / "clips"
+    return clips.exists() and not (clips / "dataset.json").exists()
+
+
 def recorded(clips: Path) -> None:
     """Refuses a recording that was cut off; the user's own clips have no dataset.json.
 
@@ -162,6 +168,8 @@ def changed(
 def _settings(config: "Config", name: str) -> dict[str, Any]:
     settings = {key: getattr(config, key) for key in _DEPENDS[name]}
     workdir = Path(config.workdir)
+    if own_clips(workdir):
+        del settings["clips"]  # of a recording
     settings["files"] = digests(workdir)
     if name != "tokenizers":  # what comes after them
         settings["codes"] = tokens_of.tokenizers_of(workdir / "tokenizers")

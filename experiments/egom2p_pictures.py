@@ -17,6 +17,7 @@ from experiments.egom2p_evaluation import called
 from multitask_jax.data.egocentric import MODALITIES
 
 TRUTH, MADE = "#222222", "#e15c00"
+MADE_FILE = "made.npz"  # of `write_made`, in its folder
 _SHOWN = (0, 5, 10, 15)  # frames of a strip
 
 
@@ -161,12 +162,15 @@ def write_made(
       What was written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    written = [folder / "made.npz"]
+    written = [folder / MADE_FILE]
+    partial = folder / f"{MADE_FILE}.partial"
+    with partial.open("wb") as file:
+        np.savez(file, **made)
     if written[0].exists():  # else the pictures of these names are not ours
         for name in MODALITIES:
             for suffix in ("gif", "png"):
                 (folder / f"{name}.{suffix}").unlink(missing_ok=True)
-    np.savez(written[0], **made)
+    partial.replace(written[0])
     for name, x in made.items():
         picture = folder / f"{name}.png"
         if name in ("rgb", "depth"):

@@ -192,6 +192,8 @@ def moving(test: Clips, count: int = 6) -> list[int]:
     complete = np.logical_and.reduce(list(test.present.values()))
     length = np.linalg.norm(test.arrays["camera"][:, -1, :3, 3], axis=-1)
     rows = np.flatnonzero(complete)
+    if not len(rows):
+        return []
     rows = rows[length[rows] >= np.median(length[rows])]
     return [
         int(rows[i])

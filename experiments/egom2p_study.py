@@ -355,7 +355,8 @@ def check(config: Config) -> list[str]:
     ones = ("seeds", "steps", "regressor_steps", "tuning_steps", "frame_steps")
     ones += ("tokenizer_batch", "batch", "inputs", "targets", "evaluate_every")
     least = dict.fromkeys((*ones, "slow_clips"), 1)
-    parsing.at_least(config, **least, test_clips=2, rate=0)
+    parsing.at_least(config, **least, test_clips=2)
+    egom2p_checks.rate_of_learning(config.rate)
     egom2p_checks.share_of_focus(config.focus)
     egom2p_checks.whole_chunks("targets", config.targets, config.size)
     return parts

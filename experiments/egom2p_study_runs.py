@@ -44,7 +44,6 @@ class Study:
         for name in wanted:
             parsing.one_of("tasks", name, known)
         self.tasks = tuple(task for task in TASKS if task.wanted in wanted)
-        self.tokenizers = tokens_of.load(base / "tokenizers")
         self.tokens = {}
         for split in tokens_of.LEARNT:
             path = base / "tokens" / f"{split}.npz"
@@ -54,6 +53,7 @@ class Study:
                     " or its --stage=tokenize"
                 )
             self.tokens[split] = tokens_of.read(path)
+        self.tokenizers = tokens_of.load(base / "tokenizers")
         folders.clips_there(base)
         file = base / "tokenizers" / "settings.json"
         if folders.changed(file, {"files": folders.digests(base)}, base):

@@ -59,6 +59,7 @@ def train(
 
     Raises:
       ValueError: fewer than two kinds are there.
+      FileNotFoundError: KIND.json is there, but folder/KIND is gone.
     """
     there = [kind for kind in kinds if clips.present[kind].any()]
     if len(there) < min(2, len(kinds)):
@@ -72,7 +73,9 @@ def train(
         if kind in left:
             continue
         report = folder / f"{kind}.json"
-        if not report.exists():
+        if report.exists():
+            _require(folder / kind)
+        else:
             data, valid = having(clips, kind), having(validation, kind)
             split = "validation" if len(valid) else "train"
             valid = valid if len(valid) else data[-max(1, len(data) // 10) :]
@@ -108,12 +111,28 @@ def having(clips: Clips, kind: str) -> np.ndarray:
 
 
 def load(folder: Path) -> dict[str, Tokenizer]:
-    """The tokenizers that `train` wrote, by kind."""
-    return {
-        kind: tokenizers.load(folder / kind)
-        for kind in MODALITIES
-        if (folder / kind).is_dir()
-    }
+    """The tokenizers that `train` wrote, by kind.
+
+    Raises:
+      FileNotFoundError: there is none, or of one folder/KIND or KIND.json is gone.
+    """
+    files = {kind: (folder / kind, folder / f"{kind}.json") for kind in MODALITIES}
+    files = {kind: two for kind, two in files.items() if any(p.exists() for p in two)}
+    if not files:
+        raise FileNotFoundError(f"no tokenizers in {folder}; run --stage=tokenize")
+    for path in (path for two in files.values() for path in two):
+        _require(path)
+    return {kind: tokenizers.load(path) for kind, (path, _) in files.items()}
+
+
+def _require(path: Path) -> None:
+    """Raises FileNotFoundError for a part of a tokenizer that is gone."""
+    if not path.exists():
+        raise FileNotFoundError(
+            f"no {path}, of a tokenizer whose other part is there; put it back, or"
+            f" remove {path.parent} and what was made after it, and run"
+            " --stage=tokenize"
+        )
 
 
 def modalities_of(tokenizer_of: Mapping[str, Tokenizer]) -> Modalities:

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments.egom2p_tokens import Tokens
-from multitask_jax import training
+from multitask_jax import sharding, training
 from multitask_jax.masked import modalities as mods
 from multitask_jax.masked.budgets import Budgets
 from multitask_jax.masked.masks import (
@@ -199,6 +199,7 @@ class Pretrained(NamedTuple):
 
     params: Any  # the best on validation
     history: list[dict[str, float]]
+    waiting: float  # at most, for batches: a share of training's time, see `fit`
 
 
 def pretrain(
@@ -220,9 +221,13 @@ def pretrain(
     """
     key = jax.random.key(settings.seed)
     init = functools.partial(egom2p.init, modalities=modalities, shape=shape)
+    where = None
+    if mesh is not None:  # no device has to hold them whole
+        like, rules = jax.eval_shape(init, key), mesh_layout(mesh)["rules"]
+        where = sharding.tree_shardings(like, mesh, rules)
     return fit(
         loss_fn(modalities, shape, settings, mesh),
-        start(jax.jit(init)(key)),
+        start(jax.jit(init, out_shardings=where)(key)),
         batches(tokens, settings.batch, settings.seed, parts=batch_parts(mesh)),
         _judge(loss_fn(modalities, shape, settings), validation, settings.task),
         settings,
@@ -281,7 +286,7 @@ def fit(
     )
     if found.best is None:
         raise FloatingPointError("no validation loss was finite; lower --rate")
-    return Pretrained(found.best.params, found.history)
+    return Pretrained(found.best.params, found.history, found.waiting)
 
 
 def mesh_layout(mesh: Mesh) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Notebooks ship without outputs, and run from top to bottom."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -26,6 +27,22 @@ def test_stored_without_outputs(notebook: nbformat.NotebookNode) -> None:
         if cell.cell_type == "code":
             assert cell.outputs == []
             assert cell.execution_count is None
+
+
+@pytest.mark.parametrize("lacks", ["", "multitask_jax", "vizdoom"])
+def test_the_game_engine_is_installed_where_it_lacks(
+    lacks: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = nbformat.read(ROOT / "colab" / "egom2p.ipynb", as_version=4).cells
+    (source,) = (c.source for c in cells if "%pip" in c.source)
+    pip = "%pip install --quiet {REPOSITORY}[egocentric]"
+    assert pip in source
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == lacks else name
+    )
+    found: dict[str, object] = {}
+    exec(source.replace(pip, "asked = True"), found)
+    assert found.get("asked", False) == bool(lacks)
 
 
 def test_runs(

@@ -36,14 +36,17 @@ SHAPES = {
     "gaze": (SAMPLES, 2),
 }
 DTYPES = {name: np.uint8 if name == "rgb" else np.float32 for name in MODALITIES}
+_NAN = ("depth", "gaze")  # missing values of these; of the others 0
 _ACROSS = np.outer([-1, 1, 1, 1], [-1, 1, 1, 1]).astype(np.float32)  # S T S, S = S^-1
 _EDGE = 0.01  # of the image, that a gaze may lie outside of it before it is an error
 
 
 class Clips(NamedTuple):
-    """Clips of many files, in the order of their names."""
+    """Clips of many files, in the order of their names; nobody writes to them."""
 
-    arrays: dict[str, np.ndarray]  # [N, *SHAPES]; missing: 0 (rgb, camera) or NaN
+    # [N, *SHAPES]; missing: 0 (rgb, camera) or NaN, which is one number, seen N times,
+    # where no file has the modality.
+    arrays: dict[str, np.ndarray]
     present: dict[str, np.ndarray]  # [N] bool: some of the modality is known
     names: list[str]  # "folder/file.npz#3"
     group: list[str]  # of a shard "folder/file", of a clip in its own file "folder"
@@ -80,9 +83,11 @@ def load(folder: str | os.PathLike[str], *, limit: int | None = None) -> Clips:
     total = sum(counts)
     n = total if limit is None else min(limit, total)
     taken = np.arange(n) * total // n  # all, or evenly spaced ones
-    arrays = {name: np.zeros((n, *SHAPES[name]), DTYPES[name]) for name in MODALITIES}
-    for name in ("depth", "gaze"):
-        arrays[name].fill(np.nan)
+    arrays = {name: _missing(name, n) for name in MODALITIES}
+    for name in set().union(*headers):
+        arrays[name] = np.zeros((n, *SHAPES[name]), DTYPES[name])
+        if name in _NAN:
+            arrays[name].fill(np.nan)
     present = {name: np.zeros(n, bool) for name in MODALITIES}
     names, group = [], []
     first = 0  # clip of the file, among all
@@ -126,12 +131,9 @@ def mirrored(clips: Clips) -> Clips:
 
     A second sight of the same walks, to learn from. Names end in "/mirrored".
     """
-    rgb, depth, camera, gaze = (clips.arrays[name] for name in MODALITIES)
     arrays = {
-        "rgb": rgb[..., ::-1, :],
-        "depth": depth[..., ::-1],
-        "camera": camera * _ACROSS,
-        "gaze": np.stack([1 - gaze[..., 0], gaze[..., 1]], axis=-1),
+        name: x if _is_missing(x) else _MIRROR[name](x)
+        for name, x in clips.arrays.items()
     }
     names = [f"{name}/mirrored" for name in clips.names]
     return Clips(arrays, dict(clips.present), names, list(clips.group))
@@ -140,7 +142,7 @@ def mirrored(clips: Clips) -> Clips:
 def joined(first: Clips, second: Clips) -> Clips:
     """The clips of both, behind each other."""
     return Clips(
-        {k: np.concatenate([x, second.arrays[k]]) for k, x in first.arrays.items()},
+        {k: _behind(k, x, second.arrays[k]) for k, x in first.arrays.items()},
         {k: np.concatenate([x, second.present[k]]) for k, x in first.present.items()},
         [*first.names, *second.names],
         [*first.group, *second.group],
@@ -294,4 +296,29 @@ def _known(x: np.ndarray) -> np.ndarray:
     return ~np.isnan(x).reshape(len(x), -1).all(1)
 
 
+def _missing(name: str, count: int) -> np.ndarray:
+    """A modality of clips that all lack it: [count, *SHAPES], a view of one number.
+
+    Of 100,000 clips, NaN as their depths would take 26 GB.
+    """
+    one = np.array(np.nan if name in _NAN else 0, DTYPES[name])
+    return np.broadcast_to(one, (count, *SHAPES[name]))
+
+
+def _is_missing(x: np.ndarray) -> bool:
+    return not any(x.strides)
+
+
+def _behind(name: str, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    if _is_missing(first) and _is_missing(second):
+        return _missing(name, len(first) + len(second))
+    return np.concatenate([first, second])
+
+
+_MIRROR: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "rgb": lambda x: x[..., ::-1, :],
+    "depth": lambda x: x[..., ::-1],
+    "camera": lambda x: x * _ACROSS,
+    "gaze": lambda x: np.stack([1 - x[..., 0], x[..., 1]], axis=-1),
+}
 _CHECKS = {"rgb": lambda x, where: x, "depth": _depth, "camera": _camera, "gaze": _gaze}

@@ -55,6 +55,7 @@ WARM_UP = 20  # tics before a clip, after which the walker stands on its feet an
 STILL = 0.5  # metres: who walks less in a clip, the way measured along, is left out
 EYE_LEVEL = slice(88, 112)  # rows of the picture that a walker goes by
 JUMP = 0.5  # metres in a tic, above which it was a teleporter: these are left out too
+RECORDER = 3  # counts versions of this file: clips of others differ
 ATTEMPTS = 20  # walks for each clip, at most
 
 
@@ -70,7 +71,8 @@ def record(
     """Records clips: out_dir/SPLIT/NAME/MAP.npz for each map, and out_dir/dataset.json.
 
     The same seed gives the same files, whatever the number of workers. A shard that is
-    there already is kept, so that a recording that was stopped goes on.
+    there already is kept, so that a recording that was stopped goes on; one that is
+    finished needs no ViZDoom.
 
     Args:
       out_dir: of one recording; made if it is not there.
@@ -87,11 +89,15 @@ def record(
     Raises:
       ModuleNotFoundError: ViZDoom is not installed; names the extra.
       ValueError: out_dir holds a recording of other settings, or an argument is wrong.
-      RuntimeError: the game could not be started, or nobody gets anywhere in a map.
+      RuntimeError: the game could not be started, or a map can't be walked.
     """
     root = Path(out_dir)
-    shards = _plan(clips, maps)
-    _settle(root, _about(clips, seed, maps))
+    shards = plan(clips, maps)
+    about = _about(clips, seed, maps)
+    if not all((root / path).exists() for path in ("dataset.json", *shards)):
+        doom.package()
+        about["versions"]["vizdoom"] = version("vizdoom")
+    _settle(root, about)
 
     def make(path: str) -> None:
         if not (root / path).exists():
@@ -109,6 +115,37 @@ def record(
     return root
 
 
+def plan(clips: int, maps: Mapping[str, Sequence[str]] = MAPS) -> dict[str, int]:
+    """How many clips `record` puts into each shard, "split/name/map.npz".
+
+    Raises:
+      ValueError: as `record`.
+    """
+    for folder in maps:
+        if folder.count("/") != 1 or folder.split("/")[1] not in COVERAGE:
+            raise ValueError(
+                f"maps: got {folder!r}, expected split/name with a name of"
+                f" {list(COVERAGE)}"
+            )
+    names = [name for some in maps.values() for name in some]
+    if unknown := sorted(set(names) - set(doom.WADS)):
+        raise ValueError(f"maps: got {unknown}, expected some of {doom.KNOWN}")
+    if len(set(names)) < len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"maps: got {twice} twice, expected each in one data set")
+    if clips < len(maps) or not names:
+        raise ValueError(
+            f"clips: got {clips} for {len(maps)} data sets of {len(names)} maps,"
+            " expected one clip of each data set at least"
+        )
+    # The first map of each data set, the second of each, ...
+    rounds = zip_longest(*([f"{k}/{name}.npz" for name in v] for k, v in maps.items()))
+    paths = [path for some in rounds for path in some if path is not None]
+    each, more = divmod(clips, len(paths))
+    counts = {path: each + (i < more) for i, path in enumerate(paths)}
+    return {path: count for path, count in counts.items() if count}
+
+
 def clips_of(name: str, count: int, *, seed: int) -> dict[str, np.ndarray]:
     """Clips of one map, every modality: [count, ...] of `egocentric.SHAPES`.
 
@@ -122,11 +159,17 @@ def clips_of(name: str, count: int, *, seed: int) -> dict[str, np.ndarray]:
 
     Raises:
       ModuleNotFoundError, RuntimeError: as `record`.
+      ValueError: there is no such map.
     """
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     made: list[dict[str, np.ndarray]] = []
     with doom.started(name, seed=int(rng.integers(1, 2**31))) as game:
         spots = doom.spots(game)
+        if not len(spots):
+            raise RuntimeError(
+                f"map {name}: got nothing to pick up, where walks begin; leave it out"
+                " of record(maps=...)"
+            )
         for _ in range(ATTEMPTS * count):
             if len(made) == count:
                 break
@@ -138,7 +181,7 @@ def clips_of(name: str, count: int, *, seed: int) -> dict[str, np.ndarray]:
     if len(made) < count:
         raise RuntimeError(
             f"map {name}: got {len(made)} clips in {ATTEMPTS * count} walks, expected"
-            f" {count}; leave this map out"
+            f" {count}; take another seed, or leave it out of record(maps=...)"
         )
     return {key: np.stack([clip[key] for clip in made]) for key in made[0]}
 
@@ -187,42 +230,17 @@ def _clip(tics: Sequence[doom.Tic]) -> dict[str, np.ndarray]:
     }
 
 
-def _plan(clips: int, maps: Mapping[str, Sequence[str]]) -> dict[str, int]:
-    """Clips by shard, "split/name/map.npz"."""
-    for folder in maps:
-        if folder.count("/") != 1 or folder.split("/")[1] not in COVERAGE:
-            raise ValueError(
-                f"maps: got {folder!r}, expected split/name with a name of"
-                f" {list(COVERAGE)}"
-            )
-    names = [name for some in maps.values() for name in some]
-    if unknown := sorted(set(names) - set(doom.WADS)):
-        raise ValueError(f"maps: got {unknown}, expected some of {doom.KNOWN}")
-    if len(set(names)) < len(names):
-        twice = sorted({name for name in names if names.count(name) > 1})
-        raise ValueError(f"maps: got {twice} twice, expected each in one data set")
-    if clips < len(maps) or not names:
-        raise ValueError(
-            f"clips: got {clips} for {len(maps)} data sets of {len(names)} maps,"
-            " expected one clip of each data set at least"
-        )
-    # The first map of each data set, the second of each, ...
-    rounds = zip_longest(*([f"{k}/{name}.npz" for name in v] for k, v in maps.items()))
-    paths = [path for some in rounds for path in some if path is not None]
-    each, more = divmod(clips, len(paths))
-    counts = {path: each + (i < more) for i, path in enumerate(paths)}
-    return {path: count for path, count in counts.items() if count}
-
-
 def _about(clips: int, seed: int, maps: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """What dataset.json holds: all that the arrays depend on, and what they mean."""
-    doom.package()
+    """What dataset.json holds, but for ViZDoom's version.
+
+    All that the arrays depend on, and what they mean.
+    """
     return {
         "seed": seed,
         "clips": clips,
         "maps": {folder: list(names) for folder, names in maps.items()},
         "coverage": {name: list(keys) for name, keys in COVERAGE.items()},
-        "versions": {"vizdoom": version("vizdoom"), "recorder": 3},
+        "versions": {"recorder": RECORDER},
         "units": {
             "camera": "metres, camera-to-world, OpenCV axes, relative to the first",
             "depth": "metres along z; the farthest stands for all beyond it",
@@ -243,7 +261,10 @@ def _about(clips: int, seed: int, maps: Mapping[str, Sequence[str]]) -> dict[str
 
 
 def _settle(root: Path, about: Mapping[str, Any]) -> None:
-    """Writes dataset.json, or finds it as it would be written."""
+    """Writes dataset.json, or finds it as it would be written.
+
+    ViZDoom's version may be any if `about` does not tell one.
+    """
     path = root / "dataset.json"
     if not path.exists():
         root.mkdir(parents=True, exist_ok=True)
@@ -253,6 +274,8 @@ def _settle(root: Path, about: Mapping[str, Any]) -> None:
         return
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
+        if "vizdoom" not in about["versions"]:
+            found.get("versions", {}).pop("vizdoom", None)
         other = {key for key in about if found.get(key) != about[key]}
     except (ValueError, AttributeError) as e:
         raise ValueError(

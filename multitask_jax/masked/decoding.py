@@ -39,6 +39,39 @@ class Schedule(NamedTuple):
     valid: np.ndarray  # bool [S, Q]
 
 
+class Sampling(NamedTuple):
+    """How ids are drawn. Numbers may be traced, so that one program serves them all.
+
+    None leaves a part out, which is another program.
+    """
+
+    temperature: Any  # of the logits; None takes the likeliest
+    p: Any  # of `top_p`; None keeps all
+    guidance: Any  # see `generate`; None is without
+
+
+def sampling(
+    temperature: float = 0.01, p: float = 0.8, guidance: float = 1.0
+) -> Sampling:
+    """Of numbers: a temperature of 0, a p of 1 and a guidance of 1 leave it out.
+
+    Defaults are EgoM2P's, but for its guidance of 2.
+
+    Raises:
+      ValueError: a temperature below 0 or p outside of (0, 1].
+    """
+    if not temperature >= 0 or not 0 < p <= 1:
+        raise ValueError(
+            f"got temperature {temperature} and p {p}; expected 0 or more, and a share"
+            " above 0, at most 1"
+        )
+    return Sampling(
+        float(temperature) if temperature != 0 else None,
+        float(p) if p != 1 else None,
+        float(guidance) if guidance != 1 else None,
+    )
+
+
 def group_sizes(length: int, steps: int, kind: Kind = "linear") -> np.ndarray:
     """Tokens of each step, at least one: int [steps].
 
@@ -101,7 +134,7 @@ def make_schedule(
     return Schedule(slot, valid)
 
 
-def top_p(logits: Array, p: float) -> Array:
+def top_p(logits: Array, p: Any) -> Array:
     """Keeps the fewest ids whose probabilities sum to p or more; others become -inf.
 
     Nucleus sampling (Holtzman et al. 2020, arXiv 1904.09751). Without a sort, which is
@@ -110,10 +143,8 @@ def top_p(logits: Array, p: float) -> Array:
 
     Args:
       logits: [..., V].
-      p: in (0, 1].
+      p: in (0, 1).
     """
-    if p >= 1:
-        return logits
     q = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
 
     def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -129,11 +160,13 @@ def top_p(logits: Array, p: float) -> Array:
     return jnp.where(q >= low, logits, -jnp.inf)
 
 
-def sample(key: Array, logits: Array, temperature: float, p: float) -> Array:
-    """An id of each [..., V] -> int32 [...]; temperature 0 takes the likeliest."""
-    if temperature == 0:
+def sample(key: Array, logits: Array, how: Sampling) -> Array:
+    """An id of each [..., V] -> int32 [...]; its guidance is not looked at."""
+    if how.temperature is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    kept = top_p(logits / temperature, p)
+    kept = logits / how.temperature
+    if how.p is not None:
+        kept = top_p(kept, how.p)
     return jax.random.categorical(key, kept, axis=-1).astype(jnp.int32)
 
 
@@ -146,15 +179,13 @@ def generate(
     modalities: Modalities,
     inputs: tuple[str, ...],
     targets: Mapping[str, int],
-    temperature: float = 0.01,
-    p: float = 0.8,
-    guidance: float = 1.0,
+    how: Sampling,
     schedule: Kind = "linear",
 ) -> Array:
     """Fills in the targets' ids, given the inputs'; int32 [B, L].
 
-    Defaults are EgoM2P's, but for its guidance of 2. A sample that lacks an input, or
-    some of it, is decoded from what it has. The key tells the order and the samples.
+    A sample that lacks an input, or some of it, is decoded from what it has. The key
+    tells the order and the samples.
 
     Args:
       logits_of: the model, see `Logits`; all ids of all modalities.
@@ -164,21 +195,14 @@ def generate(
       modalities: of the model.
       inputs: names of what is given.
       targets: name -> steps; decoded in their order, later ones given earlier ones.
-      temperature: of the logits.
-      p: of `top_p`.
-      guidance: s of l = u + s (c - u), with c the logits given inputs and targets
-        decoded so far and u those given the latter alone (Ho and Salimans 2022, arXiv
-        2207.12598); 1 is without, and costs half.
+      how: ids are drawn, of `sampling`. Its guidance is s of l = u + s (c - u), with c
+        the logits given inputs and targets decoded so far and u those given the latter
+        alone (Ho and Salimans 2022, arXiv 2207.12598); without, it costs half.
       schedule: sizes of a target's steps, see `group_sizes`.
 
     Raises:
-      ValueError: as `make_schedule`; a temperature below 0 or p outside of (0, 1].
+      ValueError: as `make_schedule`.
     """
-    if temperature < 0 or not 0 < p <= 1:
-        raise ValueError(
-            f"got temperature {temperature} and p {p}; expected 0 or more, and a share"
-            " above 0, at most 1"
-        )
     plan = make_schedule(modalities, inputs, targets, schedule)
     of = modality_of(modalities)
     b = len(ids)
@@ -204,7 +228,7 @@ def generate(
 
     def logits_at(ids: Array, shown: Array, query: Array, valid: Array) -> Array:
         at = jnp.take_along_axis(ids, position, axis=1)
-        if guidance == 1:
+        if how.guidance is None:
             return logits_of(at, position, shown, query, valid)
 
         def twice(x: Array) -> Array:
@@ -219,7 +243,7 @@ def generate(
             twice(valid),
         )
         c, u = jnp.split(both, 2)
-        return u + guidance * (c - u)
+        return u + how.guidance * (c - u)
 
     def step(carry: tuple[Array, Array], xs: Any) -> tuple[tuple[Array, Array], None]:
         ids, shown = carry
@@ -227,7 +251,7 @@ def generate(
         query = position[:, slot]
         logits = logits_at(ids, shown, query, jnp.tile(valid, (b, 1)))
         logits = own_ids(logits, jnp.asarray(of)[query], modalities)
-        drawn = sample(key, logits, temperature, p)
+        drawn = sample(key, logits, how)
         # Empty queries go to a place past the end, which drops them.
         rows = jnp.arange(b)[:, None]
         ids = ids.at[rows, jnp.where(valid, query, ids.shape[1])].set(

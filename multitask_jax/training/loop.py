@@ -2,11 +2,12 @@
 
 A run that is killed, at any point, and started again gives the same result, bit for
 bit, as one that was not: a step depends on the state and the batch, the batch on the
-step's number, and what is logged, when, on that number, too.
+step's number, and what is logged, when, on that number, too. Not the time it takes.
 """
 
 import math
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +30,7 @@ class FitResult(NamedTuple):
     state: TrainState  # after the last step
     best: Best | None  # the best on validation, all its leaves; None without eval_fn
     history: list[dict[str, float]]  # what was written: "step" and metrics by name
+    waiting: float  # of the time of the steps done here, as `fit` tells
 
 
 def fit(
@@ -53,6 +55,10 @@ def fit(
     where there is an evaluation or a checkpoint. A record has their means over the
     steps since the one before, and the evaluation's values as "eval/NAME". Steps in
     which a metric of the loss is NaN do not count for it; NaN in all, it is left out.
+
+    The writer, not the history, gets "waiting", too: the share of the steps' time, that
+    of evaluations and checkpoints left out, in which the host made batches and placed
+    them on the mesh. No device waits longer for them, and less where it was behind.
 
     Args:
       step: from `make_step`.
@@ -102,17 +108,23 @@ def fit(
         return done == steps or (every is not None and done % every == 0)
 
     pending: list[Mapping[str, jax.Array]] = []
+    making = steps_making = steps_took = 0.0  # seconds
+    since = time.perf_counter()
     off = None if progress else True  # None: unless it is a terminal
     with tqdm(total=steps, initial=start, unit="step", disable=off) as bar:
         for done in range(start + 1, steps + 1):
-            state, metrics = step(state, batches(done - 1))
+            begun = time.perf_counter()
+            batch = step.place_batch(batches(done - 1))
+            making += time.perf_counter() - begun
+            state, metrics = step(state, batch)
             pending.append(metrics)
             bar.update()
             evaluates = eval_fn is not None and due(eval_every, done)
             saves = workdir is not None and due(checkpoint_every, done)
             if not (evaluates or saves or due(log_every, done)):
                 continue
-            record = _means(pending, done)
+            record = _means(pending, done)  # waits for the device
+            took = time.perf_counter() - since
             pending = []
             if evaluates:
                 values = {k: float(v) for k, v in eval_fn(whole(state)).items()}
@@ -124,12 +136,15 @@ def fit(
             bar.set_postfix(loss=f"{record['loss']:.4g}", refresh=False)
             history.append({"step": done, **record})
             if writer is not None:
-                writer.write(done, record)
+                writer.write(done, {**record, "waiting": making / took})
             if saves:
                 saving.save(folder, saving.Saved(state, best, history), about)
+            steps_making, steps_took = steps_making + making, steps_took + took
+            making, since = 0.0, time.perf_counter()
     if best is not None:
         best = best._replace(params=join(best.params, state.frozen))
-    return FitResult(state, best, history)
+    waiting = steps_making / steps_took if steps_took else 0.0
+    return FitResult(state, best, history, waiting)
 
 
 def _means(pending: Sequence[Mapping[str, jax.Array]], done: int) -> dict[str, float]:

@@ -71,6 +71,28 @@ def test_a_limit_is_spread_over_the_files(tmp_path):
         egocentric.load(tmp_path, limit=0)
 
 
+def test_what_no_file_has_takes_no_memory(tmp_path):
+    """Neither as it is read nor mirrored and joined; what one file has does."""
+    for i, keys in enumerate([("gaze",), ("camera", "gaze")]):
+        egocentric.save_shard(tmp_path / f"{i}.npz", shard(2, i, keys))
+    once = egocentric.load(tmp_path)
+    twice = egocentric.joined(once, egocentric.mirrored(once))
+    for clips, count in ((once, 4), (twice, 8)):
+        for name in ("rgb", "depth"):
+            x = clips.arrays[name]
+            assert x.shape == (count, *egocentric.SHAPES[name])
+            assert x.dtype == egocentric.DTYPES[name]
+            assert not any(x.strides), name  # all are one number
+            assert not x.flags.writeable
+            assert np.isnan(x).all() if name == "depth" else not x.any()
+    assert not once.arrays["camera"][:2].any()
+    # One that has a modality beside one that lacks it.
+    alone = egocentric.load(tmp_path / "0.npz")
+    both = egocentric.joined(once, alone)
+    np.testing.assert_array_equal(both.arrays["camera"][:4], once.arrays["camera"])
+    assert not both.arrays["camera"][4:].any()
+
+
 def test_cameras_of_any_world_become_relative(tmp_path):
     clip = one()
     world = poses.from_vector(np.array([0.2, 1, 0, -1, 0, 0.3, 5e5, -4e6, 100]))
@@ -252,9 +274,12 @@ def test_a_mirror_keeps_geometry_and_is_its_own_inverse():
     seen = np.linalg.inv(camera) @ point
     again = np.linalg.inv(once.arrays["camera"]) @ (point * [-1, 1, 1, 1])
     np.testing.assert_allclose(again, seen * [-1, 1, 1, 1], atol=1e-4)
-    np.testing.assert_array_equal(
-        once.arrays["rgb"][0, 3, 10, 5], arrays["rgb"][0, 3, 10, -6]
-    )
+    for name in ("rgb", "depth"):  # a column and its mirror image
+        np.testing.assert_array_equal(
+            once.arrays[name][1, 3, :, 5], arrays[name][1, 3, :, -6]
+        )
+    x, y = np.moveaxis(arrays["gaze"], -1, 0)
+    np.testing.assert_array_equal(once.arrays["gaze"], np.stack([1 - x, y], -1))
     twice = egocentric.mirrored(once)
     for name, x in arrays.items():
         np.testing.assert_allclose(twice.arrays[name], x, atol=1e-6)

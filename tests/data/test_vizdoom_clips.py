@@ -156,6 +156,17 @@ def test_clips_are_in_the_format_and_walk(clips, tmp_path):
     assert np.isfinite(clips["gaze"]).any()
 
 
+def test_no_text_is_in_the_picture():
+    """It is near, and still: what is near and real moves in 1.8 s of walking.
+
+    Here the fifth walker would be told that it lacks a key, and all after it.
+    """
+    pytest.importorskip("vizdoom", reason=EXTRA)
+    depth = vizdoom_clips.clips_of("MAP09", 5, seed=0)["depth"]
+    text = (depth[:, :, 20:30] < 0.4).all(axis=1)
+    assert not text.any()
+
+
 def test_the_same_seed_gives_the_same_clips(clips):
     again = vizdoom_clips.clips_of("MAP10", 2, seed=3)
     other = vizdoom_clips.clips_of("MAP10", 2, seed=4)
@@ -236,12 +247,41 @@ def test_a_recording_goes_on_and_refuses_other_settings(tmp_path, monkeypatch, c
     with pytest.raises(ValueError, match=r"dataset\.json: got .* other \['seed'\]"):
         vizdoom_clips.record(tmp_path, clips=4, seed=2, maps=maps)
 
+    # Finished, it needs no ViZDoom, of whatever version it was made.
+    about["versions"]["vizdoom"] = "0.1"
+    (root / "dataset.json").write_text(json.dumps(about))
+    with monkeypatch.context() as m:
+        m.setitem(sys.modules, "vizdoom", None)
+        vizdoom_clips.record(tmp_path, clips=4, seed=1, maps=maps)
+        m.setattr(vizdoom_clips, "RECORDER", 99)
+        with pytest.raises(ValueError, match=r"other \['versions'\], .*99"):
+            vizdoom_clips.record(tmp_path, clips=4, seed=1, maps=maps)
+    (root / "train/rgb_gaze/MAP04.npz").unlink()
+    with pytest.raises(ValueError, match=r"other \['versions'\]"):
+        vizdoom_clips.record(tmp_path, clips=4, seed=1, maps=maps)
+    assert begun == ["MAP04"]
+
+
+def test_a_map_that_cannot_be_walked_is_named(monkeypatch):
+    @contextlib.contextmanager
+    def started(name, *, seed):
+        yield None
+
+    monkeypatch.setattr(doom, "started", started)
+    monkeypatch.setattr(doom, "spots", lambda game: np.array([]))
+    with pytest.raises(RuntimeError, match=r"map MAP31: got nothing to pick up.*maps="):
+        vizdoom_clips.clips_of("MAP31", 1, seed=0)
+    monkeypatch.setattr(doom, "spots", lambda game: np.zeros((1, 2)))
+    monkeypatch.setattr(vizdoom_clips, "_walk", lambda *_: [])
+    with pytest.raises(RuntimeError, match=r"MAP31: got 0 clips in 20 .* another seed"):
+        vizdoom_clips.clips_of("MAP31", 1, seed=0)
+
 
 def test_few_clips_are_shared_by_the_data_sets():
-    every = vizdoom_clips._plan(2000, vizdoom_clips.MAPS)
+    every = vizdoom_clips.plan(2000)
     assert sum(every.values()) == 2000
     assert set(every.values()) == {30, 31}
-    few = vizdoom_clips._plan(8, vizdoom_clips.MAPS)
+    few = vizdoom_clips.plan(8)
     assert {path.rsplit("/", 1)[0] for path in few} == set(vizdoom_clips.MAPS)
     assert set(few.values()) == {1}
 

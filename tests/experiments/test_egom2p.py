@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -98,6 +99,40 @@ def test_evaluation_generates_by_the_seed_given(found, config, monkeypatch):
     assert seeds == [5]
 
 
+def test_tasks_that_cannot_be_measured_are_left_out(
+    found, config, tmp_path, monkeypatch, capsys
+):
+    """And no clip is complete, so that none is drawn."""
+    for path in Path(config.workdir).iterdir():
+        if path.is_dir():
+            (tmp_path / path.name).symlink_to(path)
+    read = egom2p_tokens.read_clips
+    lacking = {"gaze": 2, "depth": 1, "camera": 0}  # of the two test clips
+
+    def read_clips(folder, limit=None):
+        clips = read(folder, limit)
+        if folder.name == "test":
+            for name, count in lacking.items():
+                clips.present[name][:count] = False
+        return clips
+
+    monkeypatch.setattr(egom2p_tokens, "read_clips", read_clips)
+    evaluate = dataclasses.replace(config, workdir=str(tmp_path), stage="evaluate")
+    some = egom2p.run(evaluate)
+    assert list(some) == ["rgb -> camera"]
+    told = capsys.readouterr().out
+    assert "rgb -> gaze: left out, 0 test clips have both" in told
+    assert "depth -> rgb: left out, 1 test clips have both" in told
+    report = (tmp_path / "report.md").read_text()
+    assert "| rgb -> camera |" in report
+    assert "| depth -> rgb |" not in report
+    assert "grid.png" not in report
+    assert not (tmp_path / "grid.png").exists()
+    lacking["camera"] = 1
+    with pytest.raises(ValueError, match="no task can be measured"):
+        egom2p.run(evaluate)
+
+
 def test_without_vizdoom_the_extra_is_named_and_nothing_made(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "vizdoom", None)
     config = egom2p.Config(workdir=str(tmp_path), stage="record")
@@ -137,6 +172,8 @@ def test_a_stage_that_failed_on_its_input_goes_on_when_that_is_mended(config, tm
     with pytest.raises(ValueError, match="can't be read"):
         stage("tokenize")
     own_clips(tmp_path / "clips")
+    with pytest.raises(ValueError, match="evaluate has nothing to measure"):
+        stage("all")
     stage("tokenize", mirror=False)
     tokens = egom2p_tokens.read(tmp_path / "tokens" / "train.npz")
     assert tokens.known[:, :-8].all()  # of cameras
@@ -162,9 +199,16 @@ def test_a_stage_that_failed_on_its_input_goes_on_when_that_is_mended(config, tm
 
 
 def test_a_clip_is_made_of_another_modality(found, config, tmp_path):
+    """By model/ and tokenizers/ alone, wherever they were copied to."""
+    for name in ("model", "tokenizers"):
+        shutil.copytree(Path(config.workdir) / name, tmp_path / "copy" / name)
     clip = next((Path(config.workdir) / "clips" / "test").rglob("*.npz"))
     make = dataclasses.replace(
-        config, stage="generate", input=str(clip), output=str(tmp_path / "made")
+        config,
+        workdir=str(tmp_path / "copy"),
+        stage="generate",
+        input=str(clip),
+        output=str(tmp_path / "made"),
     )
     made = egom2p.run(dataclasses.replace(make, given="rgb", targets="depth,camera"))
     assert made["depth"].shape == (16, 64, 64)
@@ -179,6 +223,14 @@ def test_a_clip_is_made_of_another_modality(found, config, tmp_path):
     # Of the pictures that the first call left, those that are not made now are gone.
     files = {p.name for p in (tmp_path / "made").iterdir()}
     assert files == {"made.npz", "depth.gif", "depth.png", "note.txt"}
+    # The input is never written to, whatever its name.
+    (tmp_path / "link.npz").symlink_to(tmp_path / "made" / "made.npz")
+    before = (tmp_path / "made" / "made.npz").read_bytes()
+    for name in ("made/made.npz", "made", "link.npz"):
+        again = dataclasses.replace(make, input=str(tmp_path / name), targets="rgb")
+        with pytest.raises(ValueError, match=r"--input: got .* would be overwritten"):
+            egom2p.run(again)
+    assert (tmp_path / "made" / "made.npz").read_bytes() == before
     for changes, message in (
         ({"targets": ""}, "needs --input=clip.npz and --targets"),
         ({"targets": "sound"}, "targets: got 'sound'"),
@@ -289,7 +341,11 @@ def test_training_goes_on_bit_for_bit_after_it_was_stopped(
 
 def test_training_on_a_mesh_is_that_on_one_device(whole):
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-    cut = run(mesh=mesh)
+    born = []
+    cut = run(mesh=mesh, start=lambda params: born.append(params) or params)
+    kernels = [x for x in jax.tree.leaves(born) if x.ndim > 1]
+    assert any(x.sharding.shard_shape(x.shape) != x.shape for x in kernels)
+    assert {len(x.sharding.device_set) for x in jax.tree.leaves(born)} == {8}
     for a, b in zip(whole.history, cut.history, strict=True):
         for name, value in a.items():
             assert b[name] == pytest.approx(value, rel=1e-3), name

@@ -1,6 +1,7 @@
 """What flags of EgoM2P and of its study must hold before hours of work begin."""
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from experiments import egom2p, egom2p_checks, egom2p_study
 from experiments import egom2p_training as training
 from experiments.egom2p_tokens import Tokens
+from multitask_jax.data.egocentric import MODALITIES, Clips
 
 
 @pytest.mark.parametrize(
@@ -34,12 +36,54 @@ from experiments.egom2p_tokens import Tokens
         ({"masking": "uniform", "focus": 0.5}, "--focus: got 0.5 beside --masking"),
         ({"temperature": -1}, "--temperature: got -1"),
         ({"seed": -1}, "--seed: got -1, expected at least 0"),
+        ({"rate": 0.0}, "--rate: got 0.0, expected a number above 0"),
+        ({"rate": math.nan}, "--rate: got nan"),
+        ({"temperature": math.nan}, "--temperature: got nan, expected a finite number"),
+        ({"guidance": math.nan}, "--guidance: got nan"),
+        ({"guidance": math.inf}, "--guidance: got inf"),
+        ({"clips": 5}, "clips: got 5 for 6 data sets"),
+        ({"clips": 11}, "--clips: got 11, 1 of them of maps of test, .* 12 clips"),
     ],
 )
 def test_numbers_out_of_range_are_named(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         egom2p.run(egom2p.Config(workdir=str(tmp_path / "w"), **options))
     assert not (tmp_path / "w").exists()
+
+
+def test_clips_count_only_where_they_are_recorded(tmp_path):
+    few = egom2p.Config(workdir=str(tmp_path), clips=11)
+    egom2p_checks.check(dataclasses.replace(few, clips=12))
+    egom2p_checks.check(dataclasses.replace(few, stage="tokenize"))
+    (tmp_path / "clips").mkdir()  # the user's own
+    egom2p_checks.check(few)
+
+
+def having(*kinds, count=2):
+    """So many clips that have some modalities, as far as checks go."""
+    present = {k: np.full(count, k in kinds) for k in MODALITIES}
+    return Clips({}, present, [""] * count, [""] * count)
+
+
+def test_clips_of_which_nothing_would_be_measured_are_refused(capsys):
+    for test in (having("rgb", "depth", count=1), having("rgb", "camera")):
+        with pytest.raises(ValueError, match=r"'rgb -> depth': \d, .* to measure"):
+            egom2p_checks.measurable(having("rgb", "depth", "gaze"), test, "tokenize")
+    egom2p_checks.measurable(having("rgb", "depth"), having("rgb", "depth"), "all")
+    assert not capsys.readouterr().out
+    # Of a pair that is no task a model can be made, to generate.
+    two = having("camera", "gaze")
+    egom2p_checks.measurable(two, two, "tokenize")
+    assert "measures nothing of camera and gaze alone" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="expected two clips at least of a task"):
+        egom2p_checks.measurable(two, two, "all")
+
+
+def test_after_an_interruption_it_is_told_what_goes_on():
+    for stage in ("evaluate", "generate"):
+        assert "begins anew" in egom2p.interrupted(egom2p.Config(stage=stage))
+    for stage in ("all", "pretrain"):
+        assert "goes on" in egom2p.interrupted(egom2p.Config(stage=stage))
 
 
 def test_a_mesh_that_is_not_there_is_refused(tmp_path):
@@ -77,6 +121,7 @@ def test_a_mean_refuses_flags_of_sampling(given):
         ({"seeds": 0}, "--seeds: got 0"),
         ({"slow_clips": 0}, "--slow_clips: got 0"),
         ({"focus": 2.0}, "--focus: got 2.0, expected a share"),
+        ({"rate": math.nan}, "--rate: got nan, expected a number above 0"),
         ({"size": "base", "targets": 200}, "--targets: got 200, expected at most 128"),
     ],
 )

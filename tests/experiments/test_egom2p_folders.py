@@ -1,5 +1,6 @@
 """What binds a run's folders: flags, clips and tokenizers; no run."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -37,6 +38,17 @@ def test_only_clips_to_learn_from_bind(config, tmp_path, split):
         return
     with pytest.raises(ValueError, match=r"made with other settings.*'files'"):
         egom2p_folders.agree(config, "tokenizers")
+
+
+def test_a_number_of_clips_binds_only_a_recording(config, tmp_path):
+    other = dataclasses.replace(config, clips=7)
+    egom2p_folders.agree(other, "tokenizers")
+    with pytest.raises(ValueError, match=r"other settings.*'seed'"):
+        egom2p_folders.agree(dataclasses.replace(config, seed=7), "tokenizers")
+    (tmp_path / "clips" / "dataset.json").write_text("{}")
+    egom2p_folders.remember(config, "tokenizers")
+    with pytest.raises(ValueError, match=r"other settings.*'clips': \(6000, 7\)"):
+        egom2p_folders.agree(other, "tokenizers")
 
 
 def test_clips_behind_a_link_bind_too(config, tmp_path):

@@ -209,6 +209,37 @@ def test_a_report_tells_a_focus_only_of_masks_that_have_one(masking):
     assert "seed 2" in told
 
 
+def test_of_no_complete_clip_none_is_drawn():
+    some = clips()
+    assert egom2p_report.moving(some, count=2) == [0, 2]
+    present = some.present | {"gaze": np.zeros(3, bool)}
+    assert egom2p_report.moving(some._replace(present=present)) == []
+
+
+def test_arrays_that_were_made_are_whole_or_those_before(tmp_path, monkeypatch):
+    x = clips(1).arrays["depth"][0]
+    egom2p_pictures.write_made(tmp_path, {"depth": x}, {})
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def fail(file, **arrays):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(np, "savez", fail)
+    with pytest.raises(OSError, match="disk full"):
+        egom2p_pictures.write_made(tmp_path, {"depth": x + 1}, {})
+    for name, content in files.items():
+        assert (tmp_path / name).read_bytes() == content
+
+
+def test_parameters_are_on_the_device_once(tmp_path):
+    params = {"a": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3)}}
+    run.save_params(tmp_path / "params", params)
+    found = run.load_params(tmp_path / "params")
+    assert isinstance(found["a"]["kernel"], jax.Array)
+    np.testing.assert_array_equal(found["a"]["kernel"], params["a"]["kernel"])
+
+
 def test_rows_are_spread_evenly():
     np.testing.assert_array_equal(training.spread(10, 5), [0, 2, 4, 6, 8])
     np.testing.assert_array_equal(training.spread(3, 5), [0, 1, 2])

@@ -33,7 +33,7 @@ def fitted(monkeypatch):
         return config.kind, []
 
     monkeypatch.setattr(tokenizers, "fit", fit)
-    monkeypatch.setattr(tokenizers, "save", lambda tokenizer, path: path.mkdir())
+    monkeypatch.setattr(tokenizers, "save", lambda _, path: path.mkdir(exist_ok=True))
     monkeypatch.setattr(tokenizers, "reconstruction_report", lambda *_: {"used": 1})
     return seen
 
@@ -70,6 +70,27 @@ def test_one_modality_is_nothing_to_make_others_of(tmp_path, fitted):
         train(tmp_path, alone, clips(3))
     assert fitted == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_half_a_tokenizer_is_named(tmp_path, fitted):
+    """By training, which would take it for made, and by reading."""
+    with pytest.raises(FileNotFoundError, match="no tokenizers in"):
+        egom2p_tokens.load(tmp_path)
+    train(tmp_path, clips(20), clips(3))
+    (tmp_path / "camera").rmdir()
+    for read in (
+        lambda: train(tmp_path, clips(20), clips(3)),
+        lambda: egom2p_tokens.load(tmp_path),
+    ):
+        with pytest.raises(FileNotFoundError, match=r"no .*/camera, .*=tokenize"):
+            read()
+    (tmp_path / "camera").mkdir()
+    (tmp_path / "gaze.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no .*/gaze\.json, "):
+        egom2p_tokens.load(tmp_path)
+    # Cut off between the two, training makes it again.
+    train(tmp_path, clips(20), clips(3))
+    assert [kind for kind, *_ in fitted] == [*KINDS, "gaze"]
 
 
 def test_a_kinds_file_is_whole_or_told(tmp_path, fitted):

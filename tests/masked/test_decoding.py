@@ -26,10 +26,14 @@ def count_shown(ids, position, shown, query, valid):
 
 @functools.cache
 def run(model=count_shown, **settings):
-    settings = {"inputs": ("rgb",), "targets": TARGETS, "temperature": 0} | settings
-    settings["targets"] = dict(settings["targets"])
+    settings = {"targets": TARGETS, "guidance": 1.0} | settings
     inner = functools.partial(
-        decoding.generate, model, modalities=MODALITIES, **settings
+        decoding.generate,
+        model,
+        modalities=MODALITIES,
+        inputs=("rgb",),
+        targets=dict(settings["targets"]),
+        how=decoding.sampling(temperature=0, guidance=settings["guidance"]),
     )
     return jax.jit(inner)
 
@@ -171,12 +175,23 @@ def test_top_p_keeps_the_fewest_that_reach_p(logits, p):
 
 def test_samples_follow_the_probabilities():
     logits = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05]))
-    draw = jax.jit(
-        lambda key, t, p: decoding.sample(key, jnp.tile(logits, (4000, 1)), t, p),
-        static_argnums=(1, 2),
-    )
-    found = np.bincount(draw(jax.random.key(0), 1.0, 1.0), minlength=4) / 4000
+
+    @jax.jit
+    def drawn(how):
+        return decoding.sample(jax.random.key(0), jnp.tile(logits, (4000, 1)), how)
+
+    def draw(temperature, p):
+        return drawn(decoding.sampling(temperature, p))
+
+    found = np.bincount(draw(1.0, 1.0), minlength=4) / 4000
     np.testing.assert_allclose(found, [0.5, 0.3, 0.15, 0.05], atol=0.03)
-    found = np.bincount(draw(jax.random.key(0), 1.0, 0.7), minlength=4) / 4000
+    found = np.bincount(draw(1.0, 0.7), minlength=4) / 4000
     np.testing.assert_allclose(found, [0.625, 0.375, 0, 0], atol=0.03)
-    assert (draw(jax.random.key(0), 0.01, 0.8) == 0).all()
+    assert (draw(0.01, 0.8) == 0).all()
+    assert (draw(0, 0.8) == 0).all()
+
+
+@pytest.mark.parametrize(("t", "p"), [(-1, 0.5), (float("nan"), 0.5), (1, 0), (1, 2)])
+def test_sampling_that_cannot_be_is_told(t, p):
+    with pytest.raises(ValueError, match=f"got temperature {t} and p {p}; expected 0"):
+        decoding.sampling(t, p)

@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import pytest
 
 from multitask_jax import checkpoints
 from multitask_jax.sharding import make_mesh
-from multitask_jax.training import Step, fit, init_state, make_step, writers
+from multitask_jax.training import Step, fit, init_state, loop, make_step, writers
 from tests.training.common import (
     batch_at,
     evaluate,
@@ -52,7 +53,14 @@ def run(workdir, *, batches=batch_at, step=STEP, state=None, **changed):
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
-    return run(folder), (folder / "metrics.jsonl").read_text()
+    return run(folder), written(folder)
+
+
+def written(folder):
+    """The records, but for what is of time."""
+    rows = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 <= row.pop("waiting") <= 1 for row in rows)
+    return rows
 
 
 def killing(at):
@@ -78,7 +86,7 @@ def test_killed_and_resumed_is_the_same_bit_for_bit(points, whole_run, tmp_path)
     assert same_bits(result.best.params, expected.best.params)
     assert result.best[1:] == expected.best[1:]
     assert result.history == expected.history
-    assert (tmp_path / "metrics.jsonl").read_text() == metrics
+    assert written(tmp_path) == metrics
 
 
 @pytest.mark.parametrize("moment", ["evaluation", "write", "save", "prune"])
@@ -117,7 +125,7 @@ def test_killed_amid_an_evaluation_or_a_save(moment, whole_run, tmp_path, monkey
     assert same_bits(result.best, whole_run[0].best)
     if moment != "prune":  # which saved at other steps, where records end, too
         assert result.history == whole_run[0].history
-        assert (tmp_path / "metrics.jsonl").read_text() == whole_run[1]
+        assert written(tmp_path) == whole_run[1]
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2
 
 
@@ -206,6 +214,32 @@ def test_metrics_leave_the_device_only_where_they_are_recorded(monkeypatch):
     step = Step(run_step)
     fit(step, start(), batch_at, steps=7, log_every=3, progress=False)
     assert fetched == [(3, 3), (6, 3), (7, 1)]
+
+
+def test_waiting_is_the_share_of_batches_in_the_time_of_steps(monkeypatch):
+    """By a clock that goes on as batches are made (3), steps (1) and evaluations."""
+    now, rows = [0.0], []
+
+    def after(seconds, made):
+        def tick(*args):
+            now[0] += seconds(*args) if callable(seconds) else seconds
+            return made(*args)
+
+        return tick
+
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    result = run(
+        None,
+        batches=after(lambda step: 3 if step < 3 else 7, batch_at),
+        step=STEP._replace(run=after(1, STEP.run)),
+        eval_fn=after(100, evaluate),
+        writer=writers.Writer(lambda step, row: rows.append(row)),
+        steps=5,
+        eval_every=3,
+    )
+    assert [row["waiting"] for row in rows] == [3 / 4, 7 / 8]
+    assert result.waiting == (3 * 3 + 2 * 7) / (3 * 4 + 2 * 8)
+    assert not any("waiting" in row for row in result.history)
 
 
 def test_frozen_leaves_are_not_saved_but_checked(tmp_path):
