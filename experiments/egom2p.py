@@ -42,7 +42,7 @@ from experiments.egom2p_evaluation import TASKS, Model
 from experiments.flags import flag
 from multitask_jax import checkpoints, evaluation
 from multitask_jax import tree as trees
-from multitask_jax.data import egocentric
+from multitask_jax.data import egocentric, vizdoom_clips
 from multitask_jax.data.egocentric import MODALITIES, Clips
 from multitask_jax.host_memory import keep_freed_memory
 from multitask_jax.masked import modalities as mods
@@ -148,8 +148,6 @@ def record(config: Config, workdir: Path) -> None:
     folder = workdir / "clips"
     if folders.own_clips(workdir):
         return
-    from multitask_jax.data import vizdoom_clips
-
     try:
         vizdoom_clips.record(
             folder, clips=config.clips, seed=config.seed, progress=config.progress
@@ -231,8 +229,8 @@ def pretrain(config: Config, workdir: Path) -> None:
         mesh=mesh_of(config),
         progress=config.progress,
     )
-    if config.progress:
-        print(f"waited for batches: at most {found.waiting:.2%} of the steps' time")
+    if config.progress and found.waiting:
+        print(f"waited for batches: {found.waiting:.2%} of the steps' time at most")
     json_files.write(folder / "history.json", found.history)
     save_params(folder / "params", found.params)
 

@@ -64,8 +64,8 @@ def _check_recording(config: "Config") -> None:
 def measurable(train: Clips, test: Clips, stage: str) -> None:
     """Refuses clips of which `evaluate` would measure nothing, hours later.
 
-    Of training clips that have both modalities of no task a model can be made all the
-    same, to generate: if no evaluation follows, that is told and no error.
+    A model can be made of them all the same, to generate: if no evaluation follows,
+    that is told and no error.
 
     Args:
       train: clips, which decide what the model knows.
@@ -73,19 +73,21 @@ def measurable(train: Clips, test: Clips, stage: str) -> None:
       stage: --stage.
 
     Raises:
-      ValueError: no task has two test clips.
+      ValueError: an evaluation follows, and no task has two test clips.
     """
     known = {name for name, x in train.present.items() if x.any()}
     tasks = [task for task in TASKS if {task.given, task.wanted} <= known]
-    if not tasks and stage != "all":
-        print(f"evaluate measures nothing of {' and '.join(sorted(known))} alone")
-    elif not any(has_both(test, task).sum() > 1 for task in tasks):
-        count = {task.name: int(has_both(test, task).sum()) for task in TASKS}
-        raise ValueError(
-            f"test clips that have both of a task: got {count}, and training clips have"
-            f" {', '.join(sorted(known))}; expected two clips at least of a task that"
-            " training clips have, too: add some, or evaluate has nothing to measure"
-        )
+    if any(has_both(test, task).sum() > 1 for task in tasks):
+        return
+    count = {task.name: int(has_both(test, task).sum()) for task in TASKS}
+    said = (
+        f"test clips that have both of a task: got {count}, and training clips have"
+        f" {', '.join(sorted(known))}; expected two clips at least of a task that"
+        " training clips have, too: add some, or evaluate has nothing to measure"
+    )
+    if stage == "all":
+        raise ValueError(said)
+    print(said)
 
 
 def _check_training(config: "Config") -> None:

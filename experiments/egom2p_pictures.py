@@ -164,8 +164,12 @@ def write_made(
     folder.mkdir(parents=True, exist_ok=True)
     written = [folder / MADE_FILE]
     partial = folder / f"{MADE_FILE}.partial"
-    with partial.open("wb") as file:
-        np.savez(file, **made)
+    try:
+        with partial.open("wb") as file:
+            np.savez(file, **made)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
     if written[0].exists():  # else the pictures of these names are not ours
         for name in MODALITIES:
             for suffix in ("gif", "png"):

@@ -306,7 +306,7 @@ def run(config: Config) -> Result:
     if not 0 < config.rate < math.inf:
         raise ValueError(f"--rate: got {config.rate}, expected more than 0")
     workdir = Path(config.workdir)
-    study_store.remember(config, workdir, FREE)
+    study_store.remember(config, workdir, FREE, gates="with biases")
     store = study_store.Store(workdir)
     grid = [(a, s) for a in angles for s in range(config.seeds)]
     left = {

@@ -64,6 +64,7 @@ from multitask_jax.training import writers
 
 ALL = (*MODELS, *BOOSTED)
 _SCORING = ("checkpoint", "input", "output")
+NETWORKS = 2  # raised when the same config makes other networks
 # What predictions do not depend on.
 _AROUND = ("workdir", "models", "seeds", "policy_outcome", "bootstrap", "progress")
 _AROUND += ("predict", *_SCORING)
@@ -208,15 +209,15 @@ def run(config: Config) -> Result | None:
                 bar.update()
     arrays = {name: np.stack(p) for name, p in predictions.items()}
     kept = next((n for n in ("MTMT", FULL_SIZE) if n in names), None)
+    about = {
+        "policy_outcome": outcome,
+        "encoder": None if encoder is None else encoder.to_json(),
+    }
     if kept and not _has_final(workdir, kept, seeds[0]):
-        _save_final(config, kept, trial, seeds[0])
+        _save_final(config, kept, trial, seeds[0], about)
     if (workdir / "model").exists():
         # Columns in another unit give the same features: the newest encoder counts.
-        mtmt_model.amend(
-            workdir / "model",
-            policy_outcome=outcome,
-            encoder=None if encoder is None else encoder.to_json(),
-        )
+        mtmt_model.amend(workdir / "model", **about)
     report = mtmt_report.write(
         workdir,
         trial,
@@ -291,7 +292,9 @@ def _trained(
     return found, float(np.median(np.diff(stamps)))
 
 
-def _save_final(config: Config, name: str, trial: Trial, seed: int) -> None:
+def _save_final(
+    config: Config, name: str, trial: Trial, seed: int, about: Mapping[str, object]
+) -> None:
     """MTMT, trained on everyone but the rows that choose the epoch."""
     folds = training.make_folds(trial.arm, 1, seed, config.validation)
     trainer = _trainer(config, name, trial, folds)
@@ -311,6 +314,7 @@ def _save_final(config: Config, name: str, trial: Trial, seed: int) -> None:
         mean=np.asarray(scale.mean[0]),
         spread=np.asarray(scale.spread[0]),
         about={
+            **about,
             "model": name,
             "arms": list(trial.arms),
             "outcomes": list(trial.outcomes),
@@ -332,6 +336,7 @@ def _same_run(workdir: Path, config: Config, trial: Trial) -> None:
     for a in (trial.x, trial.arm, trial.y):
         people.update(np.ascontiguousarray(a).tobytes())
     told: dict[str, object] = {"people": [len(trial.arm), people.hexdigest()]}
+    told["networks"] = NETWORKS
     # A table's names are the user's: a model kept of others would be told wrongly.
     known = (trial.arms, trial.outcomes, trial.features)
     told["names"] = repr(known) if config.data == "table" else None

@@ -124,18 +124,19 @@ def policies(
         cells = [f"{100 * (chosen == a).mean():.0f}%" for a in range(len(trial.arms))]
         cells.append(cell(PER * value.ips, PER * draws.ips))
         cells.append(cell(PER * value.normalised, PER * draws.normalised))
-        gain = sign * PER * (draws.ips - base_draws.ips)
-        cells.append(cell(sign * PER * (value.ips - base.ips), gain))
+        # + 0.0: no gain is 0, not -0, where less is better.
+        gain = sign * PER * (draws.ips - base_draws.ips) + 0.0
+        cells.append(cell(sign * PER * (value.ips - base.ips) + 0.0, gain))
         cells.append(
             cell(
-                sign * PER * (value.normalised - base.normalised),
-                sign * PER * (draws.normalised - base_draws.normalised),
+                sign * PER * (value.normalised - base.normalised) + 0.0,
+                sign * PER * (draws.normalised - base_draws.normalised) + 0.0,
             )
         )
         if trial.effects is not None:
             true = trial.effects[:, :, outcome]
             won = true[np.arange(len(y)), chosen].mean() - true[:, top].mean()
-            cells.append(f"{sign * PER * won:.1f}")
+            cells.append(f"{sign * PER * won + 0.0:.1f}")
         rows.append([name, *cells])
         if name == main:
             said = _verdict(name, trial.arms[top], evaluation.interval(gain))

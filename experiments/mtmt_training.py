@@ -18,8 +18,8 @@ from multitask_jax.data.uplift import Trial
 from multitask_jax.models.uplift_baselines import Learner, boosting, observed
 from multitask_jax.training import adamw
 
-# People of a fold whose outcomes are predicted at a time: a training step of half as
-# many takes as much memory, which so does not grow with the table.
+# People of a fold whose outcomes are predicted at a time: that takes the memory of a
+# training step of half as many, whatever the table's length.
 BLOCK = 2048
 
 

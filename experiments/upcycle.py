@@ -24,7 +24,7 @@ weight of each feed-forward layer, under that weight's name:
     def rows(batch):
         model(**batch)
         there = batch["attention_mask"].bool()
-        return {name: x[there].float().numpy() for name, x in seen.items()}
+        return {name: x[there].float().cpu().numpy() for name, x in seen.items()}
 
     for name, module in model.named_modules():
         if name.endswith("mlp.gate_proj"):

@@ -56,8 +56,8 @@ def run(
         if base is None and about is not None and dense_about is None:
             notes.append(
                 f"left out config.json: no dense class is known for model_type"
-                f" {about.get('model_type')!r}; write one, or give --base, whose the"
-                " dense model gets"
+                f" {about.get('model_type')!r} (or the mixture is of an earlier"
+                " version); write one, or give --base, whose the dense model gets"
             )
 
         def aside(directory: Path, *of: Any) -> list[str]:

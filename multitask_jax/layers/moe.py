@@ -83,14 +83,15 @@ class MoE(nn.Module):
             init_gate = functools.partial(moe.init_gate, bias=self.gate_bias)
             gate = self.param("gate", init_gate, width, self.experts)
             scores = moe.gate_logits(gate, tokens)
-        noisy = self.noise > 0 and self.has_rng("gate")
+        # Of ids there is no noise, which `route` is to say whether or not it has a key.
+        noisy = self.noise > 0 and (self.has_rng("gate") or self.route == "hard")
         routing = moe.route(
             scores,
             kind=self.route,
             k=self.k,
             normalize=self.normalize,
             noise=self.noise if noisy else None,
-            key=self.make_rng("gate") if noisy else None,
+            key=self.make_rng("gate") if noisy and self.has_rng("gate") else None,
             experts=self.experts,
         )
         served = self._dispatched(moe.experts.named(self.kind), params, tokens, routing)
@@ -187,12 +188,11 @@ class MMoE(nn.Module):
                     f" {list(x.shape)}; expected the same axes before the last"
                 )
             read = gate_inputs.reshape(-1, gate_inputs.shape[-1])
-        init, shape = nn.initializers.normal(0.02), (self.tasks, self.experts)
-        gates = {
-            "kernel": self.param("gates", init, (shape[0], read.shape[1], shape[1]))
-        }
+        shape = self.tasks, read.shape[1], self.experts
+        gates = {"kernel": self.param("gates", nn.initializers.normal(0.02), shape)}
         if self.gate_bias:
-            gates["bias"] = self.param("gates_bias", nn.initializers.zeros, shape)
+            zeros = nn.initializers.zeros
+            gates["bias"] = self.param("gates_bias", zeros, (self.tasks, self.experts))
         routing = jax.vmap(
             lambda gate: moe.route(moe.gate_logits(gate, read), kind="soft")
         )(gates)

@@ -195,9 +195,9 @@ def generate(
       modalities: of the model.
       inputs: names of what is given.
       targets: name -> steps; decoded in their order, later ones given earlier ones.
-      how: ids are drawn, of `sampling`. Its guidance is s of l = u + s (c - u), with c
-        the logits given inputs and targets decoded so far and u those given the latter
-        alone (Ho and Salimans 2022, arXiv 2207.12598); without, it costs half.
+      how: how ids are drawn, from `sampling`. Its guidance is s of l = u + s (c - u),
+        with c the logits given inputs and targets decoded so far and u those given the
+        latter alone (Ho and Salimans 2022, arXiv 2207.12598); without, it costs half.
       schedule: sizes of a target's steps, see `group_sizes`.
 
     Raises:

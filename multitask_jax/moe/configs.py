@@ -103,10 +103,10 @@ def config_of_dense(config: Mapping[str, object]) -> dict[str, object] | None:
       None for a mixture whose dense model transformers has no class for, as far as is
       known here.
     """
-    out = {key: x for key, x in config.items() if key not in _OF_MIXTURES}
-    if _ORIGIN in out:
-        origin = out.pop(_ORIGIN)
-        return {key: x for key, x in out.items() if key not in _CLASS} | dict(origin)
+    if _ORIGIN in config:
+        gone = (*_OF_MIXTURES, *_CLASS, _ORIGIN)
+        out = {key: x for key, x in config.items() if key not in gone}
+        return out | dict(config[_ORIGIN])
     kind = str(config.get("model_type"))
     if kind not in _DENSE:
         return None

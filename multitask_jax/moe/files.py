@@ -161,13 +161,13 @@ def plan(
         if block not in done:
             done.add(block)
             out += _gate(layout, found[name], gates[block], info.dtype)
-        renamed = expert_name(layout, found[name])
+        there = expert_name(layout, found[name])
         if "{expert}" not in layout.expert:
-            whole = TensorInfo(renamed, (len(experts), *info.shape), info.dtype)
+            whole = TensorInfo(there, (len(experts), *info.shape), info.dtype)
             out.append(Output(whole, tuple(Part(r, name) for r in experts)))
             continue
         for e, reader in enumerate(experts):
-            one = info._replace(name=renamed.replace("{expert}", str(e)))
+            one = info._replace(name=there.replace("{expert}", str(e)))
             out.append(Output(one, (Part(reader, name),)))
     return out
 

@@ -117,6 +117,10 @@ def fit(
             batch = step.place_batch(batches(done - 1))
             making += time.perf_counter() - begun
             state, metrics = step(state, batch)
+            del batch  # its memory, before the next one is made
+            if done == start + 1:  # compiling is no training
+                jax.block_until_ready(metrics)
+                making, since = 0.0, time.perf_counter()
             pending.append(metrics)
             bar.update()
             evaluates = eval_fn is not None and due(eval_every, done)
@@ -136,7 +140,7 @@ def fit(
             bar.set_postfix(loss=f"{record['loss']:.4g}", refresh=False)
             history.append({"step": done, **record})
             if writer is not None:
-                writer.write(done, {**record, "waiting": making / took})
+                writer.write(done, {**record, "waiting": making / max(took, 1e-9)})
             if saves:
                 saving.save(folder, saving.Saved(state, best, history), about)
             steps_making, steps_took = steps_making + making, steps_took + took

@@ -228,8 +228,7 @@ def test_arrays_that_were_made_are_whole_or_those_before(tmp_path, monkeypatch):
     monkeypatch.setattr(np, "savez", fail)
     with pytest.raises(OSError, match="disk full"):
         egom2p_pictures.write_made(tmp_path, {"depth": x + 1}, {})
-    for name, content in files.items():
-        assert (tmp_path / name).read_bytes() == content
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
 
 
 def test_parameters_are_on_the_device_once(tmp_path):

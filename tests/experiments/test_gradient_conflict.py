@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -97,6 +98,12 @@ def test_what_is_there_is_not_done_again(tmp_path, monkeypatch):
             np.testing.assert_array_equal(x, [[0, 1], [180, 181]])
     with pytest.raises(ValueError, match=r"another run .*'hidden': \(16, 8\)"):
         conflict.run(dataclasses.replace(config, hidden=8))
+    file = tmp_path / "config.json"  # as of gates without biases
+    about = json.loads(file.read_text())
+    del about["gates"]
+    file.write_text(json.dumps(about))
+    with pytest.raises(ValueError, match=r"'gates': \(None, 'with biases'\)"):
+        conflict.run(config)
 
 
 def test_a_folder_with_other_lines_is_refused(tmp_path):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import mtmt, mtmt_data, mtmt_model
+from experiments import json_files, mtmt, mtmt_data, mtmt_model
 from experiments import mtmt_training as training
 from multitask_jax import tree
 from multitask_jax.data import hillstrom, trial_table
@@ -109,6 +109,12 @@ def test_people_in_another_order_are_other_people(result, config, tmp_path):
     order = np.arange(len(result.trial.arm))[::-1]
     with pytest.raises(ValueError, match="predictions of another run"):
         mtmt._same_run(tmp_path, run, result.trial.at(order))
+    file = tmp_path / "config.json"  # as written before networks were told
+    about = json_files.read(file)
+    del about["networks"]
+    json_files.write(file, about)
+    with pytest.raises(ValueError, match=r"another run \(other networks\)"):
+        mtmt._same_run(tmp_path, run, result.trial)
 
 
 @pytest.mark.parametrize("name", ["flat effects", "shared bottom"])

@@ -205,6 +205,10 @@ def test_less_is_better(tmp_path: Path) -> None:
     assert float(a[3].split()[0]) == -float(b[3].split()[0])
     of_segments = [text[text.index("| segment") :] for text in (more, less)]
     assert of_segments[0] == of_segments[1]
+    top = trial.arms.index(re.search(verdict, less)[1])
+    same = np.zeros_like(p) - np.eye(p.shape[2], dtype=np.float32)[top, :, None]
+    none = write(tmp_path, other, {"MTMT": same}, policy_outcome="-spend", bootstrap=20)
+    assert rows(none, "## Policy")["MTMT"][5:] == [*["0.00 [0.00, 0.00]"] * 2, "0.0"]
 
 
 def test_people_are_told_apart_by_numbers_where_there_is_nothing_else() -> None:

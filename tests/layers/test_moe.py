@@ -90,7 +90,9 @@ def test_hard_routing_drops_nobody_when_all_are_of_one_task(x, task):
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{"k": 2}, {"normalize": "after_topk"}])
+@pytest.mark.parametrize(
+    "options", [{"k": 2}, {"normalize": "after_topk"}, {"noise": 0.1}]
+)
 def test_a_hard_route_takes_no_options_of_gates(x, options):
     layer = MoE(experts=2, hidden=6, route="hard", **options)
     with pytest.raises(ValueError, match="kind='hard': got"):
