@@ -22,6 +22,7 @@ Legend: N clips.
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +37,7 @@ from experiments import egom2p_pictures as pictures
 from experiments import egom2p_report as reports
 from experiments import egom2p_tokens as tokens_of
 from experiments import egom2p_training as training
-from experiments import flags, json_files, parsing
+from experiments import flags, json_files, parsing, sweep_log
 from experiments.egom2p_checks import check, measurable, mesh_of
 from experiments.egom2p_evaluation import TASKS, Model
 from experiments.flags import flag
@@ -94,7 +95,11 @@ class Config:
     )
     temperature: float = flag("Of sampling.", 0.01)
     top_p: float = flag("Of sampling.", 0.8)
-    guidance: float = flag("Of classifier-free guidance; 1 is without.", 1.0)
+    guidance: float = flag(
+        "Of classifier-free guidance; 1 is without. Training never shows nothing, so"
+        " that of a first step the other half is an untrained answer.",
+        1.0,
+    )
     schedule: Literal["linear", "cosine"] = flag("Sizes of parallel steps.", "linear")
     input: str = flag("generate: a clip's .npz with any of the modalities.", "")
     clip: int = flag("generate: which clip, if --input has several.", 0)
@@ -169,14 +174,20 @@ def tokenize(config: Config, workdir: Path) -> None:
     """
     folders.agree(config, "tokenizers")
     paths = {s: workdir / "tokens" / f"{s}.npz" for s in tokens_of.LEARNT}
+    home = workdir / "clips"
+    test = functools.partial(tokens_of.read_clips, home / "test", config.test_clips)
     if all(path.exists() for path in paths.values()):
         folders.agree(config, "tokens")
+        if config.stage == "all":  # clips of test may be others now
+            tokens = tokens_of.read(paths["train"])
+            names = tokens_of.load(workdir / "tokenizers")
+            known = dict(zip(names, tokens.present.any(axis=0), strict=True))
+            measurable(known, test(), config.stage)
         return
-    home = workdir / "clips"
     folders.recorded(home)
-    test = tokens_of.read_clips(home / "test", config.test_clips)
     clips = {split: tokens_of.read_clips(home / split) for split in tokens_of.LEARNT}
-    measurable(clips["train"], test, config.stage)
+    known = {name: x.any() for name, x in clips["train"].present.items()}
+    measurable(known, test(), config.stage)
     if config.mirror:
         clips["train"] = tokens_of.with_mirrored(clips["train"])
     folders.remember(config, "tokenizers")
@@ -342,7 +353,8 @@ def evaluate(config: Config, workdir: Path) -> dict[str, Any]:
     if drawn:
         figure = pictures.grid(test.arrays, made, drawn)
         figure.savefig(workdir / "grid.png", dpi=90)
-    about = _about(config, seed, train, history)
+    records = sweep_log.read_lines(workdir / "model")
+    about = _about(config, seed, train, history, records)
     report = reports.text(found, frechet, curves, test, about, grid=bool(drawn))
     (workdir / "report.md").write_text(report + "\n")
     # "loss" last: the names of what was evaluated become the runs of one figure.
@@ -447,12 +459,19 @@ def _sampling(config: Config) -> dict[str, Any]:
     }
 
 
-def _about(config: Config, seed: int, train: Clips, history: list[Any]) -> list[str]:
+def _about(
+    config: Config,
+    seed: int,
+    train: Clips,
+    history: list[Any],
+    records: list[dict[str, Any]],
+) -> list[str]:
     counts = ", ".join(
         f"{int(x.sum())} with {measures.called(k)}" for k, x in train.present.items()
     )
     focus = f", focus {config.focus:g}" if config.masking == "dirichlet" else ""
     best = min((r for r in history if "eval/loss" in r), key=lambda r: r["eval/loss"])
+    waiting = [row["waiting"] for row in records if "waiting" in row]
     return [
         f"Trained on {len(train.names)} clips ({counts})"
         f"{' and their mirror images' if config.mirror else ''}: {config.size} model,"
@@ -461,6 +480,9 @@ def _about(config: Config, seed: int, train: Clips, history: list[Any]) -> list[
         f" asked at most, {config.masking} masks{focus}.",
         f"Generated with temperature {config.temperature}, top-p {config.top_p},"
         f" guidance {config.guidance}, {config.schedule} schedule, seed {seed}.",
+        f"Steps waited for batches {np.mean(waiting):.2%} of their time, at most."
+        if waiting
+        else "",
     ]
 
 

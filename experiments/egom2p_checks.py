@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,6 +45,9 @@ def check(config: "Config") -> None:
         _check_recording(config)
     if config.stage in ("all", "pretrain"):
         _check_training(config)
+    if config.stage != "generate":
+        ours = ("input", "clip", "given", "targets", "output", "mean")
+        _unused(config, ours, f"--stage={config.stage}, which makes nothing of a clip")
     if config.stage == "generate" and config.mean:
         sampling = ("temperature", "top_p", "guidance", "schedule")
         _unused(config, sampling, "--mean, which is no sample")
@@ -61,21 +65,21 @@ def _check_recording(config: "Config") -> None:
         )
 
 
-def measurable(train: Clips, test: Clips, stage: str) -> None:
+def measurable(trained: Mapping[str, bool], test: Clips, stage: str) -> None:
     """Refuses clips of which `evaluate` would measure nothing, hours later.
 
     A model can be made of them all the same, to generate: if no evaluation follows,
     that is told and no error.
 
     Args:
-      train: clips, which decide what the model knows.
+      trained: whether training clips have a modality, by name.
       test: clips that would be measured.
       stage: --stage.
 
     Raises:
       ValueError: an evaluation follows, and no task has two test clips.
     """
-    known = {name for name, x in train.present.items() if x.any()}
+    known = {name for name, some in trained.items() if some}
     tasks = [task for task in TASKS if {task.given, task.wanted} <= known]
     if any(has_both(test, task).sum() > 1 for task in tasks):
         return

@@ -181,7 +181,8 @@ def with_codebooks(
     embeddings = params["token_embedding"] * (_AS_LARGE_AS_PLACES / 0.02)
     for i, tokenizer in enumerate(tokenizer_of.values()):
         if tokenizer.config.quantizer == "vq":
-            codes = tokenizer.variables["codebook"].codes
+            # By the host: restored ones lie on one device, parameters on a mesh's.
+            codes = jnp.asarray(np.asarray(tokenizer.variables["codebook"].codes))
             codes = codes / jnp.linalg.norm(codes, axis=1, keepdims=True)
             keys = jax.random.split(jax.random.fold_in(key, i))
             rows = slice(first, first + len(codes))

@@ -35,7 +35,7 @@ def test_the_game_engine_is_installed_where_it_lacks(
 ) -> None:
     cells = nbformat.read(ROOT / "colab" / "egom2p.ipynb", as_version=4).cells
     (source,) = (c.source for c in cells if "%pip" in c.source)
-    pip = "%pip install --quiet {REPOSITORY}[egocentric]"
+    pip = '%pip install --quiet {REPOSITORY} "vizdoom>=1.3"'
     assert pip in source
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == lacks else name

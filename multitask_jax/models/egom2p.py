@@ -253,7 +253,8 @@ class EgoM2P(nn.Module):
         """What is shown, int32 [B, I] each and bool [B, I] -> the context [B, I, D].
 
         Empty slots are 0 and stay 0, so that a sample that shows nothing has a context
-        of zeros: guidance's unconditional model.
+        of zeros: guidance's unconditional model, which masks that always show something
+        do not train.
         """
         place = self.place(position)
         x = jnp.where(valid[..., None], self.token_embedding[ids] + place, 0.0)

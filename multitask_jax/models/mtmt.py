@@ -18,8 +18,8 @@ Of the authors' code two things are not copied: treatments' tokens, which there 
 normalised over an axis of length 1 (which leaves only a sign), are not normalised at
 all, only the representations that they attend to, over their channels; and each outcome
 has its own effect. Experts are small MLPs; "resnet" is the authors' ResNet-18 over the
-vector of features, with LayerNorm in place of batch statistics (*reconstruction*).
-Their dropout of attention is left out.
+vector of features, with LayerNorm in place of batch statistics (*reconstruction*) and
+fewer strides where features are few. Their dropout of attention is left out.
 
 Legend: B people, F features, A arms, J effects, O outcomes, E experts, L tokens of an
 expert, C channels, M tokens of a treatment.
@@ -37,6 +37,7 @@ from multitask_jax.data.uplift import tiers
 
 Array = jax.Array
 Tiers = tuple[tuple[float, ...], ...]
+LEAST = 2  # tokens of a ResNet
 
 
 class Sizes(NamedTuple):
@@ -70,18 +71,27 @@ def flat(arms: int) -> Tiers:
 
 
 class ResNet(nn.Module):
-    """ResNet-18 along the features: [B, F] -> [B, ceil(F / 32), C]."""
+    """ResNet-18 along the features: [B, F] -> [B, L, C].
+
+    L is ceil(F / 32) of many features; of few, halvings that would leave fewer than
+    `LEAST` tokens are left out, for attention to one token is none (ours).
+    """
 
     channels: int
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        x = nn.Conv(self.channels // 8, (7,), (2,), use_bias=False)(x[..., None])
-        x = nn.max_pool(nn.relu(nn.LayerNorm()(x)), (3,), (2,), "SAME")
+        def halving(x: Array) -> int:
+            return 2 if -(-x.shape[1] // 2) >= LEAST else 1
+
+        x = x[..., None]
+        x = nn.Conv(self.channels // 8, (7,), (halving(x),), use_bias=False)(x)
+        x = nn.relu(nn.LayerNorm()(x))
+        x = nn.max_pool(x, (3,), (halving(x),), "SAME")
         for stage in range(4):
             for block in range(2):
                 width = self.channels * 2**stage // 8
-                stride = 2 if stage and not block else 1
+                stride = halving(x) if stage and not block else 1
                 y = nn.Conv(width, (3,), (stride,), use_bias=False)(x)
                 y = nn.relu(nn.LayerNorm()(y))
                 y = nn.LayerNorm()(nn.Conv(width, (3,), use_bias=False)(y))

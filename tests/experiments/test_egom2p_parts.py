@@ -4,9 +4,11 @@ import dataclasses
 import functools
 from types import SimpleNamespace
 
+import chex
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments import (
     benchmark_egom2p,
@@ -202,7 +204,10 @@ def test_a_report_calls_things_by_what_they_are_and_leaves_out_what_was_not_made
 @pytest.mark.parametrize("masking", ["dirichlet", "uniform"])
 def test_a_report_tells_a_focus_only_of_masks_that_have_one(masking):
     config = run.Config(masking=masking, seed=1)
-    told = " ".join(run._about(config, 2, clips(), [{"step": 3, "eval/loss": 1.0}]))
+    history, records = [{"step": 3, "eval/loss": 1.0}], [{"waiting": 0.5}, {"step": 1}]
+    told = " ".join(run._about(config, 2, clips(), history, records))
+    assert "waited for batches 50.00%" in told
+    assert "waited" not in " ".join(run._about(config, 2, clips(), history, []))
     assert f"{masking} masks" in told
     assert "3 with gaze proxy" in told
     assert ("focus 0.75" in told) == (masking == "dirichlet")
@@ -353,6 +358,13 @@ def test_embeddings_and_head_begin_as_the_codes_geometry():
         np.testing.assert_allclose(x @ x.T, codes @ codes.T, atol=0.1)
     # Embeddings are as large as places: sines and cosines are .71 on average.
     assert np.sqrt((made["token_embedding"] ** 2).mean()) == pytest.approx(0.8, abs=0.1)
+    # Restored tokenizers lie on one device, parameters are born on all of a mesh.
+    there = jax.device_put(codes, jax.devices()[0])
+    of_one = tokenizer._replace(variables={"codebook": SimpleNamespace(codes=there)})
+    mesh = sharding.make_mesh({"data": 8})
+    born = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+    cut = training.with_codebooks(born, {"gaze": of_one}, jax.random.key(0))
+    chex.assert_trees_all_close(cut, made, rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["depth", "gaze"])

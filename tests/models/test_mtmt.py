@@ -123,6 +123,18 @@ def test_the_resnet_reads_as_many_features_as_there_are():
     assert run(jax.random.key(0)).shape == (2, 2, 3, 8)  # ceil(70 / 32) tokens
 
 
+def test_treatments_choose_where_a_resnet_reads_few_features():
+    """Of one token attention would give the same to every query."""
+    sizes = SIZES._replace(expert="resnet", channels=8)
+    x = jax.random.normal(jax.random.key(1), (8, 18))
+    arm, y = jnp.ones(8, int), jnp.ones((8, sizes.outcomes))
+    params = jax.jit(lambda k: mtmt.init(k, 18, sizes))(jax.random.key(0))
+    found = jax.jit(jax.grad(functools.partial(mtmt.loss, sizes=sizes)))(
+        params, x, arm, y
+    )
+    assert np.abs(found["effect_0"]["treatment"]).max() > 1e-6
+
+
 @pytest.mark.parametrize(
     "options",
     [{"attention": False}, {"experts": 1}, {"expert": "resnet", "channels": 8}],
