@@ -145,6 +145,7 @@ def theirs(config: Config, masks_of: dict[str, Any], folder: Path) -> Any:
         {"file": str(file)},
         python=config.torch_python,
         threads=config.threads,
+        keep_memory=config.keep_memory,
         needs="torch",
     )
 

@@ -150,6 +150,7 @@ def theirs(config: Config, shape: bert.Shape = SIZES) -> tuple[Timer, subprocess
         settings,
         python=config.torch_python,
         threads=config.threads,
+        keep_memory=config.keep_memory,
     )
 
 

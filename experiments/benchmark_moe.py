@@ -33,7 +33,7 @@ class Config:
     experts: int = flag("Experts.", 8)
     k: int = flag("Experts a token.", 2)
     factor: float = flag("Of capacity: room over an equal share.", 1.25)
-    tight: float = flag("The same where experts come one by one.", 1.0625)
+    tight: float = flag("The same, as tight as a balanced gate allows.", 1.0625)
     ragged: bool = flag("Also by lax.ragged_dot (slow on a CPU).", True)
     threads: int = flag("Threads of either side.", 2)
     repeats: int = flag("Turns; the median counts.", 7)
@@ -82,15 +82,14 @@ def ours(config: Config, given: Inputs) -> dict[str, Callable[[], Any]]:
         routing = moe.route(moe.gate_logits(params["gate"], x), k=config.k)
         return serve(expert, params["experts"], x, routing).y
 
+    # One expert after the other, as `layers.moe.MoE` has them on a CPU.
     serves = {
-        f"capacity {config.factor:g}": functools.partial(
-            moe.capacity, factor=config.factor
-        ),
-        f"capacity {config.tight:g}, one by one": functools.partial(
-            moe.capacity, factor=config.tight, one_by_one=True
-        ),
-        "dropless": functools.partial(moe.dropless, one_by_one=True),
+        f"capacity {room:g}": functools.partial(
+            moe.capacity, factor=room, one_by_one=True
+        )
+        for room in (config.factor, config.tight)
     }
+    serves["dropless"] = functools.partial(moe.dropless, one_by_one=True)
     if config.ragged:
         serves["grouped, ragged_dot"] = moe.grouped
     sides: dict[str, Any] = {"dense": (dense, ffn)}
@@ -123,6 +122,7 @@ def run(config: Config) -> dict[str, float]:
                 dataclasses.asdict(config),
                 python=config.torch_python,
                 threads=config.threads,
+                keep_memory=config.keep_memory,
                 needs="torch",
             )
             timers["PyTorch, dense"] = lambda: there("dense", 1)

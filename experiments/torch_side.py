@@ -16,15 +16,21 @@ Timer = Callable[[str, int], float]  # kind, steps -> seconds
 
 
 KEEP_MEMORY = (
-    "Our side keeps freed memory for the next step, as most commands that train do;"
-    " PyTorch runs as it comes."
+    "Both sides keep freed memory for the next step, as some of our commands that train"
+    " do (`multitask_jax.host_memory`)."
 )
+# The same for a process that is started: what `host_memory` asks of glibc.
+_KEPT = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**62),
+}
 
 
 def prepare(cores: int, *, keep_memory: bool) -> None:
     """Keeps this process, and what it starts, to some cores where the OS lets us.
 
-    `keep_memory`: see KEEP_MEMORY; of this process alone.
+    `keep_memory`: see KEEP_MEMORY; of this process, `start` takes it for the other.
     """
     if hasattr(os, "sched_setaffinity"):  # XLA has as many threads as it sees cores
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
@@ -63,12 +69,14 @@ def start(
     *,
     python: str,
     threads: int,
+    keep_memory: bool,
     needs: str = "torch and transformers",
 ) -> tuple[Timer, subprocess.Popen]:
     """Starts a script of this folder, which the caller ends by `communicate()`.
 
     For every line "KIND STEPS" on its standard input it takes so many steps and prints
-    their seconds. `needs`: the packages that it imports, named where it ends early.
+    their seconds. `keep_memory`: see KEEP_MEMORY. `needs`: the packages that it
+    imports, named where it ends early.
 
     Raises:
       FileNotFoundError: no such interpreter.
@@ -78,7 +86,9 @@ def start(
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+        env=os.environ
+        | {"OMP_NUM_THREADS": str(threads)}
+        | (_KEPT if keep_memory else {}),
     )
 
     def seconds(kind: str, steps: int) -> float:

@@ -26,6 +26,9 @@ def test_bytes_and_flops_of_a_device(tmp_path):
     room = 10  # ceil(1.25 * 16 * 2 / 4)
     assert plan.exchanged["all-to-all"] == (4, 4 * 4 * 4 * room * 8)
     assert "all-gather" not in plan.exchanged
+    # Gradients of what devices of one expert share, and of the gate, are summed.
+    size = plan.exchanged["all-reduce"][1]
+    assert 0 <= size - plan.parameters <= 64
     assert plan.asked == plan.exchanged["all-to-all"][1]
 
 

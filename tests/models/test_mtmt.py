@@ -125,7 +125,7 @@ def test_the_resnet_reads_as_many_features_as_there_are():
 
 def test_treatments_choose_where_a_resnet_reads_few_features():
     """Of one token attention would give the same to every query."""
-    sizes = SIZES._replace(expert="resnet", channels=8)
+    sizes = SIZES._replace(expert="resnet", channels=32)
     x = jax.random.normal(jax.random.key(1), (8, 18))
     arm, y = jnp.ones(8, int), jnp.ones((8, sizes.outcomes))
     params = jax.jit(lambda k: mtmt.init(k, 18, sizes))(jax.random.key(0))
@@ -137,7 +137,7 @@ def test_treatments_choose_where_a_resnet_reads_few_features():
 
 @pytest.mark.parametrize(
     "options",
-    [{"attention": False}, {"experts": 1}, {"expert": "resnet", "channels": 8}],
+    [{"attention": False}, {"experts": 1}, {"expert": "resnet", "channels": 32}],
 )
 def test_ablations_have_finite_gradients(people, options):
     sizes = SIZES._replace(**options)
