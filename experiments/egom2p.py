@@ -22,7 +22,6 @@ Legend: N clips.
 """
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -175,7 +174,10 @@ def tokenize(config: Config, workdir: Path) -> None:
     folders.agree(config, "tokenizers")
     paths = {s: workdir / "tokens" / f"{s}.npz" for s in tokens_of.LEARNT}
     home = workdir / "clips"
-    test = functools.partial(tokens_of.read_clips, home / "test", config.test_clips)
+
+    def test() -> Clips:
+        return tokens_of.read_clips(home / "test", config.test_clips)
+
     if all(path.exists() for path in paths.values()):
         folders.agree(config, "tokens")
         if config.stage == "all":  # clips of test may be others now

@@ -472,8 +472,12 @@ def test_tokens_and_models_of_other_tokenizers_are_refused(found, study, config)
 
 
 def test_what_is_tokenized_is_not_read_again(found, config, monkeypatch):
+    one = egom2p_tokens.read_clips(Path(config.workdir) / "clips" / "test", 1)
     monkeypatch.setattr(egom2p_tokens, "read_clips", None)
     egom2p.run(dataclasses.replace(config, stage="tokenize"))
+    monkeypatch.setattr(egom2p_tokens, "read_clips", lambda *_: one)  # now, of test
+    with pytest.raises(ValueError, match="nothing to measure"):
+        egom2p.run(config)
 
 
 def test_without_a_base_the_command_is_told(tmp_path):
