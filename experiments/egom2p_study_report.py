@@ -163,10 +163,14 @@ def _merging(found: Mapping[str, Any]) -> tuple[str, str, str]:
     scales = ", ".join(f"{k} {v:g}" for k, v in found["scales"].items())
     said = f"Scales of task vectors, chosen on validation clips: {scales}."
     methods = list(next(iter(found["measured"].values())))
-    before = [only(found["measured"], methods[0])]
-    for name in methods[1:]:
-        _, count = compared([only(found["measured"], name)], before, ("", ""))
-        said += f" {name[0].upper()}{name[1:]}, against {methods[0]}: {counted(count)}."
+    one = {name: [only(found["measured"], name)] for name in methods}
+    before, tuned = methods[:2]
+    # All against the model before, merges against each task's own tuned one, too.
+    pairs = [(name, before) for name in methods[1:]]
+    pairs += [(name, tuned) for name in methods[2:]]
+    for name, other in pairs:
+        _, count = compared(one[name], one[other], ("", ""))
+        said += f" {name[0].upper()}{name[1:]}, against {other}: {counted(count)}."
     return "Merged by experiments.merge", results(found["measured"], {}), said
 
 
