@@ -27,7 +27,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import numpy as np
 
 from experiments import egom2p_evaluation as measures
@@ -38,18 +37,17 @@ from experiments import egom2p_tokens as tokens_of
 from experiments import egom2p_training as training
 from experiments import flags, json_files, parsing, sweep_log
 from experiments.egom2p_checks import check, measurable, mesh_of
-from experiments.egom2p_evaluation import TASKS, Model
+from experiments.egom2p_evaluation import TASKS
+from experiments.egom2p_generate import generate, sampling_of
+from experiments.egom2p_model import load_model, save_params
 from experiments.flags import flag
-from multitask_jax import checkpoints, evaluation
-from multitask_jax import tree as trees
-from multitask_jax.data import egocentric, vizdoom_clips
-from multitask_jax.data.egocentric import MODALITIES, Clips
+from multitask_jax import evaluation
+from multitask_jax.data import vizdoom_clips
+from multitask_jax.data.egocentric import Clips
 from multitask_jax.host_memory import keep_freed_memory
 from multitask_jax.masked import modalities as mods
 from multitask_jax.masked import tokenizers
-from multitask_jax.models.egom2p import SHAPES, Shape
-
-_STEPS = {task.wanted: task.steps for task in TASKS}
+from multitask_jax.models.egom2p import SHAPES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,14 +179,12 @@ def tokenize(config: Config, workdir: Path) -> None:
     if all(path.exists() for path in paths.values()):
         folders.agree(config, "tokens")
         if config.stage == "all":  # clips of test may be others now
-            tokens = tokens_of.read(paths["train"])
-            names = tokens_of.load(workdir / "tokenizers")
-            known = dict(zip(names, tokens.present.any(axis=0), strict=True))
+            known = tokens_of.kinds_in(workdir / "tokenizers")
             measurable(known, test(), config.stage)
         return
     folders.recorded(home)
     clips = {split: tokens_of.read_clips(home / split) for split in tokens_of.LEARNT}
-    known = {name: x.any() for name, x in clips["train"].present.items()}
+    known = [name for name, x in clips["train"].present.items() if x.any()]
     measurable(known, test(), config.stage)
     if config.mirror:
         clips["train"] = tokens_of.with_mirrored(clips["train"])
@@ -248,19 +244,6 @@ def pretrain(config: Config, workdir: Path) -> None:
     save_params(folder / "params", found.params)
 
 
-def save_params(path: Path, params: Any) -> None:
-    """Parameters as an Orbax checkpoint, which `experiments.merge` reads too."""
-    from orbax.checkpoint import v1 as ocp
-
-    ocp.save(path.absolute(), params)
-
-
-def load_params(path: Path) -> Any:
-    """What `save_params` or a merge wrote."""
-    # To the device once, not at every call.
-    return jax.device_put(trees.nest(checkpoints.read_tensors(path)))
-
-
 def settings_of(config: Config) -> training.Settings:
     """What `training.pretrain` needs of the flags."""
     return training.Settings(
@@ -274,19 +257,6 @@ def settings_of(config: Config) -> training.Settings:
         evaluate_every=config.evaluate_every,
         seed=config.seed,
     )
-
-
-def load_model(workdir: Path, shape: Shape) -> Model:
-    """The model that `pretrain` saved: of model/ and tokenizers/, no clips or tokens.
-
-    Raises:
-      ValueError: it was trained on tokens of other tokenizers than are there now.
-      FileNotFoundError: no model or no tokenizers.
-    """
-    frozen = tokens_of.load(workdir / "tokenizers")
-    path = folders.there(workdir / "model" / "params", "pretrain")
-    folders.fit_together(workdir, "model")
-    return Model(load_params(path), tokens_of.modalities_of(frozen), shape, frozen)
 
 
 def evaluate(config: Config, workdir: Path) -> dict[str, Any]:
@@ -326,7 +296,7 @@ def evaluate(config: Config, workdir: Path) -> dict[str, Any]:
         known = mods.unflatten(model.modalities, own.ids)[task.wanted]
         tokenizer = model.tokenizers[task.wanted]
         estimates = measures.of_model(
-            model, task, own, seed=seed + i, **_sampling(config)
+            model, task, own, seed=seed + i, **sampling_of(config)
         ) | measures.baselines(task, tokenizer, train, truth, known)
         found[task.name] = {
             name: measures.score(task.wanted, x, truth) for name, x in estimates.items()
@@ -371,94 +341,6 @@ def evaluate(config: Config, workdir: Path) -> dict[str, Any]:
     pictures.curves(each, "validation loss").savefig(workdir / "curves.png", dpi=110)
     print(report)
     return found
-
-
-def generate(config: Config) -> dict[str, Any]:
-    """Makes --targets of the clip --input, and writes them to --output.
-
-    Raises:
-      ValueError: no --input or --targets, modalities that do not fit, or --output
-        would overwrite --input.
-      FileNotFoundError: no model in --workdir.
-    """
-    targets = parsing.paths(config.targets) or []
-    if not config.input or not targets:
-        raise ValueError(
-            "--stage=generate needs --input=clip.npz and --targets=depth,camera (some"
-            f" of {', '.join(MODALITIES)})"
-        )
-    workdir, source = Path(config.workdir), Path(config.input)
-    folder = Path(config.output or workdir / "generated")
-    made_file = folder / pictures.MADE_FILE
-    read = [source] if source.is_file() else egocentric.files_below(source)
-    if made_file.exists() and any(path.samefile(made_file) for path in read):
-        raise ValueError(
-            f"--input: got {source}, which would be overwritten; pass another --output"
-            f" than {folder}"
-        )
-    clips = egocentric.load(source)
-    if not 0 <= config.clip < len(clips.names):
-        raise ValueError(
-            f"--clip={config.clip}: {config.input} has clips 0 to"
-            f" {len(clips.names) - 1}"
-        )
-    row = slice(config.clip, config.clip + 1)
-    arrays = {k: x[row] for k, x in clips.arrays.items() if clips.present[k][row][0]}
-    model = load_model(workdir, SHAPES[folders.as_trained(config).size])
-    known = tuple(model.tokenizers)
-    given = parsing.paths(config.given)
-    if not given:
-        given = [k for k in known if k in arrays and k not in targets]
-        if left := [k for k in arrays if k not in known]:
-            print(f"left out, the model does not know it: {', '.join(left)}")
-    if missing := [name for name in given if name not in arrays]:
-        raise ValueError(
-            f"--given={','.join(given)}: {config.input} has no {missing[0]} in clip"
-            f" {config.clip}, only {', '.join(arrays)}"
-        )
-    if not given or set(given) & set(targets):
-        raise ValueError(
-            f"got --given={','.join(given)} and --targets={','.join(targets)}; expected"
-            " something given that is not a target too"
-        )
-    for flag_name, names in (("targets", targets), ("given", given)):
-        for name in names:
-            parsing.one_of(flag_name, name, known)
-    some = Clips(
-        {k: arrays.get(k, clips.arrays[k][row]) for k in MODALITIES},
-        {k: np.array([k in given]) for k in MODALITIES},
-        clips.names[row],
-        clips.group[row],
-    )
-    tokens = tokens_of.tokenize(model.tokenizers, some)
-    if config.mean:
-        made = {
-            k: measures.means(model, tokens, tuple(given), k, seed=config.seed)[0]
-            for k in targets
-        }
-    else:
-        codes = measures.predict(
-            model,
-            tokens,
-            tuple(given),
-            {name: _STEPS[name] for name in targets},
-            seed=config.seed,
-            **_sampling(config),
-        )
-        made = {k: x[0] for k, x in measures.decoded(model.tokenizers, codes).items()}
-    alone = {k: x[0] for k, x in arrays.items()}
-    for path in pictures.write_made(folder, made, alone):
-        print(path)
-    return made
-
-
-def _sampling(config: Config) -> dict[str, Any]:
-    return {
-        "temperature": config.temperature,
-        "p": config.top_p,
-        "guidance": config.guidance,
-        "schedule": config.schedule,
-    }
 
 
 def _about(

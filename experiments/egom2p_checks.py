@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +34,7 @@ def check(config: "Config") -> None:
     for name in ("temperature", "guidance"):
         if not math.isfinite(got := getattr(config, name)):
             raise ValueError(f"--{name}: got {got}, expected a finite number")
-    rate_of_learning(config.rate)
+    parsing.rate_of_learning(config.rate)
     share_of_focus(config.focus)
     if not 0 < config.top_p <= 1:
         raise ValueError(
@@ -65,22 +65,21 @@ def _check_recording(config: "Config") -> None:
         )
 
 
-def measurable(trained: Mapping[str, bool], test: Clips, stage: str) -> None:
+def measurable(known: Collection[str], test: Clips, stage: str) -> None:
     """Refuses clips of which `evaluate` would measure nothing, hours later.
 
     A model can be made of them all the same, to generate: if no evaluation follows,
     that is told and no error.
 
     Args:
-      trained: whether training clips have a modality, by name.
+      known: modalities that training clips have.
       test: clips that would be measured.
       stage: --stage.
 
     Raises:
       ValueError: an evaluation follows, and no task has two test clips.
     """
-    known = {name for name, some in trained.items() if some}
-    tasks = [task for task in TASKS if {task.given, task.wanted} <= known]
+    tasks = [task for task in TASKS if {task.given, task.wanted} <= set(known)]
     if any(has_both(test, task).sum() > 1 for task in tasks):
         return
     count = {task.name: int(has_both(test, task).sum()) for task in TASKS}
@@ -134,12 +133,6 @@ def _unused(config: "Config", names: tuple[str, ...], beside: str) -> None:
     for name in names:
         if (got := getattr(config, name)) != getattr(type(config), name):
             raise ValueError(f"--{name}: got {got} beside {beside}; leave it out")
-
-
-def rate_of_learning(rate: float) -> None:
-    """Raises ValueError for a --rate that would teach nothing."""
-    if not 0 < rate < math.inf:
-        raise ValueError(f"--rate: got {rate}, expected a number above 0")
 
 
 def share_of_focus(focus: float) -> None:

@@ -38,8 +38,8 @@ from experiments import egom2p_regressor as regressor
 from experiments import egom2p_study_report as reports
 from experiments import egom2p_tokens as tokens_of
 from experiments import egom2p_training as training
-from experiments.egom2p import load_params, save_params
 from experiments.egom2p_evaluation import Model, Task
+from experiments.egom2p_model import load_params, save_params
 from experiments.egom2p_regressor import Pairs
 from experiments.egom2p_study_runs import Measured, Study, both
 from experiments.egom2p_tokens import Tokens
@@ -356,7 +356,7 @@ def check(config: Config) -> list[str]:
     ones += ("tokenizer_batch", "batch", "inputs", "targets", "evaluate_every")
     least = dict.fromkeys((*ones, "slow_clips"), 1)
     parsing.at_least(config, **least, test_clips=2)
-    egom2p_checks.rate_of_learning(config.rate)
+    parsing.rate_of_learning(config.rate)
     egom2p_checks.share_of_focus(config.focus)
     egom2p_checks.whole_chunks("targets", config.targets, config.size)
     return parts

@@ -17,8 +17,8 @@ from experiments import egom2p_folders as folders
 from experiments import egom2p_tokens as tokens_of
 from experiments import egom2p_training as training
 from experiments import json_files, parsing, study_store
-from experiments.egom2p import load_params, save_params
 from experiments.egom2p_evaluation import TASKS, Model, Task
+from experiments.egom2p_model import load_params, save_params
 from experiments.egom2p_tokens import Tokens
 from experiments.egom2p_training import Settings
 from multitask_jax.masked import modalities as mods

@@ -110,6 +110,11 @@ def having(clips: Clips, kind: str) -> np.ndarray:
     return array if rows.all() else array[rows]
 
 
+def kinds_in(folder: Path) -> list[str]:
+    """Kinds that `train` wrote a tokenizer of: those that training clips have."""
+    return [kind for kind in MODALITIES if (folder / f"{kind}.json").exists()]
+
+
 def load(folder: Path) -> dict[str, Tokenizer]:
     """The tokenizers that `train` wrote, by kind.
 
@@ -208,8 +213,7 @@ def checksums(path: Path) -> list[int]:
 
 def tokenizers_of(folder: Path) -> str:
     """A digest of the tokenizers in a folder, by what `train` wrote of them."""
-    texts = [(folder / f"{k}.json") for k in MODALITIES]
-    found = [path.read_bytes() for path in texts if path.exists()]
+    found = [(folder / f"{kind}.json").read_bytes() for kind in kinds_in(folder)]
     return hashlib.sha256(b"\n".join(found)).hexdigest()[:16]
 
 

@@ -161,8 +161,7 @@ def check(config: Config) -> tuple[list[int], list[str], list[str], list[str]]:
             f"--budget: got {config.budget}, expected 1 to {BUDGET}: methods with one"
             " coefficient have no more candidates"
         )
-    if not 0 < config.rate < float("inf"):
-        raise ValueError(f"--rate: got {config.rate}, expected a number above 0")
+    parsing.rate_of_learning(config.rate)
     for name in ("unlabelled_rows", "fisher_rows"):
         if (got := getattr(config, name) or 0) % 16:
             raise ValueError(f"--{name}: got {got}, expected whole sixteens")

@@ -116,6 +116,9 @@ def policies(
         args = chosen, trial.arm, y, shares
         return evaluation.policy_value(*args), evaluation.policy_value(*args, counts)
 
+    def gained(value: Any, base: Any) -> Any:
+        return sign * PER * (value - base) + 0.0  # never -0, where less is better
+
     base, base_draws = values(np.full(len(y), top))
     rows, said = [], ""
     for name, prediction in means.items():
@@ -124,19 +127,18 @@ def policies(
         cells = [f"{100 * (chosen == a).mean():.0f}%" for a in range(len(trial.arms))]
         cells.append(cell(PER * value.ips, PER * draws.ips))
         cells.append(cell(PER * value.normalised, PER * draws.normalised))
-        # + 0.0: no gain is 0, not -0, where less is better.
-        gain = sign * PER * (draws.ips - base_draws.ips) + 0.0
-        cells.append(cell(sign * PER * (value.ips - base.ips) + 0.0, gain))
+        gain = gained(draws.ips, base_draws.ips)
+        cells.append(cell(gained(value.ips, base.ips), gain))
         cells.append(
             cell(
-                sign * PER * (value.normalised - base.normalised) + 0.0,
-                sign * PER * (draws.normalised - base_draws.normalised) + 0.0,
+                gained(value.normalised, base.normalised),
+                gained(draws.normalised, base_draws.normalised),
             )
         )
         if trial.effects is not None:
             true = trial.effects[:, :, outcome]
-            won = true[np.arange(len(y)), chosen].mean() - true[:, top].mean()
-            cells.append(f"{sign * PER * won + 0.0:.1f}")
+            won = gained(true[np.arange(len(y)), chosen].mean(), true[:, top].mean())
+            cells.append(f"{won:.1f}")
         rows.append([name, *cells])
         if name == main:
             said = _verdict(name, trial.arms[top], evaluation.interval(gain))

@@ -50,6 +50,12 @@ def expanded(config: C, *names: str) -> C:
     return dataclasses.replace(config, **paths)  # type: ignore[type-var]
 
 
+def rate_of_learning(rate: float) -> None:
+    """Raises ValueError for a --rate that would teach nothing."""
+    if not 0 < rate < math.inf:
+        raise ValueError(f"--rate: got {rate}, expected a number above 0")
+
+
 def one_of(name: str, value: str, options: tuple[str, ...]) -> Any:
     """The value, if it is one of the options; ValueError names the flag."""
     if value not in options:

@@ -248,7 +248,7 @@ def test_by_default_all_is_given_that_the_model_knows(tmp_path, monkeypatch, cap
     own_clips(tmp_path)
     known = dict.fromkeys(("rgb", "depth", "camera"))
     model = egom2p_evaluation.Model({}, (), SHAPE, known)
-    monkeypatch.setattr(egom2p, "load_model", lambda *_: model)
+    monkeypatch.setattr("experiments.egom2p_generate.load_model", lambda *_: model)
     monkeypatch.setattr(egom2p.folders, "as_trained", lambda config: config)
     monkeypatch.setattr(egom2p_tokens, "tokenize", lambda *_: None)
     asked = []

@@ -67,8 +67,7 @@ def having(*kinds, count=2):
 
 def test_clips_of_which_nothing_would_be_measured_are_refused(capsys):
     """Unless no evaluation follows: a model can be made of them, to generate."""
-    most = dict.fromkeys(("rgb", "depth", "gaze"), True) | {"camera": False}
-    pair = dict.fromkeys(("camera", "gaze"), True)
+    most, pair = ("rgb", "depth", "gaze"), ("camera", "gaze")
     few, two = having("rgb", "depth", count=1), having("camera", "gaze")
     for train, test in ((most, few), (most, having("rgb", "camera")), (pair, two)):
         with pytest.raises(ValueError, match=r"'rgb -> depth': \d, .* to measure"):

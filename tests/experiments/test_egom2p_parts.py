@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from experiments import (
     benchmark_egom2p,
     egom2p_evaluation,
+    egom2p_model,
     egom2p_pictures,
     egom2p_plan,
     egom2p_regressor,
@@ -238,8 +239,8 @@ def test_arrays_that_were_made_are_whole_or_those_before(tmp_path, monkeypatch):
 
 def test_parameters_are_on_the_device_once(tmp_path):
     params = {"a": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3)}}
-    run.save_params(tmp_path / "params", params)
-    found = run.load_params(tmp_path / "params")
+    egom2p_model.save_params(tmp_path / "params", params)
+    found = egom2p_model.load_params(tmp_path / "params")
     assert isinstance(found["a"]["kernel"], jax.Array)
     np.testing.assert_array_equal(found["a"]["kernel"], params["a"]["kernel"])
 
